@@ -1,0 +1,286 @@
+"""The arithmetic of folding, in float64 NumPy: what an affine is, what a linear operator absorbs, one rounding at the end.
+
+A BatchNorm in eval mode (Ioffe & Szegedy 2015, "Batch Normalization", algorithm 2) computes, per channel,
+
+    y = gamma (x - mean) / sqrt(var + eps) + beta  =  scale x + shift,    scale = gamma / sqrt(var + eps)
+                                                                          shift = beta - mean scale
+
+so it is an `Affine`. A linear operator `y = W x + b` absorbs one on either side:
+
+    above it   W (s x + t) + b  =  (W diag s) x + (b + W t)              `Linear.absorb_before`
+    below it   s (W x + b) + t  =  (diag s W) x + (s b + t)              `Linear.absorb_after`
+    beside it  W x + b + (s x + t)  =  (W + diag s) x + (b + t)          `Linear.absorb_beside`
+
+Any number of those compose into three vectors per operator, so a plan is decided without touching a weight, and each
+weight is then computed once, from its stored numbers, in float64, and rounded once (`Linear.fold`).
+
+Weights come in two orders, `(g o) i *k` (Linear, Gemm with transB=1, Conv) and `(g i) o *k` (Gemm with transB=0,
+MatMul, ConvTranspose). Seen as `(g, o, i, k)` they coincide, and each formula is written once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Affine", "Array", "Linear", "batchnorm", "round_to"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Affine:
+    """The map `x -> scale * x + shift`, where both broadcast against the value that they act on.
+
+    Both arrays are float64 and have the rank of that value, with 1 along every axis on which they do not depend: a
+    BatchNorm of an `(N, C, H, W)` value holds two arrays of shape `(1, C, 1, 1)`. NaN in a *wanted* affine means
+    "anything will do" (see `travel`); the affine of a model never holds one.
+    """
+
+    scale: Array
+    shift: Array
+
+    @staticmethod
+    def of(scale: npt.ArrayLike, shift: npt.ArrayLike) -> Affine:
+        """Make one from two arrays that broadcast against each other."""
+        scale, shift = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
+        scale, shift = np.broadcast_arrays(scale, shift)
+        return Affine(scale, shift)
+
+    @staticmethod
+    def identity(rank: int) -> Affine:
+        """The affine that changes nothing, for a value of this rank."""
+        return Affine(np.ones((1,) * rank), np.zeros((1,) * rank))
+
+    @staticmethod
+    def along(axis: int, rank: int, scale: npt.ArrayLike, shift: npt.ArrayLike) -> Affine:
+        """Place two vectors of shape `(channels,)` along one axis of a value of this rank."""
+        shape = [1] * rank
+        shape[axis] = -1
+        return Affine.of(np.reshape(scale, shape), np.reshape(shift, shape))
+
+    @property
+    def rank(self) -> int:
+        """The rank of the value that this acts on."""
+        return self.scale.ndim
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes on which it depends."""
+        return tuple(axis for axis, size in enumerate(self.scale.shape) if size != 1)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing; entries that are NaN may be anything."""
+        return bool(np.all((self.scale == 1) | np.isnan(self.scale)) and self.is_linear)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether its shift is zero everywhere."""
+        return bool(np.all((self.shift == 0) | np.isnan(self.shift)))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number in it is finite."""
+        return bool(np.isfinite(self.scale).all() and np.isfinite(self.shift).all())
+
+    @property
+    def is_monotone(self) -> bool:
+        """Whether no scale is negative, so that it commutes with a maximum."""
+        return not bool((self.scale < 0).any())
+
+    def after(self, first: Affine) -> Affine:
+        """The composition `x -> self(first(x))`."""
+        return Affine.of(self.scale * first.scale, self.scale * first.shift + self.shift)
+
+    def scale_only(self) -> Affine:
+        """The same scale, no shift."""
+        return Affine(self.scale, np.where(np.isnan(self.shift), np.nan, 0.0))
+
+    def equals(self, other: Affine) -> bool:
+        """Whether both act alike on a value of one rank."""
+        return self.rank == other.rank and bool(
+            np.all(self.scale == other.scale) and np.all(self.shift == other.shift)
+        )
+
+    def map(self, move: Any) -> Affine:
+        """Apply the same rearrangement to both arrays, then drop the axes along which nothing varies any more."""
+        return Affine(move(self.scale), move(self.shift)).collapse()
+
+    def collapse(self) -> Affine:
+        """The same affine, with size 1 along every axis on which its numbers do not depend."""
+        scale, shift = self.scale, self.shift
+        for axis in self.axes:
+            first = (slice(None),) * axis + (slice(0, 1),)
+            if all(np.array_equal(a, np.broadcast_to(a[first], a.shape), equal_nan=True) for a in (scale, shift)):
+                scale, shift = scale[first], shift[first]
+        return Affine(scale, shift)
+
+    def vectors(self, axis: int, size: int) -> tuple[Array, Array] | None:
+        """Scale and shift as two vectors of shape `(size,)`, or None where they depend on another axis than this."""
+        if any(other != axis % self.rank for other in self.axes):
+            return None
+        return np.broadcast_to(self.scale.ravel(), size), np.broadcast_to(self.shift.ravel(), size)
+
+
+def batchnorm(
+    mean: npt.ArrayLike, var: npt.ArrayLike, gamma: npt.ArrayLike = 1.0, beta: npt.ArrayLike = 0.0, eps: float = 1e-5
+) -> tuple[Array, Array]:
+    """Scale and shift, each `(channels,)`, of a BatchNorm with frozen statistics (Ioffe & Szegedy 2015, algorithm 2).
+
+    Not finite where `var + eps` is not positive or a number is not finite; the reader says so in its verdict.
+    """
+    mean, var, gamma, beta = (np.asarray(a, np.float64) for a in (mean, var, gamma, beta))
+    with np.errstate(all="ignore"):
+        scale = gamma / np.sqrt(var + eps)
+        scale, shift = np.broadcast_arrays(scale, beta - mean * scale)
+    return scale, shift
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linear:
+    """A linear operator: the shape of its weight, what it can absorb, and what it has absorbed so far.
+
+    The weight itself stays where the model keeps it, until `fold` is given it.
+
+    Attributes:
+        order: ``"oi"`` for a weight `(groups*out, in, *kernel)`, ``"io"`` for `(groups*in, out, *kernel)`.
+        inputs, outputs: channels over all groups. An embedding table is ``"io"`` with its rows as `inputs`.
+        in_axis, out_axis: where the channels lie on the value read and on the value written (not negative).
+        centre: the index of the kernel tap that reads an output's own position, `()` for a matrix; None where no tap
+            does, or the output is not laid out like the input (stride, even kernel, other channel counts).
+        partial: why some output does not sum every tap ("it pads with zeros"), so that no shift may come in from
+            above; empty where every output sums them all.
+        sealed: why nothing may come in from above at all (an embedding reads rows, not values); empty otherwise.
+        biasless: why no bias can be written, so that it can take a scale but no shift; empty otherwise.
+        before, after: the affines absorbed above and below, as `(scale, shift)` vectors, or None.
+        beside: the scale of the affine absorbed beside it, `(channels,)`, or None; its shift is in `after`.
+    """
+
+    order: str
+    inputs: int
+    outputs: int
+    in_axis: int
+    out_axis: int
+    groups: int = 1
+    centre: tuple[int, ...] | None = None
+    partial: str = ""
+    sealed: str = ""
+    biasless: str = ""
+    before: tuple[Array, Array] | None = None
+    after: tuple[Array, Array] | None = None
+    beside: Array | None = field(default=None)
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything has been absorbed."""
+        return self.before is not None or self.after is not None or self.beside is not None
+
+    @property
+    def shifts(self) -> bool:
+        """Whether what was absorbed gives the operator another bias than its own one, scaled."""
+        shifts = [pair[1] for pair in (self.before, self.after) if pair is not None]
+        return any(bool(np.any(shift != 0)) for shift in shifts)
+
+    def absorb_after(self, scale: Array, shift: Array) -> Linear:
+        """Below it: `scale (W x + b) + shift`, both `(outputs,)`."""
+        if self.after is not None:
+            shift = scale * self.after[1] + shift
+        first = 1.0 if self.after is None else self.after[0]
+        beside = None if self.beside is None else scale * self.beside
+        return replace(self, after=(scale * first, shift), beside=beside)
+
+    def absorb_before(self, scale: Array, shift: Array) -> Linear:
+        """Above it: `W (scale x + shift) + b`, both `(inputs,)`."""
+        outer = self.before or (np.ones(self.inputs), np.zeros(self.inputs))
+        before = (outer[0] * scale, outer[0] * shift + outer[1])
+        if self.beside is None:
+            return replace(self, before=before)
+        after = self.after or (np.ones(self.outputs), np.zeros(self.outputs))
+        return replace(
+            self, before=before, beside=self.beside * scale, after=(after[0], after[1] + self.beside * shift)
+        )
+
+    def absorb_beside(self, scale: Array, shift: Array) -> Linear:
+        """Beside it: `W x + b + (scale x + shift)`, both `(outputs,)`; needs a `centre`."""
+        beside = scale if self.beside is None else self.beside + scale
+        after = self.after or (np.ones(self.outputs), np.zeros(self.outputs))
+        return replace(self, beside=beside, after=(after[0], after[1] + shift))
+
+    def equals(self, other: Linear) -> bool:
+        """Whether two operators that share one weight have absorbed the same, so that one new weight serves both."""
+        mine = [*(self.before or (None, None)), *(self.after or (None, None)), self.beside]
+        theirs = [*(other.before or (None, None)), *(other.after or (None, None)), other.beside]
+        return all(
+            (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
+            for a, b in zip(mine, theirs, strict=True)
+        )
+
+    def fold(self, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None) -> tuple[Array, Array | None]:
+        """The weight and bias, in float64, of the operator with everything it has absorbed.
+
+        Args:
+            weight: in `order`, of shape `(groups*out, in, *kernel)` or `(groups*in, out, *kernel)`, any float dtype.
+            bias: anything that broadcasts against `(..., outputs)`, or None.
+
+        Returns:
+            The weight in its own order and shape, and the bias: None where there was none and none is needed,
+            `(outputs,)` where there was none, else the broadcast of the old one with `(outputs,)`.
+        """
+        seen = self._view(np.asarray(weight))
+        old = np.zeros(self.outputs) if bias is None else np.asarray(bias, np.float64)
+        folded = seen.astype(np.float64)
+        if self.before is not None:
+            scale, shift = (np.reshape(a, (self.groups, 1, -1, 1)) for a in self.before)
+            if np.any(shift != 0):
+                old = old + (folded * shift).sum(axis=(2, 3)).ravel()
+            folded *= scale
+        if self.after is not None:
+            scale, shift = self.after
+            folded *= np.reshape(scale, (self.groups, -1, 1, 1))
+            old = old * scale + shift
+        if self.beside is not None:
+            self._add_identity(folded, np.shape(weight)[2:])
+        return self._unview(folded, np.shape(weight)), (old if bias is not None or self.shifts else None)
+
+    def _view(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The weight as `(groups, out, in, taps)`."""
+        rows, columns = weight.shape[:2]
+        grouped = weight.reshape(self.groups, rows // self.groups, columns, -1)
+        return grouped if self.order == "oi" else grouped.swapaxes(1, 2)
+
+    def _unview(self, seen: Array, shape: tuple[int, ...]) -> Array:
+        """Undo `_view`."""
+        grouped = seen if self.order == "oi" else seen.swapaxes(1, 2)
+        return np.ascontiguousarray(grouped).reshape(shape)
+
+    def _add_identity(self, seen: Array, kernel: tuple[int, ...]) -> None:
+        """Add `beside` to the tap that reads an output's own position, in place."""
+        assert self.beside is not None and self.centre is not None
+        tap = int(np.ravel_multi_index(self.centre, kernel)) if kernel else 0
+        own = np.arange(self.outputs // self.groups)
+        seen[:, own, own, tap] += np.reshape(self.beside, (self.groups, -1))
+
+
+def round_to(values: Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Round float64 to a storage dtype, once, to nearest even.
+
+    `ml_dtypes.bfloat16` converts by way of float32, which would round twice; going there by rounding to odd makes the
+    second rounding exact (Boldo & Melquiond 2005, "When double rounding is odd").
+    """
+    target = np.dtype(dtype)
+    with np.errstate(over="ignore"):
+        return values.astype(target) if target.kind == "f" else round_to_odd(values).astype(target)
+
+
+def round_to_odd(values: Array) -> npt.NDArray[np.float32]:
+    """Round float64 to float32 so that a further rounding to any narrower type is as good as a single one."""
+    with np.errstate(over="ignore"):
+        nearest = values.astype(np.float32)
+    beyond = np.abs(nearest.astype(np.float64)) > np.abs(values)
+    truncated = np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest)
+    inexact = (truncated.astype(np.float64) != values) & np.isfinite(values)
+    return (truncated.view(np.uint32) | inexact.astype(np.uint32)).view(np.float32)

@@ -1,0 +1,131 @@
+"""The picture of a model on which folding is decided: who computes what from what. Immutable, and of no framework.
+
+A frontend's `read` draws it, `travel` returns another one, and the frontend's `write` applies the difference to a copy
+of the model: a node that is gone is bypassed, a `linear` that has absorbed something gives a new weight and bias.
+
+The vocabulary is ONNX's operator names, in a canonical form that `read` makes once, whatever the file or module says:
+
+- `inputs` holds computed values only. Constants (weights, statistics, axes, pads, shapes) are in `linear`, `affine` or
+  `attributes`; axes are not negative.
+- A linear operator with a constant weight is Gemm, MatMul, Conv, ConvTranspose or Embedding and has a `linear`.
+- A BatchNorm in any disguise is BatchNormalization and has an `affine`; one that cannot be moved at all (it is in
+  training mode, say) has none, and the reason in `attributes["reason"]`. So has a linear operator that cannot absorb.
+- Any other Add, Sub, Mul or Div by a constant is Affine, with its `affine`.
+- A body (If, Loop, Scan, a scripted call) is one node that reads every value it captures.
+- What the table in `operators` does not know stands under its own name, and nothing travels through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from bnfold.algebra import Affine, Linear
+
+__all__ = ["Dim", "Graph", "Node", "Shape"]
+
+Dim = int | str | None
+"""A size: known, known by a symbol (two equal symbols are one size), or unknown."""
+
+Shape = tuple[Dim, ...]
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One operation.
+
+    Attributes:
+        name: unique in its graph; what a reader of the report will recognise (`layer1.0.bn2`).
+        op: its ONNX operator name.
+        inputs, outputs: names of values.
+        attributes: what the operator's row in `operators` asks for.
+        site: where its numbers are stored, by default its own name. Nodes of one site share their numbers (one module
+            called twice), so they must come out of folding alike: all erased, or all with the same new weight.
+        linear: of a linear operator.
+        affine: of a BatchNormalization or an Affine, with the rank of `inputs[0]`.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default=_NONE)
+    site: str = ""
+    linear: Linear | None = None
+    affine: Affine | None = None
+
+    @property
+    def place(self) -> str:
+        """Its site, or its own name where it has none."""
+        return self.site or self.name
+
+    @property
+    def is_batchnorm(self) -> bool:
+        """Whether it is owed a verdict."""
+        return self.op == "BatchNormalization"
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Nodes in an order in which they can be computed, with the shapes of the values that are known.
+
+    `shapes` may lack a value (nothing is known of it) or hold None for a size.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shapes: Mapping[str, Shape] = field(default=_NONE)
+
+    @cached_property
+    def _producers(self) -> dict[str, Node]:
+        return {value: node for node in self.nodes for value in node.outputs if value}
+
+    @cached_property
+    def _readers(self) -> dict[str, list[Node]]:
+        readers: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for value in dict.fromkeys(node.inputs):
+                readers.setdefault(value, []).append(node)
+        return readers
+
+    @cached_property
+    def _by_name(self) -> dict[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    def __getitem__(self, name: str) -> Node:
+        """The node of this name (KeyError where there is none)."""
+        return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def producer(self, value: str) -> Node | None:
+        """The node that computes a value; None for an input of the model."""
+        return self._producers.get(value)
+
+    def readers(self, value: str) -> tuple[Node, ...]:
+        """The nodes that read a value, each once, in order."""
+        return tuple(self._readers.get(value, ()))
+
+    def replace(self, nodes: Mapping[str, Node]) -> Graph:
+        """The graph with these nodes (by name) in the place of their namesakes."""
+        return replace(self, nodes=tuple(nodes.get(node.name, node) for node in self.nodes))
+
+    def bypass(self, names: frozenset[str] | set[str]) -> Graph:
+        """The graph without these nodes; who read the output of one now reads its first input."""
+        alias: dict[str, str] = {}
+        kept = []
+        for node in self.nodes:
+            inputs = tuple(alias.get(value, value) for value in node.inputs)
+            if node.name in names:
+                alias[node.outputs[0]] = inputs[0]
+            else:
+                kept.append(node if inputs == node.inputs else replace(node, inputs=inputs))
+        outputs = tuple(alias.get(value, value) for value in self.outputs)
+        return replace(self, nodes=tuple(kept), outputs=outputs)
