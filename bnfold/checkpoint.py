@@ -1,0 +1,570 @@
+"""The self-describing, code-free checkpoint of a sequential model.
+
+A checkpoint is what `torch.save` makes of one plain dict; `torch.load(path, weights_only=True)` reads it anywhere:
+
+    format        "bnfold.checkpoint"
+    version       1
+    architecture  [{"name": "linear1", "class": "Linear", "arguments": {"in_features": 30, ...}}, ...]  in running order
+    input         {"shape": [3], "dtype": "int64", "low": 0, "high": 27}   one example without the batch axis
+    vocabulary    [".", "a", ...]   the character of every index; empty where the inputs are no characters
+    state         {"linear1.weight": tensor, ...}   the state dict, on the CPU, one storage per tensor
+    record        how it was trained: plain values
+    versions      {"bnfold": ..., "python": ..., "torch": ...}
+    folded        the record of a fold (verdicts, hash of the source); None before one
+
+An integer input has an alphabet, `low` to `high` (exclusive), so that all its inputs can be counted and tried; other
+inputs have None for both. The same checkpoint always gives the same bytes: no time, no path and no host is stored.
+
+`load` needs no code but torch's: a layer is built only if its class and every argument stand in the table below. It is
+built on the meta device, where a size costs no memory, checked with one forward pass that computes shapes alone, and
+then given the tensors of the file, which must fit. Archives with compressed members are refused, since a few bytes of
+them may unpack to any number. So an odd file ends in an `InputError` of one line and never in code or memory of its
+choosing.
+
+Not covered: nested and branching models, layers that are not in the table, tied weights (saved once per name),
+hooks (not saved), optimiser state.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bnfold import __version__
+from bnfold.errors import InputError, replacing
+
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "InputDomain",
+    "describe",
+    "drop_identities",
+    "identify",
+    "is_checkpoint",
+    "load",
+    "save",
+]
+
+FORMAT = "bnfold.checkpoint"
+VERSION = 1
+
+Kind = Literal["checkpoint", "torch archive", "exported program", "torchscript", "zip", "pickle", "other"]
+Check = Callable[[Any], bool]
+
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in ("int64", "int32", "uint8", "bool", "float16", "bfloat16", "float32", "float64")
+}
+_STATE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
+_LARGEST_SIZE = 2**31
+_LARGEST_RECORD = 1_000_000
+
+
+@dataclass(frozen=True)
+class InputDomain:
+    """What one example may be: its shape without the batch axis, its dtype and, for integers, its alphabet."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    low: int | None = None
+    high: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for a shape, dtype or alphabet that no tensor can have."""
+        if not (_is_sizes(self.shape) and isinstance(self.shape, tuple)):
+            raise InputError(f"input shape {self.shape!r} is no tuple of sizes")
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
+            raise InputError(f"input dtype {self.dtype!r} is none of {', '.join(_DTYPES)}")
+        if self.low is None and self.high is None:
+            return
+        if not (_is_integer(self.low) and _is_integer(self.high)) or _DTYPES[self.dtype].is_floating_point:
+            raise InputError(
+                f"an alphabet from {self.low!r} to {self.high!r} needs integers and an integer dtype"
+            )
+        if not self.low < self.high:  # type: ignore[operator]
+            raise InputError(f"the alphabet from {self.low} to {self.high} (exclusive) is empty")
+
+    @property
+    def count(self) -> int | None:
+        """The number of different examples; None where it has no alphabet or no 64 bits can count them."""
+        if self.low is None or self.high is None:
+            return None
+        base, size = self.high - self.low, math.prod(self.shape)
+        return base**size if size * math.log2(base) < 63 else None
+
+    def every(self) -> Tensor:
+        """Return every possible example, `(count, *shape)`, the last position running fastest."""
+        count, size = self.count, math.prod(self.shape)
+        if count is None or self.low is None or self.high is None:
+            raise InputError(
+                f"{self.dtype} inputs of shape {list(self.shape)} cannot be counted; sample some instead"
+            )
+        if count * size > _LARGEST_SIZE:
+            raise InputError(f"{count} possible inputs are too many to list; sample some instead")
+        base = self.high - self.low
+        places = base ** torch.arange(size - 1, -1, -1)
+        digits = torch.arange(count)[:, None] // places % base + self.low
+        return digits.reshape(count, *self.shape).to(_DTYPES[self.dtype])
+
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """Draw `(count, *shape)` examples: uniform over the alphabet, or else standard normal."""
+        generator, size = torch.Generator().manual_seed(seed), (count, *self.shape)
+        if self.low is not None and self.high is not None:
+            return torch.randint(self.low, self.high, size, generator=generator).to(_DTYPES[self.dtype])
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(_DTYPES[self.dtype])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with all that is needed to use it: what `save` writes and `load` returns."""
+
+    model: nn.Sequential
+    input: InputDomain
+    vocabulary: tuple[str, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    folded: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=lambda: _current_versions())
+
+
+def save(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint in one step; an existing file survives any failure.
+
+    Raises:
+        InputError: the model has a layer that `load` could not build, a record holds more than plain values, or the
+            file cannot be written there.
+    """
+    payload = _pack(checkpoint)
+    _unpack(payload)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(payload, file)
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Rebuild a checkpoint from its file, the model in eval mode on the CPU.
+
+    Raises:
+        InputError: there is no such file, it is something else, or it does not describe a net that fits its tensors.
+    """
+    _refuse_strangers(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the restricted unpickler fails in as many ways as a file can be damaged
+        raise InputError(
+            f"{path} is damaged or holds more than tensors and plain values; save it again"
+        ) from error
+    try:
+        return _unpack(payload)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def identify(path: str | Path) -> Kind:
+    """Tell from a file's outside what it is, without unpickling and without trust.
+
+    Raises:
+        InputError: there is no such file, or it is a folder or unreadable.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+        if head != b"PK\x03\x04":
+            return "pickle" if head[:1] == b"\x80" else "other"
+        with zipfile.ZipFile(path) as archive:
+            return _identify_archive(archive)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder; name the checkpoint inside it") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is a damaged archive, perhaps cut short; save or copy it again") from error
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Tell whether a file claims to be one of these checkpoints; `load` then says whether it is a sound one."""
+    return identify(path) == "checkpoint"
+
+
+def describe(model: nn.Sequential) -> list[dict[str, Any]]:
+    """Return the architecture as plain values: name, torch.nn class and arguments of every layer, in running order.
+
+    A layer of another class counts as the torch.nn class that its attribute `saved_as` names.
+
+    Raises:
+        InputError: the model is no flat `nn.Sequential` of layers in the table; the message names the layer.
+    """
+    if type(model) is not nn.Sequential:
+        raise InputError(f"a checkpoint holds an nn.Sequential, and this is a {type(model).__name__}")
+    return [_describe_layer(name, layer) for name, layer in model._modules.items() if layer is not None]
+
+
+def drop_identities(model: nn.Sequential) -> nn.Sequential:
+    """Return the same layers under the same names, without the `nn.Identity` that a fold leaves behind."""
+    kept = nn.Sequential()
+    for name, layer in model.named_children():
+        if type(layer) is not nn.Identity:
+            kept.add_module(name, layer)
+    return kept.train(model.training)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST_SIZE
+
+
+def _is_size(value: Any) -> bool:
+    return _is_integer(value) and value > 0
+
+
+def _is_extent(value: Any) -> bool:
+    return _is_integer(value) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) <= 8 and all(map(_is_size, value))
+
+
+def _is_extents(value: Any) -> bool:
+    return _is_extent(value) or (
+        isinstance(value, list | tuple) and len(value) <= 6 and all(map(_is_extent, value))
+    )
+
+
+def _is_output_size(value: Any) -> bool:
+    each = value if isinstance(value, list | tuple) else [value]
+    return len(each) <= 3 and all(one is None or _is_size(one) for one in each)
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _one_of(*allowed: Any) -> Check:
+    return lambda value: any(value is one or (isinstance(one, str) and value == one) for one in allowed)
+
+
+def _is_padding(value: Any) -> bool:
+    return _is_extents(value) or value in ("same", "valid")
+
+
+def _table() -> dict[str, dict[str, Check]]:
+    """Return the layers that may be built: class name to the arguments it is given, each with its check."""
+    inplace: dict[str, Check] = {"inplace": _is_switch}
+    dropout: dict[str, Check] = {"p": _is_number, **inplace}
+    normalisation = {
+        "num_features": _is_size,
+        "eps": _is_number,
+        "momentum": _optional(_is_number),
+        "affine": _is_switch,
+        "track_running_stats": _is_switch,
+    }
+    convolution = {
+        "in_channels": _is_size,
+        "out_channels": _is_size,
+        "kernel_size": _is_extents,
+        "stride": _is_extents,
+        "padding": _is_padding,
+        "dilation": _is_extents,
+        "groups": _is_size,
+        "bias": _is_switch,
+        "padding_mode": _one_of("zeros", "reflect", "replicate", "circular"),
+    }
+    window = {
+        "kernel_size": _is_extents,
+        "stride": _is_extents,
+        "padding": _is_extents,
+        "ceil_mode": _is_switch,
+    }
+    single = {"return_indices": _one_of(False)}
+    table: dict[str, dict[str, Check]] = {
+        "Embedding": {
+            "num_embeddings": _is_size,
+            "embedding_dim": _is_size,
+            "padding_idx": _optional(_is_integer),
+            "max_norm": _one_of(None),
+        },
+        "Linear": {"in_features": _is_size, "out_features": _is_size, "bias": _is_switch},
+        "Flatten": {"start_dim": _is_integer, "end_dim": _is_integer},
+        "Unflatten": {"dim": _is_integer, "unflattened_size": _is_sizes},
+        "Identity": {},
+        "LayerNorm": {
+            "normalized_shape": _is_sizes,
+            "eps": _is_number,
+            "elementwise_affine": _is_switch,
+            "bias": _is_switch,
+        },
+        "GroupNorm": {
+            "num_groups": _is_size,
+            "num_channels": _is_size,
+            "eps": _is_number,
+            "affine": _is_switch,
+        },
+        "Dropout": dropout,
+        "AlphaDropout": dropout,
+        "FeatureAlphaDropout": dropout,
+        "ReLU": inplace,
+        "ReLU6": inplace,
+        "SELU": inplace,
+        "SiLU": inplace,
+        "Mish": inplace,
+        "Hardswish": inplace,
+        "Hardsigmoid": inplace,
+        "Tanh": {},
+        "Sigmoid": {},
+        "LogSigmoid": {},
+        "Softsign": {},
+        "Tanhshrink": {},
+        "GELU": {"approximate": _one_of("none", "tanh")},
+        "ELU": {"alpha": _is_number, **inplace},
+        "CELU": {"alpha": _is_number, **inplace},
+        "LeakyReLU": {"negative_slope": _is_number, **inplace},
+        "PReLU": {"num_parameters": _is_size},
+        "Hardtanh": {"min_val": _is_number, "max_val": _is_number, **inplace},
+        "Softplus": {"beta": _is_number, "threshold": _is_number},
+        "Softmax": {"dim": _is_integer},
+        "LogSoftmax": {"dim": _is_integer},
+    }
+    for rank in (1, 2, 3):
+        table |= {
+            f"Conv{rank}d": convolution,
+            f"ConvTranspose{rank}d": convolution | {"output_padding": _is_extents, "padding": _is_extents},
+            f"BatchNorm{rank}d": normalisation,
+            f"InstanceNorm{rank}d": normalisation,
+            f"Dropout{rank}d": dropout,
+            f"MaxPool{rank}d": window | {"dilation": _is_extents} | single,
+            f"AvgPool{rank}d": window | {"count_include_pad": _is_switch},
+            f"AdaptiveAvgPool{rank}d": {"output_size": _is_output_size},
+            f"AdaptiveMaxPool{rank}d": {"output_size": _is_output_size} | single,
+            f"ZeroPad{rank}d": {"padding": _is_extents},
+        }
+        if rank > 1:
+            table[f"AvgPool{rank}d"] = table[f"AvgPool{rank}d"] | {"divisor_override": _optional(_is_size)}
+    return table
+
+
+_LAYERS = _table()
+
+
+def _current_versions() -> dict[str, str]:
+    return {"bnfold": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+
+
+def _plain(value: Any) -> Any:
+    """Return tuples as lists and mappings as dicts; anything else as it is, for `_check_plain` to judge."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _check_plain(where: str, value: Any) -> None:
+    """Raise unless `value` is made of None, bool, int, float, str, list and dict with names for keys, in finite number."""
+    waiting, seen = [value], 0
+    while waiting:
+        one, seen = waiting.pop(), seen + 1
+        if seen > _LARGEST_RECORD:
+            raise InputError(f"`{where}` holds more than {_LARGEST_RECORD} values")
+        if type(one) is list:
+            waiting.extend(one)
+        elif type(one) is dict and all(type(key) is str for key in one):
+            waiting.extend(one.values())
+        elif one is not None and type(one) not in (bool, int, float, str):
+            raise InputError(f"`{where}` holds a {type(one).__name__}, which is no plain value")
+
+
+def _describe_layer(name: str, layer: nn.Module) -> dict[str, Any]:
+    kind = getattr(type(layer), "saved_as", type(layer).__name__)
+    if kind not in _LAYERS or not ("saved_as" in vars(type(layer)) or type(layer) is getattr(nn, kind)):
+        raise InputError(f"layer `{name}` is a {type(layer).__qualname__}, which a checkpoint cannot hold")
+    arguments = {argument: _plain(getattr(layer, argument)) for argument in _LAYERS[kind]}
+    if "bias" in arguments:
+        arguments["bias"] = layer.bias is not None
+    return {"name": name, "class": kind, "arguments": arguments}
+
+
+def _pack(checkpoint: Checkpoint) -> dict[str, Any]:
+    domain = checkpoint.input
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": describe(checkpoint.model),
+        "input": {"shape": list(domain.shape), "dtype": domain.dtype, "low": domain.low, "high": domain.high},
+        "vocabulary": list(checkpoint.vocabulary),
+        "state": {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in checkpoint.model.state_dict().items()
+        },
+        "record": _plain(checkpoint.record),
+        "versions": _plain(checkpoint.versions),
+        "folded": _plain(checkpoint.folded),
+    }
+
+
+def _unpack(payload: Any) -> Checkpoint:
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise InputError("is a torch archive but no checkpoint of bnfold's; make one with `python -m train`")
+    version = payload.get("version")
+    if not _is_integer(version) or version != VERSION:
+        raise InputError(f"has format version {version!r:.20}, and this bnfold reads {VERSION}")
+    for key, kind in _SECTIONS.items():
+        if not isinstance(payload.get(key), kind):
+            raise InputError(f"has no readable `{key}`")
+        if key != "state":
+            _check_plain(key, payload[key])
+    domain = _build_domain(payload["input"])
+    vocabulary = _check_vocabulary(payload["vocabulary"], domain)
+    model = _build(payload["architecture"], domain)
+    _fill(model, payload["state"])
+    folded = payload.get("folded")
+    return Checkpoint(model.eval(), domain, vocabulary, payload["record"], folded, payload["versions"])
+
+
+_SECTIONS: dict[str, Any] = {
+    "architecture": list,
+    "input": dict,
+    "vocabulary": list,
+    "state": dict,
+    "record": dict,
+    "versions": dict,
+    "folded": dict | None,
+}
+
+
+def _build_domain(entry: dict[str, Any]) -> InputDomain:
+    if set(entry) != {"shape", "dtype", "low", "high"} or not isinstance(entry["shape"], list):
+        raise InputError("`input` needs a shape, a dtype, low and high")
+    return InputDomain(tuple(entry["shape"]), entry["dtype"], entry["low"], entry["high"])
+
+
+def _check_vocabulary(characters: list[Any], domain: InputDomain) -> tuple[str, ...]:
+    if not all(isinstance(one, str) for one in characters) or len(set(characters)) != len(characters):
+        raise InputError("`vocabulary` must be a list of different characters")
+    if characters and (domain.low, domain.high) != (0, len(characters)):
+        raise InputError(
+            f"`vocabulary` has {len(characters)} characters, the input {domain.low} to {domain.high}"
+        )
+    return tuple(characters)
+
+
+def _build(architecture: list[Any], domain: InputDomain) -> nn.Sequential:
+    """Return the layers without storage, after one pass that computes shapes alone."""
+    model = nn.Sequential()
+    for entry in architecture:
+        _add_layer(model, entry)
+    dtype = torch.get_default_dtype() if domain.low is None else _DTYPES[domain.dtype]
+    value = torch.empty((2, *domain.shape), dtype=dtype, device="meta")
+    for name, layer in model.eval().named_children():
+        if isinstance(layer, nn.Embedding):
+            _check_rows(name, layer.num_embeddings, domain)
+        try:
+            value = layer(value)
+        except Exception as error:  # whatever torch says of shapes that do not fit
+            raise InputError(
+                f"layer `{name}` does not fit its input of shape {list(value.shape)[1:]}"
+            ) from error
+    return model
+
+
+def _check_rows(name: str, rows: int, domain: InputDomain) -> None:
+    if domain.low is None or domain.high is None or domain.low < 0 or domain.high > rows:
+        raise InputError(f"layer `{name}` has {rows} rows, the input runs from {domain.low} to {domain.high}")
+
+
+def _add_layer(model: nn.Sequential, entry: Any) -> None:
+    if not isinstance(entry, dict) or set(entry) != {"name", "class", "arguments"}:
+        raise InputError("each layer of `architecture` needs a name, a class and arguments")
+    name, kind, arguments = entry["name"], entry["class"], entry["arguments"]
+    if not isinstance(name, str) or not isinstance(kind, str) or kind not in _LAYERS:
+        raise InputError(f"layer {name!r:.80} is a {kind!r:.80}, which is not in the table of layers")
+    checks = _LAYERS[kind]
+    if not isinstance(arguments, dict) or set(arguments) != set(checks):
+        raise InputError(f"layer `{name:.80}` ({kind}) takes exactly {', '.join(checks) or 'no arguments'}")
+    for argument, check in checks.items():
+        if not check(arguments[argument]):
+            raise InputError(f"layer `{name:.80}` ({kind}) has {argument} = {arguments[argument]!r:.80}")
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    try:
+        with torch.device("meta"):
+            model.add_module(name, getattr(nn, kind)(**given))
+    except Exception as error:  # a name twice or with a dot, sizes that do not go together or overflow
+        raise InputError(
+            f"layer `{name:.80}` ({kind}) cannot be built: {str(error).splitlines()[0]:.200}"
+        ) from error
+
+
+def _fill(model: nn.Sequential, state: dict[Any, Any]) -> None:
+    """Give the layers their tensors; raise unless names, shapes and kinds of dtype are those of the layers."""
+    wanted = model.state_dict()
+    _compare_names(wanted, state)
+    for name, template in wanted.items():
+        tensor = state[name]
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+            or tensor.dtype not in _STATE_DTYPES
+        ):
+            raise InputError(f"`{name}` is no tensor of numbers that a layer can hold")
+        if tensor.shape != template.shape:
+            raise InputError(
+                f"`{name}` has shape {list(tensor.shape)}, its layer needs {list(template.shape)}"
+            )
+        if tensor.is_floating_point() != template.is_floating_point() or not tensor.is_contiguous():
+            raise InputError(f"`{name}` is stored as {tensor.dtype} in a form that its layer cannot use")
+    model.load_state_dict(state, assign=True)
+
+
+def _compare_names(wanted: Iterable[Any], given: Iterable[Any]) -> None:
+    missing, surplus = set(wanted) - set(given), set(given) - set(wanted)
+    if missing:
+        raise InputError(f"`state` lacks `{min(missing)}`")
+    if surplus:
+        raise InputError(f"`state` has {min(map(repr, surplus)):.80}, which belongs to no layer")
+
+
+def _identify_archive(archive: zipfile.ZipFile) -> Kind:
+    members = {name.partition("/")[2]: name for name in archive.namelist()}
+    if "archive_format" in members or "serialized_exported_program.json" in archive.namelist():
+        return "exported program"
+    if "constants.pkl" in members:
+        return "torchscript"
+    if "data.pkl" not in members:
+        return "zip"
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        return "zip"
+    claimed = FORMAT.encode() in archive.read(members["data.pkl"])
+    return "checkpoint" if claimed else "torch archive"
+
+
+def _refuse_strangers(path: str | Path) -> None:
+    kind = identify(path)
+    if kind != "checkpoint":
+        raise InputError(f"{path} {_STRANGERS[kind]}")
+
+
+_STRANGERS: dict[Kind, str] = {
+    "torch archive": "is a torch archive (a state dict?) that does not describe its net; save it with bnfold.checkpoint",
+    "exported program": "is an exported program (.pt2); fold the module before exporting it",
+    "torchscript": "is a TorchScript archive; fold the module before scripting it",
+    "zip": "is a zip archive but none that torch.save writes; make a checkpoint with `python -m train`",
+    "pickle": "is a bare pickle, which can run code when read; make a checkpoint with `python -m train`",
+    "other": "is no checkpoint; make one with `python -m train`",
+}
