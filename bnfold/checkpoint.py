@@ -1,28 +1,30 @@
 """The self-describing, code-free checkpoint of a sequential model.
 
-A checkpoint is what `torch.save` makes of one plain dict; `torch.load(path, weights_only=True)` reads it anywhere:
+A checkpoint is one plain dict in the form that `torch.save` gives it; `torch.load(path, weights_only=True)`
+reads it anywhere:
 
     format        "bnfold.checkpoint"
     version       1
-    architecture  [{"name": "linear1", "class": "Linear", "arguments": {"in_features": 30, ...}}, ...]  in running order
-    input         {"shape": [3], "dtype": "int64", "low": 0, "high": 27}   one example without the batch axis
+    architecture  the layers in running order, each
+                  {"name": "linear1", "class": "Linear", "arguments": {"in_features": 30, ...}}
+    input         {"shape": [3], "dtype": "int64", "low": 0, "high": 27}   one example, no batch axis
     vocabulary    [".", "a", ...]   the character of every index; empty where the inputs are no characters
     state         {"linear1.weight": tensor, ...}   the state dict, on the CPU, one storage per tensor
     record        how it was trained: plain values
     versions      {"bnfold": ..., "python": ..., "torch": ...}
     folded        the record of a fold (verdicts, hash of the source); None before one
 
-An integer input has an alphabet, `low` to `high` (exclusive), so that all its inputs can be counted and tried; other
-inputs have None for both. The same checkpoint always gives the same bytes: no time, no path and no host is stored.
+An integer input has an alphabet, `low` to `high` (exclusive), so that all its inputs can be counted and tried;
+other inputs have None for both. The same checkpoint always gives the same bytes: no time, path or host is kept.
 
-`load` needs no code but torch's: a layer is built only if its class and every argument stand in the table below. It is
-built on the meta device, where a size costs no memory, checked with one forward pass that computes shapes alone, and
-then given the tensors of the file, which must fit. Archives with compressed members are refused, since a few bytes of
-them may unpack to any number. So an odd file ends in an `InputError` of one line and never in code or memory of its
-choosing.
+`load` needs no code but torch's. A layer is built only if its class and every argument stand in the table
+below; it is built on the meta device, where a size costs no memory, checked with one forward pass that computes
+shapes alone, and then given the tensors of the file, which must fit. Archives with compressed members are
+refused, since a few bytes of them may unpack to any number. So an odd file ends in an `InputError` of one line
+and never in code or memory of its choosing.
 
-Not covered: nested and branching models, layers that are not in the table, tied weights (saved once per name),
-hooks (not saved), optimiser state.
+Not covered: nested and branching models, layers that are not in the table, tied weights (saved once for each
+name), hooks (not saved), optimiser state.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ _LARGEST_RECORD = 1_000_000
 
 @dataclass(frozen=True)
 class InputDomain:
-    """What one example may be: its shape without the batch axis, its dtype and, for integers, its alphabet."""
+    """What one example may be: shape without the batch axis, dtype and, for integers, the alphabet."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -139,8 +141,8 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint in one step; an existing file survives any failure.
 
     Raises:
-        InputError: the model has a layer that `load` could not build, a record holds more than plain values, or the
-            file cannot be written there.
+        InputError: the model has a layer that `load` could not build, a record holds more than plain values, or
+            the file cannot be written there.
     """
     payload = _pack(checkpoint)
     _unpack(payload)
@@ -152,7 +154,7 @@ def load(path: str | Path) -> Checkpoint:
     """Rebuild a checkpoint from its file, the model in eval mode on the CPU.
 
     Raises:
-        InputError: there is no such file, it is something else, or it does not describe a net that fits its tensors.
+        InputError: there is no such file, it is something else, or its tensors do not fit the net it describes.
     """
     _refuse_strangers(path)
     try:
@@ -194,12 +196,12 @@ def identify(path: str | Path) -> Kind:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Tell whether a file claims to be one of these checkpoints; `load` then says whether it is a sound one."""
+    """Tell whether a file claims to be such a checkpoint; `load` then says whether it is a sound one."""
     return identify(path) == "checkpoint"
 
 
 def describe(model: nn.Sequential) -> list[dict[str, Any]]:
-    """Return the architecture as plain values: name, torch.nn class and arguments of every layer, in running order.
+    """Return the architecture as plain values: name, torch.nn class and arguments of each layer, in order.
 
     A layer of another class counts as the torch.nn class that its attribute `saved_as` names.
 
@@ -377,7 +379,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_plain(where: str, value: Any) -> None:
-    """Raise unless `value` is made of None, bool, int, float, str, list and dict with names for keys, in finite number."""
+    """Raise unless `value` is a finite tree of None, bool, int, float, str, list and dict keyed by str."""
     waiting, seen = [value], 0
     while waiting:
         one, seen = waiting.pop(), seen + 1
@@ -501,18 +503,20 @@ def _add_layer(model: nn.Sequential, entry: Any) -> None:
     for argument, check in checks.items():
         if not check(arguments[argument]):
             raise InputError(f"layer `{name:.80}` ({kind}) has {argument} = {arguments[argument]!r:.80}")
+    if name in dict(model.named_children()):
+        raise InputError(f"layer `{name:.80}` stands twice in `architecture`")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
         with torch.device("meta"):
             model.add_module(name, getattr(nn, kind)(**given))
-    except Exception as error:  # a name twice or with a dot, sizes that do not go together or overflow
+    except Exception as error:  # a name with a dot, sizes that do not go together or overflow
         raise InputError(
             f"layer `{name:.80}` ({kind}) cannot be built: {str(error).splitlines()[0]:.200}"
         ) from error
 
 
 def _fill(model: nn.Sequential, state: dict[Any, Any]) -> None:
-    """Give the layers their tensors; raise unless names, shapes and kinds of dtype are those of the layers."""
+    """Give the layers their tensors; raise unless names, shapes and kinds of dtype are the layers' own."""
     wanted = model.state_dict()
     _compare_names(wanted, state)
     for name, template in wanted.items():
@@ -561,7 +565,7 @@ def _refuse_strangers(path: str | Path) -> None:
 
 
 _STRANGERS: dict[Kind, str] = {
-    "torch archive": "is a torch archive (a state dict?) that does not describe its net; save it with bnfold.checkpoint",
+    "torch archive": "is a torch archive (a state dict?) that does not describe its net; use bnfold.checkpoint.save",
     "exported program": "is an exported program (.pt2); fold the module before exporting it",
     "torchscript": "is a TorchScript archive; fold the module before scripting it",
     "zip": "is a zip archive but none that torch.save writes; make a checkpoint with `python -m train`",
