@@ -5,8 +5,8 @@
     parts = split(names)                        # 80 / 10 / 10 by word, as the lecture splits
     x, y = contexts(parts.train, vocabulary)    # (n, 3) and (n,), int64
 
-The package needs NumPy alone; `python -m data` (a table, a download) also needs rich. Tokens longer than one character,
-lists that do not fit in memory, and sampling are not covered.
+The package needs NumPy alone; `python -m data` (a table, a download) also needs rich. Tokens longer than one
+character, lists that do not fit in memory, and sampling are not covered.
 """
 
 from data.contexts import MOST_CONTEXTS, Split, all_contexts, contexts, split

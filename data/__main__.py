@@ -25,7 +25,7 @@ from data.vocabulary import Vocabulary
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line; without a command it is `show`."""
-    parser = argparse.ArgumentParser(prog="python -m data", description="Names: what a list holds, and a download.")
+    parser = argparse.ArgumentParser(prog="python -m data", description="What a list of names holds.")
     parser.set_defaults(run=show, names=None, context=3)
     commands = parser.add_subparsers(title="commands")
     table = commands.add_parser("show", help="counts and reference losses of a list (the default)")
@@ -42,15 +42,16 @@ def show(options: argparse.Namespace) -> None:
     """Print the table of a list: names, examples, distinct contexts and unigram loss of each part."""
     names = read_names(options.names)
     vocabulary = Vocabulary.from_names(names)
-    parts = {part: (words, *contexts(words, vocabulary, options.context)) for part, words in _parts(names).items()}
+    parts = split(names)
+    examples = [contexts(part, vocabulary, options.context) for part in parts]
     table = Table(title=f"{options.names or DEFAULT_LIST.name}: {len(names):,} names", title_justify="left")
     table.add_column("part")
     for heading in ("names", "examples", "distinct contexts", "unigram loss"):
         table.add_column(heading, justify="right")
-    _, train_x, train_y = parts["train"]
-    for part, (words, x, y) in parts.items():
+    train_x, train_y = examples[0]
+    for name, part, (x, y) in zip(parts._fields, parts, examples, strict=True):
         loss = f"{unigram_loss(train_y, y):.4f}"
-        table.add_row(part, f"{len(words):,}", f"{len(y):,}", f"{count_distinct(x):,}", loss)
+        table.add_row(name, f"{len(part):,}", f"{len(y):,}", f"{count_distinct(x):,}", loss)
     console = Console(highlight=False, markup=False)
     console.print(table)
     size, length = len(vocabulary), options.context
@@ -68,10 +69,6 @@ def fetch(options: argparse.Namespace) -> None:
         print(f"{path} is there already, and sound")
     else:
         print(f"{fetch_makemore(options.url)} downloaded and checked; use it with --names makemore")
-
-
-def _parts(names: list[str]) -> dict[str, list[str]]:
-    return split(names)._asdict()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,12 +1,13 @@
-"""Contexts and targets: each character of a name, and its end, is to be told from the `length` characters before it.
+"""Contexts and targets: each character of a name, and its end, told from the `length` characters before it.
 
-With a context of 3, `emma` gives `... -> e`, `..e -> m`, `.em -> m`, `emm -> a`, `mma -> .`. All names are laid out as
-one stream with `length` terminators before each name and after the last,
+With a context of 3, `emma` gives `... -> e`, `..e -> m`, `.em -> m`, `emm -> a`, `mma -> .`. All names are
+laid out as one stream with `length` terminators before each name and after the last,
 
     . . . e m m a . . . o l i v i a . . .
 
-and the examples are its windows of `length + 1` characters, less those whose target is a terminator that follows
-another one. NumPy does all of it at once; no example is touched in Python. Contexts never reach across names.
+and the examples are its windows of `length + 1` characters, less those whose target is a terminator that
+follows another one. NumPy does all of it at once; no example is touched in Python. Contexts never reach
+across names.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Split(NamedTuple):
 def split(names: Sequence[str], seed: int = 42) -> Split:
     """Shuffle a copy of `names` as `random.seed(seed)` would and cut it 80 / 10 / 10, by word.
 
-    The same seed and names give the lecture's split to the word. With fewer than `FEWEST_NAMES` names a part is empty.
+    The same seed and names give the lecture's split to the word. With fewer than `FEWEST_NAMES` names a part
+    is empty.
     """
     shuffled = list(names)
     Random(seed).shuffle(shuffled)
@@ -55,7 +57,7 @@ def contexts(
     There is one example for each character and one for the end of each name; an empty name has none.
 
     Raises:
-        InputError: a length below 1, a character that the vocabulary lacks, or a name that holds its terminator.
+        InputError: a length below 1, a character that the vocabulary lacks, or its terminator inside a name.
     """
     _check_length(length)
     gap = vocabulary.terminator * length
@@ -69,7 +71,7 @@ def contexts(
 
 
 def all_contexts(vocabulary_size: int, length: int = 3) -> NDArray[np.int64]:
-    """Return every context there can be, (vocabulary_size ** length, length) int64, the last place counting fastest.
+    """Return every context, (vocabulary_size**length, length) int64, the last place running fastest.
 
     Raises:
         InputError: a length below 1, or more than `MOST_CONTEXTS` of them.
@@ -77,8 +79,8 @@ def all_contexts(vocabulary_size: int, length: int = 3) -> NDArray[np.int64]:
     _check_length(length)
     if (count := vocabulary_size**length) > MOST_CONTEXTS:
         raise InputError(
-            f"{vocabulary_size} characters make {count:,} contexts of {length}; at most {MOST_CONTEXTS:,} can be "
-            "listed: take a shorter context"
+            f"{vocabulary_size} characters make {count:,} contexts of {length}; at most {MOST_CONTEXTS:,} "
+            "can be listed: take a shorter context"
         )
     return np.ascontiguousarray(np.indices((vocabulary_size,) * length, np.int64).reshape(length, -1).T)
 

@@ -1,10 +1,12 @@
 """Lists of names: the one that ships with the project, the lecture's own in a cache, or any text file.
 
-A list is UTF-8 text with one word a line. White space around a word is dropped, blank lines are skipped, the order and
-any repetition are kept. Characters are taken as they stand: no folding of case, no Unicode normalisation.
+A list is UTF-8 text with one word a line. White space around a word is dropped, blank lines are skipped, the
+order and any repetition are kept. Characters are taken as they stand: no folding of case, no Unicode
+normalisation.
 
-A source is `None` (the shipped list), the word `makemore` (the downloaded list; write `./makemore` for a file of that
-name) or a path. The cache is the folder `$BNFOLD_CACHE`, or else `bnfold` in `$XDG_CACHE_HOME` or `~/.cache`.
+A source is `None` (the shipped list), the word `makemore` (the downloaded list; write `./makemore` for a file
+of that name) or a path. The cache is the folder `$BNFOLD_CACHE`, or else `bnfold` in `$XDG_CACHE_HOME` or
+`~/.cache`.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ def read_names(source: str | Path | None = None) -> list[str]:
         source: `None` for the shipped list, `"makemore"` for the downloaded one, or the path of a text file.
 
     Raises:
-        InputError: no such file, unreadable, empty, not UTF-8 text, fewer than `FEWEST_NAMES` words, a word of more
-            than `LONGEST_NAME` characters, or `makemore` without a sound download in the cache.
+        InputError: no such file, unreadable, empty, not UTF-8 text, fewer than `FEWEST_NAMES` words, a word
+            of more than `LONGEST_NAME` characters, or `makemore` without a sound download in the cache.
     """
     path = _locate(source)
     words = [line.strip() for line in _decode(_read(path), path).splitlines()]
@@ -50,8 +52,8 @@ def read_names(source: str | Path | None = None) -> list[str]:
         raise InputError(f"{path} is empty; put one name on a line")
     if len(names) < FEWEST_NAMES:
         raise InputError(
-            f"{path} holds {len(names)} word{'s' * (len(names) > 1)}, too few to split into train, dev and test; "
-            f"give at least {FEWEST_NAMES}"
+            f"{path} holds {len(names)} word{'s' * (len(names) > 1)}, too few to split into train, dev and "
+            f"test; give at least {FEWEST_NAMES}"
         )
     return names
 

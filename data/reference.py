@@ -1,10 +1,11 @@
 """Losses to read a training run by: what knowing nothing, the letters, or whole contexts would give, in nats.
 
-    uniform       ln V                                    every character equally likely
-    unigram       -mean_i ln p(y_i),  p from the train set  the frequencies of the characters, no context
-    conditional   -mean_i ln p(y_i | x_i) on its own set    the least that any model of x alone can reach there
+    uniform       ln V                         every character equally likely
+    unigram       -mean_i ln p(y_i)            the frequencies of the characters in the train set
+    conditional   -mean_i ln p(y_i | x_i)      the frequencies after each context, in the same set
 
-The conditional entropy is a floor on the set it was counted on only: on other names the counts are no prediction.
+The conditional entropy is a floor: no model that sees `x` alone has a lower loss on the set it was counted
+on. On other names the counts are no prediction.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def unigram_loss(train_y: NDArray[np.int64], y: NDArray[np.int64]) -> float:
 
 
 def conditional_entropy(x: NDArray[np.int64], y: NDArray[np.int64]) -> float:
-    """Return the empirical entropy of the targets `y` (n,) given the contexts `x` (n, length); nan if empty."""
+    """Return the entropy of the targets `y` (n,) given the contexts `x` (n, length); nan if empty."""
     if not len(y):
         return float("nan")
     given = np.unique(_number_rows(x), return_counts=True)[1]
@@ -50,7 +51,7 @@ def count_distinct(x: NDArray[np.int64]) -> int:
 
 
 def _number_rows(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return a number for each row, the same for equal rows only; renumbered column by column, so it stays small."""
+    """Return a number for each row, equal for equal rows only; renumbered per column to stay small."""
     numbers = np.zeros(len(rows), np.int64)
     for column in rows.T:
         numbers = np.unique(numbers * (1 + column.max(initial=0)) + column, return_inverse=True)[1]

@@ -1,7 +1,7 @@
 """The characters of a list of names, numbered; number 0 ends a name, and pads the context before it begins.
 
-The terminator is `.`, as in the lecture, unless a name has a `.` of its own: then the first of `|`, `#`, `~` that no
-name uses, or else the first such character of Unicode's private use area, so that it can never be part of a name.
+The terminator is `.`, as in the lecture, unless a name has a `.` of its own: then the first of `|`, `#`, `~`
+that no name uses, or else the first such character of Unicode's private use area. It is never part of a name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Vocabulary:
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> Vocabulary:
-        """Return the vocabulary of `names`: a terminator that none of them uses, then their characters, sorted."""
+        """Return a terminator that no name uses, followed by the characters of `names`, sorted."""
         used = set("".join(names))
         candidates = chain(".|#~", map(chr, range(0xE000, 0x110000)))
         terminator = next(character for character in candidates if character not in used)

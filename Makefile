@@ -1,0 +1,51 @@
+# Every target makes its own environment in .venv, from the pins in constraints.txt.
+# Another Python: make PYTHON=python3.12 test. Fewer tests: make test TESTS=tests/data.
+
+PYTHON ?= python3
+TESTS ?=
+WORKERS ?= 2
+DEMO ?= runs/demo
+
+BIN := .venv/bin
+READY := .venv/ready
+
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all lint bench clean
+.DEFAULT_GOAL := test
+
+demo: $(READY)
+	mkdir -p $(DEMO)
+	$(BIN)/python -m train -o $(DEMO)/ckpt.pt
+	$(BIN)/python -m bnfold.fold $(DEMO)/ckpt.pt
+	$(BIN)/python -m export $(DEMO)/ckpt.folded.pt -o $(DEMO)/ckpt.onnx
+	$(BIN)/python -m export.sample $(DEMO)/ckpt.onnx --count 20 --seed 1
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m '' $(TESTS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean:
+	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; make PYTHON=... names one" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: bnfold needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1);" \
+	         "make PYTHON=... names another" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
