@@ -14,17 +14,18 @@ reads it anywhere:
     versions      {"bnfold": ..., "python": ..., "torch": ...}
     folded        the record of a fold (verdicts, hash of the source); None before one
 
-An integer input has an alphabet, `low` to `high` (exclusive), so that all its inputs can be counted and tried;
-other inputs have None for both. The same checkpoint always gives the same bytes: no time, path or host is kept.
+An integer input has an alphabet, `low` to `high` (exclusive), so that all its inputs can be counted and
+tried; other inputs have None for both. The same checkpoint always gives the same bytes: no time, path or
+host is kept.
 
 `load` needs no code but torch's. A layer is built only if its class and every argument stand in the table
-below; it is built on the meta device, where a size costs no memory, checked with one forward pass that computes
-shapes alone, and then given the tensors of the file, which must fit. Archives with compressed members are
-refused, since a few bytes of them may unpack to any number. So an odd file ends in an `InputError` of one line
-and never in code or memory of its choosing.
+of `bnfold.layers`; it is built on the meta device, where a size costs no memory, checked with one forward
+pass that computes shapes alone, and then given the tensors of the file, which must fit. Archives with
+compressed members are refused, since a few bytes of them may unpack to any number. So an odd file ends in
+an `InputError` of one line and never in code or memory of its choosing.
 
-Not covered: nested and branching models, layers that are not in the table, tied weights (saved once for each
-name), hooks (not saved), optimiser state.
+Not covered: nested and branching models, layers that are not in the table, tied weights (saved once for
+each name), hooks (not saved), optimiser state.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import math
 import platform
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 
 from bnfold import __version__
 from bnfold.errors import InputError, replacing
+from bnfold.layers import build_layer, describe_layer, is_integer, is_sizes
 
 __all__ = [
     "FORMAT",
@@ -60,14 +62,13 @@ FORMAT = "bnfold.checkpoint"
 VERSION = 1
 
 Kind = Literal["checkpoint", "torch archive", "exported program", "torchscript", "zip", "pickle", "other"]
-Check = Callable[[Any], bool]
 
 _DTYPES = {
     name: getattr(torch, name)
     for name in ("int64", "int32", "uint8", "bool", "float16", "bfloat16", "float32", "float64")
 }
 _STATE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
-_LARGEST_SIZE = 2**31
+_LARGEST_LISTING = 2**31
 _LARGEST_RECORD = 1_000_000
 
 
@@ -82,13 +83,13 @@ class InputDomain:
 
     def __post_init__(self) -> None:
         """Raise `InputError` for a shape, dtype or alphabet that no tensor can have."""
-        if not (_is_sizes(self.shape) and isinstance(self.shape, tuple)):
+        if not (is_sizes(self.shape) and isinstance(self.shape, tuple)):
             raise InputError(f"input shape {self.shape!r} is no tuple of sizes")
         if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
             raise InputError(f"input dtype {self.dtype!r} is none of {', '.join(_DTYPES)}")
         if self.low is None and self.high is None:
             return
-        if not (_is_integer(self.low) and _is_integer(self.high)) or _DTYPES[self.dtype].is_floating_point:
+        if not (is_integer(self.low) and is_integer(self.high)) or _DTYPES[self.dtype].is_floating_point:
             raise InputError(
                 f"an alphabet from {self.low!r} to {self.high!r} needs integers and an integer dtype"
             )
@@ -110,7 +111,7 @@ class InputDomain:
             raise InputError(
                 f"{self.dtype} inputs of shape {list(self.shape)} cannot be counted; sample some instead"
             )
-        if count * size > _LARGEST_SIZE:
+        if count * size > _LARGEST_LISTING:
             raise InputError(f"{count} possible inputs are too many to list; sample some instead")
         base = self.high - self.low
         places = base ** torch.arange(size - 1, -1, -1)
@@ -141,8 +142,8 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint in one step; an existing file survives any failure.
 
     Raises:
-        InputError: the model has a layer that `load` could not build, a record holds more than plain values, or
-            the file cannot be written there.
+        InputError: the model has a layer that `load` could not build, a record holds more than plain values,
+            or the file cannot be written there.
     """
     payload = _pack(checkpoint)
     _unpack(payload)
@@ -154,7 +155,7 @@ def load(path: str | Path) -> Checkpoint:
     """Rebuild a checkpoint from its file, the model in eval mode on the CPU.
 
     Raises:
-        InputError: there is no such file, it is something else, or its tensors do not fit the net it describes.
+        InputError: there is no such file, it is something else, or its tensors do not fit its net.
     """
     _refuse_strangers(path)
     try:
@@ -210,161 +211,16 @@ def describe(model: nn.Sequential) -> list[dict[str, Any]]:
     """
     if type(model) is not nn.Sequential:
         raise InputError(f"a checkpoint holds an nn.Sequential, and this is a {type(model).__name__}")
-    return [_describe_layer(name, layer) for name, layer in model._modules.items() if layer is not None]
+    return [describe_layer(name, layer) for name, layer in model._modules.items() if layer is not None]
 
 
 def drop_identities(model: nn.Sequential) -> nn.Sequential:
     """Return the same layers under the same names, without the `nn.Identity` that a fold leaves behind."""
     kept = nn.Sequential()
-    for name, layer in model.named_children():
+    for name, layer in model._modules.items():
         if type(layer) is not nn.Identity:
             kept.add_module(name, layer)
     return kept.train(model.training)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST_SIZE
-
-
-def _is_size(value: Any) -> bool:
-    return _is_integer(value) and value > 0
-
-
-def _is_extent(value: Any) -> bool:
-    return _is_integer(value) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) <= 8 and all(map(_is_size, value))
-
-
-def _is_extents(value: Any) -> bool:
-    return _is_extent(value) or (
-        isinstance(value, list | tuple) and len(value) <= 6 and all(map(_is_extent, value))
-    )
-
-
-def _is_output_size(value: Any) -> bool:
-    each = value if isinstance(value, list | tuple) else [value]
-    return len(each) <= 3 and all(one is None or _is_size(one) for one in each)
-
-
-def _optional(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def _one_of(*allowed: Any) -> Check:
-    return lambda value: any(value is one or (isinstance(one, str) and value == one) for one in allowed)
-
-
-def _is_padding(value: Any) -> bool:
-    return _is_extents(value) or value in ("same", "valid")
-
-
-def _table() -> dict[str, dict[str, Check]]:
-    """Return the layers that may be built: class name to the arguments it is given, each with its check."""
-    inplace: dict[str, Check] = {"inplace": _is_switch}
-    dropout: dict[str, Check] = {"p": _is_number, **inplace}
-    normalisation = {
-        "num_features": _is_size,
-        "eps": _is_number,
-        "momentum": _optional(_is_number),
-        "affine": _is_switch,
-        "track_running_stats": _is_switch,
-    }
-    convolution = {
-        "in_channels": _is_size,
-        "out_channels": _is_size,
-        "kernel_size": _is_extents,
-        "stride": _is_extents,
-        "padding": _is_padding,
-        "dilation": _is_extents,
-        "groups": _is_size,
-        "bias": _is_switch,
-        "padding_mode": _one_of("zeros", "reflect", "replicate", "circular"),
-    }
-    window = {
-        "kernel_size": _is_extents,
-        "stride": _is_extents,
-        "padding": _is_extents,
-        "ceil_mode": _is_switch,
-    }
-    single = {"return_indices": _one_of(False)}
-    table: dict[str, dict[str, Check]] = {
-        "Embedding": {
-            "num_embeddings": _is_size,
-            "embedding_dim": _is_size,
-            "padding_idx": _optional(_is_integer),
-            "max_norm": _one_of(None),
-        },
-        "Linear": {"in_features": _is_size, "out_features": _is_size, "bias": _is_switch},
-        "Flatten": {"start_dim": _is_integer, "end_dim": _is_integer},
-        "Unflatten": {"dim": _is_integer, "unflattened_size": _is_sizes},
-        "Identity": {},
-        "LayerNorm": {
-            "normalized_shape": _is_sizes,
-            "eps": _is_number,
-            "elementwise_affine": _is_switch,
-            "bias": _is_switch,
-        },
-        "GroupNorm": {
-            "num_groups": _is_size,
-            "num_channels": _is_size,
-            "eps": _is_number,
-            "affine": _is_switch,
-        },
-        "Dropout": dropout,
-        "AlphaDropout": dropout,
-        "FeatureAlphaDropout": dropout,
-        "ReLU": inplace,
-        "ReLU6": inplace,
-        "SELU": inplace,
-        "SiLU": inplace,
-        "Mish": inplace,
-        "Hardswish": inplace,
-        "Hardsigmoid": inplace,
-        "Tanh": {},
-        "Sigmoid": {},
-        "LogSigmoid": {},
-        "Softsign": {},
-        "Tanhshrink": {},
-        "GELU": {"approximate": _one_of("none", "tanh")},
-        "ELU": {"alpha": _is_number, **inplace},
-        "CELU": {"alpha": _is_number, **inplace},
-        "LeakyReLU": {"negative_slope": _is_number, **inplace},
-        "PReLU": {"num_parameters": _is_size},
-        "Hardtanh": {"min_val": _is_number, "max_val": _is_number, **inplace},
-        "Softplus": {"beta": _is_number, "threshold": _is_number},
-        "Softmax": {"dim": _is_integer},
-        "LogSoftmax": {"dim": _is_integer},
-    }
-    for rank in (1, 2, 3):
-        table |= {
-            f"Conv{rank}d": convolution,
-            f"ConvTranspose{rank}d": convolution | {"output_padding": _is_extents, "padding": _is_extents},
-            f"BatchNorm{rank}d": normalisation,
-            f"InstanceNorm{rank}d": normalisation,
-            f"Dropout{rank}d": dropout,
-            f"MaxPool{rank}d": window | {"dilation": _is_extents} | single,
-            f"AvgPool{rank}d": window | {"count_include_pad": _is_switch},
-            f"AdaptiveAvgPool{rank}d": {"output_size": _is_output_size},
-            f"AdaptiveMaxPool{rank}d": {"output_size": _is_output_size} | single,
-            f"ZeroPad{rank}d": {"padding": _is_extents},
-        }
-        if rank > 1:
-            table[f"AvgPool{rank}d"] = table[f"AvgPool{rank}d"] | {"divisor_override": _optional(_is_size)}
-    return table
-
-
-_LAYERS = _table()
 
 
 def _current_versions() -> dict[str, str]:
@@ -393,16 +249,6 @@ def _check_plain(where: str, value: Any) -> None:
             raise InputError(f"`{where}` holds a {type(one).__name__}, which is no plain value")
 
 
-def _describe_layer(name: str, layer: nn.Module) -> dict[str, Any]:
-    kind = getattr(type(layer), "saved_as", type(layer).__name__)
-    if kind not in _LAYERS or not ("saved_as" in vars(type(layer)) or type(layer) is getattr(nn, kind)):
-        raise InputError(f"layer `{name}` is a {type(layer).__qualname__}, which a checkpoint cannot hold")
-    arguments = {argument: _plain(getattr(layer, argument)) for argument in _LAYERS[kind]}
-    if "bias" in arguments:
-        arguments["bias"] = layer.bias is not None
-    return {"name": name, "class": kind, "arguments": arguments}
-
-
 def _pack(checkpoint: Checkpoint) -> dict[str, Any]:
     domain = checkpoint.input
     return {
@@ -425,7 +271,7 @@ def _unpack(payload: Any) -> Checkpoint:
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise InputError("is a torch archive but no checkpoint of bnfold's; make one with `python -m train`")
     version = payload.get("version")
-    if not _is_integer(version) or version != VERSION:
+    if not is_integer(version) or version != VERSION:
         raise InputError(f"has format version {version!r:.20}, and this bnfold reads {VERSION}")
     for key, kind in _SECTIONS.items():
         if not isinstance(payload.get(key), kind):
@@ -471,7 +317,7 @@ def _build(architecture: list[Any], domain: InputDomain) -> nn.Sequential:
     """Return the layers without storage, after one pass that computes shapes alone."""
     model = nn.Sequential()
     for entry in architecture:
-        _add_layer(model, entry)
+        _add_layer(model, *build_layer(entry))
     dtype = torch.get_default_dtype() if domain.low is None else _DTYPES[domain.dtype]
     value = torch.empty((2, *domain.shape), dtype=dtype, device="meta")
     for name, layer in model.eval().named_children():
@@ -491,28 +337,13 @@ def _check_rows(name: str, rows: int, domain: InputDomain) -> None:
         raise InputError(f"layer `{name}` has {rows} rows, the input runs from {domain.low} to {domain.high}")
 
 
-def _add_layer(model: nn.Sequential, entry: Any) -> None:
-    if not isinstance(entry, dict) or set(entry) != {"name", "class", "arguments"}:
-        raise InputError("each layer of `architecture` needs a name, a class and arguments")
-    name, kind, arguments = entry["name"], entry["class"], entry["arguments"]
-    if not isinstance(name, str) or not isinstance(kind, str) or kind not in _LAYERS:
-        raise InputError(f"layer {name!r:.80} is a {kind!r:.80}, which is not in the table of layers")
-    checks = _LAYERS[kind]
-    if not isinstance(arguments, dict) or set(arguments) != set(checks):
-        raise InputError(f"layer `{name:.80}` ({kind}) takes exactly {', '.join(checks) or 'no arguments'}")
-    for argument, check in checks.items():
-        if not check(arguments[argument]):
-            raise InputError(f"layer `{name:.80}` ({kind}) has {argument} = {arguments[argument]!r:.80}")
-    if name in dict(model.named_children()):
+def _add_layer(model: nn.Sequential, name: str, layer: nn.Module) -> None:
+    if name in model._modules:
         raise InputError(f"layer `{name:.80}` stands twice in `architecture`")
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
-        with torch.device("meta"):
-            model.add_module(name, getattr(nn, kind)(**given))
-    except Exception as error:  # a name with a dot, sizes that do not go together or overflow
-        raise InputError(
-            f"layer `{name:.80}` ({kind}) cannot be built: {str(error).splitlines()[0]:.200}"
-        ) from error
+        model.add_module(name, layer)
+    except KeyError as error:
+        raise InputError(f"no layer can have the name {name!r:.80}") from error
 
 
 def _fill(model: nn.Sequential, state: dict[Any, Any]) -> None:
@@ -565,7 +396,7 @@ def _refuse_strangers(path: str | Path) -> None:
 
 
 _STRANGERS: dict[Kind, str] = {
-    "torch archive": "is a torch archive (a state dict?) that does not describe its net; use bnfold.checkpoint.save",
+    "torch archive": "is a torch archive (a state dict?) that does not describe its net; save the net itself",
     "exported program": "is an exported program (.pt2); fold the module before exporting it",
     "torchscript": "is a TorchScript archive; fold the module before scripting it",
     "zip": "is a zip archive but none that torch.save writes; make a checkpoint with `python -m train`",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnfold import checkpoint
+from bnfold import checkpoint, layers
 from bnfold.checkpoint import (
     Checkpoint,
     InputDomain,
@@ -137,6 +137,12 @@ def test_a_folded_net_is_saved_without_the_identities_that_a_fold_leaves(path: P
     assert "bn1" in dict(net.named_children())
 
 
+def test_one_layer_used_twice_is_saved_twice(path: Path) -> None:
+    tanh = nn.Tanh()
+    save(path, Checkpoint(drop_identities(nn.Sequential(tanh, nn.Identity(), tanh)), InputDomain((3,))))
+    assert [type(layer) for layer in load(path).model] == [nn.Tanh, nn.Tanh]
+
+
 def test_every_dtype_of_weights_survives(path: Path) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         save(path, lecture_checkpoint(lecture_net().to(dtype)))
@@ -194,7 +200,7 @@ for rank, shape in IMAGE.items():
 
 def test_the_examples_below_cover_the_whole_table_of_layers() -> None:
     covered = {type(layer).__name__ for layer, _ in EXAMPLES} | {"Embedding"}
-    assert covered == set(checkpoint._LAYERS)
+    assert covered == set(layers.LAYERS)
 
 
 @pytest.mark.parametrize(("layer", "shape"), EXAMPLES, ids=lambda value: type(value).__name__)
@@ -300,8 +306,8 @@ class TestMalformedFiles:
             ("architecture/2/class", "Module", "not in the table"),
             ("architecture/2/class", ["Linear"], "not in the table"),
             ("architecture/2/name", "flatten", "layer `flatten` stands twice"),
-            ("architecture/2/name", "a.b", "cannot be built"),
-            ("architecture/2/name", "forward", "cannot be built"),
+            ("architecture/2/name", "a.b", "no layer can have the name"),
+            ("architecture/2/name", "forward", "no layer can have the name"),
             ("architecture/2/arguments", {}, "takes exactly in_features, out_features, bias"),
             ("architecture/2/arguments/device", "cuda", "takes exactly in_features, out_features, bias"),
             ("architecture/2/arguments/in_features", float("nan"), "has in_features = nan"),
