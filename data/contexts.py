@@ -5,7 +5,7 @@ laid out as one stream with `length` terminators before each name and after the 
 
     . . . e m m a . . . o l i v i a . . .
 
-and the examples are its windows of `length + 1` characters, less those whose target is a terminator that
+and the examples are the windows of `length + 1` characters, less those whose target is a terminator that
 follows another one. NumPy does all of it at once; no example is touched in Python. Contexts never reach
 across names.
 """
@@ -17,7 +17,6 @@ from random import Random
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from bnfold.errors import InputError
@@ -64,10 +63,8 @@ def contexts(
     stream = vocabulary.encode(gap + "".join(name + gap for name in names))
     if np.count_nonzero(stream) < sum(map(len, names)):
         raise InputError(f"a name holds {vocabulary.terminator!r}, which ends names in this vocabulary")
-    wanted = np.empty(len(stream) - length, bool)
-    np.logical_or(stream[length:], stream[length - 1 : -1], out=wanted)
-    windows = sliding_window_view(stream, length + 1)[wanted]
-    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, -1])
+    targets = length + np.flatnonzero(stream[length:] | stream[length - 1 : -1])
+    return stream[targets[:, None] + np.arange(-length, 0)], stream[targets]
 
 
 def all_contexts(vocabulary_size: int, length: int = 3) -> NDArray[np.int64]:

@@ -55,6 +55,8 @@ def _download(url: str) -> bytes:
     try:
         with urlopen(Request(url, headers={"User-Agent": "bnfold"}), timeout=TIMEOUT) as reply:
             return _receive(reply, url)
+    except InputError:
+        raise
     except HTTPError as error:
         raise InputError(f"{url} answered {error.code} {error.reason}; --url names another address") from None
     except URLError as error:
