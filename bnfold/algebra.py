@@ -102,9 +102,8 @@ class Affine:
 
     def equals(self, other: Affine) -> bool:
         """Whether both act alike on a value of one rank."""
-        return self.rank == other.rank and bool(
-            np.all(self.scale == other.scale) and np.all(self.shift == other.shift)
-        )
+        mine, theirs = self.collapse(), other.collapse()
+        return np.array_equal(mine.scale, theirs.scale) and np.array_equal(mine.shift, theirs.shift)
 
     def map(self, move: Any) -> Affine:
         """Apply the same rearrangement to both arrays, then drop the axes along which nothing varies any more."""
@@ -119,9 +118,30 @@ class Affine:
                 scale, shift = scale[first], shift[first]
         return Affine(scale, shift)
 
+    def settle(self, axis: int | None) -> Affine:
+        """Decide what was wanted "as anything" (NaN): like the rest along every axis but this one, else unchanged."""
+        scale, shift = self.scale, self.shift
+        for other in self.axes:
+            if other != axis and np.isnan(scale).any():
+                low, high = (np.fmin.reduce(scale, other, keepdims=True), np.fmax.reduce(scale, other, keepdims=True))
+                least, most = (np.fmin.reduce(shift, other, keepdims=True), np.fmax.reduce(shift, other, keepdims=True))
+                if np.array_equal(low, high, equal_nan=True) and np.array_equal(least, most, equal_nan=True):
+                    scale, shift = low, least
+        return Affine(np.where(np.isnan(scale), 1.0, scale), np.where(np.isnan(shift), 0.0, shift)).collapse()
+
+    def merge(self, other: Affine) -> Affine | None:
+        """The affine that is wanted where two are; NaN gives way; None where they disagree."""
+        mine, theirs = np.broadcast_arrays(self.scale, other.scale)
+        mine_too, theirs_too = np.broadcast_arrays(self.shift, other.shift)
+        both = ~(np.isnan(mine) | np.isnan(theirs))
+        if np.any(mine[both] != theirs[both]) or np.any(mine_too[both] != theirs_too[both]):
+            return None
+        free = np.isnan(mine)
+        return Affine(np.where(free, theirs, mine), np.where(free, theirs_too, mine_too)).collapse()
+
     def vectors(self, axis: int, size: int) -> tuple[Array, Array] | None:
         """Scale and shift as two vectors of shape `(size,)`, or None where they depend on another axis than this."""
-        if any(other != axis % self.rank for other in self.axes):
+        if any(other != axis for other in self.axes) or self.scale.size not in (1, size):
             return None
         return np.broadcast_to(self.scale.ravel(), size), np.broadcast_to(self.shift.ravel(), size)
 
@@ -283,4 +303,5 @@ def round_to_odd(values: Array) -> npt.NDArray[np.float32]:
     beyond = np.abs(nearest.astype(np.float64)) > np.abs(values)
     truncated = np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest)
     inexact = (truncated.astype(np.float64) != values) & np.isfinite(values)
-    return (truncated.view(np.uint32) | inexact.astype(np.uint32)).view(np.float32)
+    odd: npt.NDArray[np.float32] = (truncated.view(np.uint32) | inexact).view(np.float32)
+    return odd

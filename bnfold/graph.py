@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 from bnfold.algebra import Affine, Linear
@@ -31,8 +30,6 @@ Dim = int | str | None
 """A size: known, known by a symbol (two equal symbols are one size), or unknown."""
 
 Shape = tuple[Dim, ...]
-
-_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +51,7 @@ class Node:
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    attributes: Mapping[str, Any] = field(default=_NONE)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
     site: str = ""
     linear: Linear | None = None
     affine: Affine | None = None
@@ -80,7 +77,7 @@ class Graph:
     nodes: tuple[Node, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    shapes: Mapping[str, Shape] = field(default=_NONE)
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     @cached_property
     def _producers(self) -> dict[str, Node]:

@@ -1,0 +1,601 @@
+"""THE TABLE: one row per operator, how an affine travels through it or why it cannot.
+
+A row answers two questions about a node `y = op(x, ...)`, in terms of `Affine`s that broadcast against the values:
+
+    up    every output is *wanted* as A(y); as what must each input arrive?         A(op(x)) = op(B(x))
+    down  some inputs arrive raw that should be A(x); what do the outputs lack?     op(A(x)) = B(op(x))
+
+The answer is an affine per input (or per output), with None for "as it is", or, where the operator takes the affine
+in, the new `Linear` (a linear operator) or `Affine` (another BatchNorm). A row that cannot, raises `Refuse` with a
+clause for the report. An operator that is not in the table refuses everything, so forgetting one is safe.
+
+Adding an operator is one row here; what a row asks of `node.attributes` is listed beside it, and the tests that are
+driven by the table pick it up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from bnfold.algebra import Affine, Array, Linear
+from bnfold.graph import Dim, Node, Shape
+
+__all__ = ["SELECTORS", "TABLE", "Refuse", "Row", "Surroundings", "find"]
+
+Flow = Sequence[Affine | None]
+"""One affine per output (or input) of a node; None is the identity."""
+
+Answer = Linear | Affine | Flow
+
+
+class Refuse(Exception):
+    """An affine cannot pass here; the message is a clause that names the node in the way."""
+
+
+class Surroundings(Protocol):
+    """What a row may ask about the rest of the graph."""
+
+    def shape(self, value: str) -> Shape | None: ...
+    def takes_shift(self, value: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """How an affine travels through one operator.
+
+    Attributes:
+        up, down: the two transfers.
+        shift: whose inputs decide whether a shift can go up: ``"all"`` of them, ``"any"`` of them, or ``"none"``.
+        asks: the attributes that `up` and `down` read.
+        says: the row in words, for the documentation.
+    """
+
+    up: Callable[[Node, Surroundings, Flow], Answer]
+    down: Callable[[Node, Surroundings, Flow], Answer]
+    shift: str
+    asks: tuple[str, ...]
+    says: str
+
+
+def find(node: Node) -> Row:
+    """The row of a node's operator.
+
+    Raises:
+        Refuse: there is none.
+    """
+    row = TABLE.get(node.op)
+    if row is None:
+        raise Refuse(f"`{node.name}` ({node.op}) is not linear")
+    return row
+
+
+# ---------------------------------------------------------------- linear operators and affines absorb
+
+
+def _linear(node: Node) -> Linear:
+    if node.linear is None:
+        raise Refuse(f"`{node.name}` ({node.op}) cannot absorb: {node.attributes.get('reason', 'it has no weight')}")
+    return node.linear
+
+
+def _vectors(node: Node, affine: Affine, axis: int, size: int) -> tuple[Array, Array]:
+    """The affine as two vectors along the channels of a linear operator; what nobody minds stays as it is."""
+    settled = affine.settle(axis)
+    vectors = settled.vectors(axis, size)
+    if vectors is None:
+        axes = " and ".join(map(str, settled.axes))
+        raise Refuse(f"`{node.name}` ({node.op}) has its channels on axis {axis}, and the affine varies along axis {axes}")
+    return vectors
+
+
+def _absorb_after(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    linear, affine = _linear(node), _only(wanted)
+    scale, shift = _vectors(node, affine, linear.out_axis, linear.outputs)
+    if linear.biasless and np.any(shift != 0):
+        raise Refuse(f"`{node.name}` ({node.op}) cannot take the shift: {linear.biasless}")
+    return linear.absorb_after(scale, shift)
+
+
+def _absorb_before(node: Node, around: Surroundings, given: Flow) -> Answer:
+    linear, affine = _linear(node), _only(given)
+    if linear.sealed:
+        raise Refuse(f"`{node.name}` ({node.op}) cannot absorb what comes in: {linear.sealed}")
+    scale, shift = _vectors(node, affine, linear.in_axis, linear.inputs)
+    for obstacle in (linear.partial, linear.biasless):
+        if obstacle and np.any(shift != 0):
+            raise Refuse(f"`{node.name}` ({node.op}) cannot take the shift: {obstacle}")
+    return linear.absorb_before(scale, shift)
+
+
+def _affine(node: Node) -> Affine:
+    if node.affine is None:
+        raise Refuse(f"`{node.name}` stays: {node.attributes.get('reason', 'its numbers are not constant')}")
+    return node.affine
+
+
+def _compose_after(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    return _only(wanted).settle(None).after(_affine(node))
+
+
+def _compose_before(node: Node, around: Surroundings, given: Flow) -> Answer:
+    return _affine(node).after(_only(given))
+
+
+def _conjugate_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    """Leave the constant alone and pass what is left: `A F = F B` has `B = F^-1 A F`."""
+    own, affine = _affine(node), _only(wanted)
+    if np.any(own.scale == 0):
+        raise Refuse(f"`{node.name}` multiplies by zero")
+    return [Affine.of(affine.scale, (affine.shift + own.shift * (affine.scale - 1)) / own.scale).collapse()]
+
+
+def _conjugate_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    """Leave the constant alone and pass what is left: `F A = B F` has `B = F A F^-1`, which needs no inverse."""
+    own, affine = _affine(node), _only(given)
+    return [Affine.of(affine.scale, own.scale * affine.shift + own.shift * (1 - affine.scale)).collapse()]
+
+
+# ---------------------------------------------------------------- data movement carries the numbers along
+
+
+def _only(flow: Flow) -> Affine:
+    """The first affine of a flow, where a node has one input (or output) that matters."""
+    assert flow[0] is not None
+    return flow[0]
+
+
+def _shape(node: Node, around: Surroundings, value: str) -> Shape:
+    shape = around.shape(value)
+    if shape is None:
+        raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+    return shape
+
+
+def _size(node: Node, size: Dim) -> int:
+    if not isinstance(size, int):
+        raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+    return size
+
+
+def _pass(node: Node, around: Surroundings, flow: Flow) -> Answer:
+    return [_only(flow)]
+
+
+def _cast(node: Node, around: Surroundings, flow: Flow) -> Answer:
+    if not node.attributes["lossless"]:
+        raise Refuse(f"`{node.name}` (Cast) rounds to a narrower type")
+    return [_only(flow)]
+
+
+def _reshape_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    return [_regroup(node, _only(wanted), _shape(node, around, node.outputs[0]), _shape(node, around, node.inputs[0]))]
+
+
+def _reshape_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    return [_regroup(node, _only(given), _shape(node, around, node.inputs[0]), _shape(node, around, node.outputs[0]))]
+
+
+def _regroup(node: Node, affine: Affine, source: Shape, target: Shape) -> Affine:
+    """Carry an affine through a reshape: within each group of axes that is regrouped, write it out and reshape it."""
+    wide: list[int] = []
+    narrow: list[int] = []
+    for here, there in groups(source, target):
+        varies = any(affine.scale.shape[axis] != 1 for axis in here)
+        wide += [_size(node, source[axis]) if varies else 1 for axis in here]
+        narrow += [_size(node, target[axis]) if varies else 1 for axis in there]
+    return affine.map(lambda array: np.broadcast_to(array, wide).reshape(narrow))
+
+
+def groups(source: Shape, target: Shape) -> list[tuple[range, range]]:
+    """Split two shapes of one value into the shortest runs of axes with equal products, in order.
+
+    Sizes that are not known end the comparison from that side; what neither side reaches is one run.
+    """
+    left = list(_runs(source, target))
+    start, begin = (left[-1][0].stop, left[-1][1].stop) if left else (0, 0)
+    rest, other = source[start:], target[begin:]
+    right = [
+        (range(len(source) - a.stop, len(source) - a.start), range(len(target) - b.stop, len(target) - b.start))
+        for a, b in _runs(rest[::-1], other[::-1])
+    ][::-1]
+    stop, end = (right[0][0].start, right[0][1].start) if right else (len(source), len(target))
+    middle = [(range(start, stop), range(begin, end))] if start < stop or begin < end else []
+    return [*left, *middle, *right]
+
+
+def _runs(source: Shape, target: Shape) -> Iterable[tuple[range, range]]:
+    """The runs of `groups` that can be told from the left."""
+    i = j = 0
+    while i < len(source) and j < len(target):
+        if source[i] == target[j] and source[i] is not None:
+            a, b = i + 1, j + 1
+        else:
+            a, b = _run(source, target, i, j)
+        if a == i:
+            return
+        yield range(i, a), range(j, b)
+        i, j = a, b
+
+
+def _run(source: Shape, target: Shape, i: int, j: int) -> tuple[int, int]:
+    """Where the shortest run of known sizes with equal products ends that begins at `i` and `j`; `(i, j)` if nowhere."""
+    a, b, here, there = i, j, 1, 1
+    while a == i or b == j or here != there:
+        left = a == i or (b > j and here < there)
+        size = next(iter((source[a:] if left else target[b:])[:1]), None)
+        if not isinstance(size, int):
+            return i, j
+        if left:
+            a, here = a + 1, here * size
+        else:
+            b, there = b + 1, there * size
+    return a, b
+
+
+def _transpose_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    inverse = np.argsort(node.attributes["perm"])
+    return [_only(wanted).map(lambda array: np.transpose(array, inverse))]
+
+
+def _transpose_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    return [_only(given).map(lambda array: np.transpose(array, node.attributes["perm"]))]
+
+
+def _slice_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    def cut(array: Array) -> Array:
+        return array[tuple(s if n != 1 else slice(None) for s, n in zip(node.attributes["slices"], array.shape, strict=True))]
+
+    return [_only(given).map(cut)]
+
+
+def _slice_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    """What was not read may be anything (NaN)."""
+    shape = _shape(node, around, node.inputs[0])
+    slices = node.attributes["slices"]
+    cut = [axis for axis, s in enumerate(slices) if s != slice(None)]
+    known = {axis: size for axis in cut if isinstance(size := shape[axis], int)}
+    if len(known) < len(cut):
+        if any(axis in cut for axis in _only(wanted).axes):
+            raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+        return [_only(wanted)]
+
+    def spread(array: Array) -> Array:
+        full = np.full([known.get(axis, size) for axis, size in enumerate(array.shape)], np.nan)
+        full[tuple(s if axis in cut else slice(None) for axis, s in enumerate(slices))] = array
+        return full
+
+    return [_only(wanted).map(spread)]
+
+
+def _take_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    axis, indices = node.attributes["axis"], np.asarray(node.attributes["indices"])
+
+    def take(array: Array) -> Array:
+        if array.shape[axis] == 1:
+            return array if indices.ndim else array.squeeze(axis)
+        return np.take(array, indices, axis)
+
+    return [_only(given).map(take)]
+
+
+def _take_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    axis, indices = node.attributes["axis"], np.asarray(node.attributes["indices"])
+    size = _size(node, _shape(node, around, node.inputs[0])[axis])
+
+    def spread(array: Array) -> Array:
+        array = array if indices.ndim else np.expand_dims(array, axis)
+        array = np.moveaxis(np.broadcast_to(array, [*array.shape[:axis], indices.size, *array.shape[axis + 1 :]]), axis, 0)
+        full = np.full((size, *array.shape[1:]), np.nan)
+        full[indices.ravel()] = array
+        if not np.array_equal(full[indices.ravel()], array, equal_nan=True):
+            raise Refuse(f"`{node.name}` ({node.op}) repeats a channel that would have to differ")
+        return np.moveaxis(full, 0, axis)
+
+    return [_only(wanted).map(spread)]
+
+
+def _pieces(affine: Affine, axis: int, sizes: Sequence[int]) -> list[Affine]:
+    """Cut an affine along an axis into pieces of these sizes."""
+    if affine.scale.shape[axis] == 1:
+        return [affine] * len(sizes)
+    ends = np.cumsum(sizes)[:-1]
+    cut = zip(np.split(affine.scale, ends, axis), np.split(affine.shift, ends, axis), strict=True)
+    return [Affine(scale, shift).collapse() for scale, shift in cut]
+
+
+def _join(flow: Flow, axis: int, sizes: Sequence[int]) -> Affine:
+    """Put affines (None: identity) side by side along an axis."""
+    rank = next(affine.rank for affine in flow if affine is not None)
+    whole = [affine or Affine.identity(rank) for affine in flow]
+    shape = np.broadcast_shapes(*(tuple(1 if a == axis else n for a, n in enumerate(w.scale.shape)) for w in whole))
+
+    def wide(array: Array, size: int) -> Array:
+        return np.broadcast_to(array, [*shape[:axis], size, *shape[axis + 1 :]])
+
+    scale = np.concatenate([wide(w.scale, size) for w, size in zip(whole, sizes, strict=True)], axis)
+    shift = np.concatenate([wide(w.shift, size) for w, size in zip(whole, sizes, strict=True)], axis)
+    return Affine(scale, shift).collapse()
+
+
+def _sizes(node: Node, around: Surroundings) -> list[int]:
+    """The sizes of a Concat's inputs along its axis."""
+    return [_size(node, _shape(node, around, value)[node.attributes["axis"]]) for value in node.inputs]
+
+
+def _concat_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    affine, axis = _only(wanted), node.attributes["axis"]
+    if affine.scale.shape[axis] == 1:
+        return [affine] * len(node.inputs)
+    return _pieces(affine, axis, _sizes(node, around))
+
+
+def _concat_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    first = given[0]
+    if first is not None and all(g is not None and g.equals(first) for g in given):
+        axis = node.attributes["axis"]
+        if first.scale.shape[axis] == 1:
+            return [first]
+    return [_join(given, node.attributes["axis"], _sizes(node, around))]
+
+
+def _split_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    return [_join(wanted, node.attributes["axis"], node.attributes["sizes"])]
+
+
+def _split_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    return _pieces(_only(given), node.attributes["axis"], node.attributes["sizes"])
+
+
+def _expand_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    return [_narrow(node, around, _only(wanted), node.inputs[0])]
+
+
+def _expand_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    return [_widen(_only(given), len(_shape(node, around, node.outputs[0])))]
+
+
+def _narrow(node: Node, around: Surroundings, affine: Affine, value: str) -> Affine:
+    """What an operand that is broadcast must arrive as; refuses what would differ between its copies."""
+    shape = _shape(node, around, value)
+    missing = affine.rank - len(shape)
+    copied = [*range(missing), *(missing + axis for axis, size in enumerate(shape) if size is None or size == 1)]
+    if any(axis in copied for axis in affine.axes):
+        raise Refuse(f"`{node.name}` ({node.op}) repeats `{value}` along an axis on which the affine varies")
+    keep = affine.scale.shape[missing:]
+    return Affine(affine.scale.reshape(keep), affine.shift.reshape(keep))
+
+
+def _widen(affine: Affine, rank: int) -> Affine:
+    shape = (1,) * (rank - affine.rank) + affine.scale.shape
+    return Affine(affine.scale.reshape(shape), affine.shift.reshape(shape))
+
+
+def _tile_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    repeats = node.attributes["repeats"]
+
+    def fold(array: Array) -> Array:
+        for axis, times in enumerate(repeats):
+            if array.shape[axis] == 1 or times == 1:
+                continue
+            blocks = np.split(array, times, axis)
+            if not all(np.array_equal(block, blocks[0], equal_nan=True) for block in blocks):
+                raise Refuse(f"`{node.name}` (Tile) repeats a channel that would have to differ")
+            array = blocks[0]
+        return array
+
+    return [_only(wanted).map(fold)]
+
+
+def _tile_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    repeats = node.attributes["repeats"]
+    return [_only(given).map(lambda a: np.tile(a, [r if n != 1 else 1 for n, r in zip(a.shape, repeats, strict=True)]))]
+
+
+def _channels_to_blocks(node: Node, around: Surroundings, flow: Flow) -> Answer:
+    """The affine on the deep side of a DepthToSpace, from the one on its wide side."""
+    affine, block = _only(flow), node.attributes["blocksize"]
+    if any(axis != 1 for axis in affine.axes):
+        raise Refuse(f"`{node.name}` ({node.op}) mixes the channels with an axis on which the affine varies")
+    copies = block ** (affine.rank - 2)
+    if affine.scale.shape[1] == 1:
+        return [affine]
+    if node.attributes["mode"] == "CRD":
+        return [affine.map(lambda array: np.repeat(array, copies, 1))]
+    return [affine.map(lambda array: np.concatenate([array] * copies, 1))]
+
+
+def _blocks_to_channels(node: Node, around: Surroundings, flow: Flow) -> Answer:
+    """The affine on the wide side of a DepthToSpace, from the one on its deep side."""
+    affine, block = _only(flow), node.attributes["blocksize"]
+    if not affine.axes:
+        return [affine]
+    copies = block ** (affine.rank - 2)
+    order = (-1, copies) if node.attributes["mode"] == "CRD" else (copies, -1)
+
+    def merge(array: Array) -> Array:
+        seen = array.reshape(order) if affine.axes == (1,) else None
+        each = None if seen is None else (seen if order[1] == copies else seen.T)
+        if each is None or not all(np.array_equal(each[:, 0], column, equal_nan=True) for column in each.T):
+            raise Refuse(f"`{node.name}` ({node.op}) spreads channels that differ over one image")
+        return each[:, 0].reshape(1, -1, *[1] * (affine.rank - 2))
+
+    return [affine.map(merge)]
+
+
+# ---------------------------------------------------------------- several operands
+
+
+def _add_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    """Scale into every operand, shift into one: the first that can take it."""
+    affine = _only(wanted)
+    scaled = [_narrow(node, around, affine.scale_only(), value) for value in node.inputs]
+    if affine.is_linear:
+        return scaled
+    able = [place for place, value in enumerate(node.inputs) if around.takes_shift(value)]
+    for place in able or range(len(node.inputs)):
+        try:
+            whole = _narrow(node, around, affine, node.inputs[place])
+        except Refuse:
+            continue
+        sign = -1.0 if node.op == "Sub" and place == 1 else 1.0
+        return [*scaled[:place], Affine(whole.scale, sign * whole.shift), *scaled[place + 1 :]]
+    raise Refuse(f"no operand of `{node.name}` ({node.op}) can take the shift")
+
+
+def _add_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    """Operands that were all scaled alike leave that scale and the sum of their shifts."""
+    rank = len(_shape(node, around, node.outputs[0]))
+    each = [Affine.identity(rank) if affine is None else _widen(affine, rank) for affine in given]
+    if any(not _alike(each[0].scale, other.scale) for other in each):
+        raise Refuse(f"`{node.name}` ({node.op}) has another operand that is not scaled")
+    signs = [-1.0 if node.op == "Sub" and place else 1.0 for place in range(len(each))]
+    shift = sum((sign * affine.shift for sign, affine in zip(signs, each, strict=True)), np.zeros((1,) * rank))
+    return [Affine.of(each[0].scale, shift).collapse()]
+
+
+def _alike(first: Array, second: Array) -> bool:
+    try:
+        return bool(np.all(first == second))
+    except ValueError:
+        return False
+
+
+def _multiply_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    """A scale goes into one factor, a shift cannot."""
+    affine = _linear_only(node, _only(wanted))
+    places = range(1 if node.op == "Div" else len(node.inputs))
+    able = [place for place in places if around.takes_shift(node.inputs[place])]
+    for place in able or places:
+        try:
+            factor = _narrow(node, around, affine, node.inputs[place])
+        except Refuse:
+            continue
+        return [factor if here == place else None for here in range(len(node.inputs))]
+    raise Refuse(f"no operand of `{node.name}` ({node.op}) can take the scale")
+
+
+def _multiply_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    rank = len(_shape(node, around, node.outputs[0]))
+    product = Affine.identity(rank)
+    for place, affine in enumerate(given):
+        if affine is None:
+            continue
+        if node.op == "Div" and place:
+            raise Refuse(f"`{node.name}` (Div) divides by it")
+        product = _widen(_linear_only(node, affine), rank).after(product)
+    return [product.collapse()]
+
+
+# ---------------------------------------------------------------- pooling, resizing, padding, activations
+
+
+def _linear_only(node: Node, affine: Affine, obstacle: str = "") -> Affine:
+    if not affine.is_linear:
+        because = f": {obstacle}" if obstacle else ""
+        raise Refuse(f"`{node.name}` ({node.op}) lets no shift through{because}")
+    return affine
+
+
+def _monotone(node: Node, affine: Affine) -> Affine:
+    if not affine.is_monotone:
+        raise Refuse(f"`{node.name}` ({node.op}) lets no negative scale through")
+    return affine
+
+
+def _uniform(node: Node, affine: Affine, axes: Iterable[int]) -> Affine:
+    """Refuse an affine that varies along an axis on which the operator mixes positions."""
+    if any(axis in axes for axis in affine.axes):
+        raise Refuse(f"`{node.name}` ({node.op}) mixes positions on which the affine differs")
+    return affine
+
+
+def _window(checks: Callable[[Node, Affine], Affine]) -> Row:
+    """The row of an operator that combines positions along `axes`, within each channel."""
+
+    def down(node: Node, around: Surroundings, given: Flow) -> Answer:
+        axes = node.attributes["axes"]
+        affine = checks(node, _uniform(node, _only(given), axes))
+        if not node.attributes.get("keepdims", True):
+            affine = affine.map(lambda array: np.squeeze(array, tuple(axes)))
+        return [affine, *[None] * (len(node.outputs) - 1)]
+
+    def up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+        axes, affine = node.attributes["axes"], _only(wanted)
+        if not node.attributes.get("keepdims", True):
+            affine = affine.map(lambda array: np.expand_dims(array, tuple(axes)))
+        return [checks(node, _uniform(node, affine, axes))]
+
+    return Row(up, down, "all", ("axes",), "")
+
+
+def _averaged(node: Node, affine: Affine) -> Affine:
+    partial = node.attributes.get("partial", "")
+    return _linear_only(node, affine, partial) if partial else affine
+
+
+def _homogeneous(node: Node, around: Surroundings, flow: Flow) -> Answer:
+    return [_monotone(node, _linear_only(node, _only(flow)))]
+
+
+def _says(row: Row, says: str, shift: str = "all", asks: tuple[str, ...] | None = None) -> Row:
+    return replace(row, says=says, shift=shift, asks=row.asks if asks is None else asks)
+
+
+_ABSORB = Row(_absorb_after, _absorb_before, "none", ("linear",), "absorbs: any affine below it, above it a shift only where every output sums every tap")
+_MEAN = _says(_window(_averaged), "passes; only the scale where some weights do not sum to one", asks=("axes", "keepdims", "partial"))
+_MAX = _says(_window(_monotone), "passes if no scale is negative", asks=("axes", "keepdims"))
+_SUM = _says(_window(_linear_only), "passes the scale", "none", ("axes", "keepdims"))
+_MOVE = Row(_reshape_up, _reshape_down, "all", (), "carries the numbers along, through the regrouping of the axes")
+_PASS = Row(_pass, _pass, "all", (), "passes")
+_ADD = Row(_add_up, _add_down, "any", (), "up: the scale into every operand, the shift into one; down: where all are scaled alike")
+_MUL = Row(_multiply_up, _multiply_down, "none", (), "the scale into one factor")
+_RELU = Row(_homogeneous, _homogeneous, "none", (), "passes a scale that is nowhere negative, no shift")
+
+TABLE: dict[str, Row] = {
+    "Gemm": _ABSORB,
+    "MatMul": _ABSORB,
+    "Conv": _ABSORB,
+    "ConvTranspose": _ABSORB,
+    "Embedding": _ABSORB,
+    "BatchNormalization": Row(_compose_after, _compose_before, "none", ("affine",), "composes"),
+    "Affine": Row(_conjugate_up, _conjugate_down, "all", ("affine",), "passes what is left when its own numbers stay"),
+    "Identity": _PASS,
+    "Dropout": _PASS,
+    "Cast": Row(_cast, _cast, "all", ("lossless",), "passes unless it narrows"),
+    "Reshape": _MOVE,
+    "Flatten": _MOVE,
+    "Squeeze": _MOVE,
+    "Unsqueeze": _MOVE,
+    "Transpose": Row(_transpose_up, _transpose_down, "all", ("perm",), "carries the numbers along"),
+    "Slice": Row(_slice_up, _slice_down, "all", ("slices",), "carries the numbers along; what it drops may be anything"),
+    "Gather": Row(_take_up, _take_down, "all", ("axis", "indices"), "carries the numbers along; what it drops may be anything"),
+    "Split": Row(_split_up, _split_down, "all", ("axis", "sizes"), "puts the pieces together, or cuts"),
+    "Concat": Row(_concat_up, _concat_down, "all", ("axis",), "cuts along the axis, or pads with the identity"),
+    "Expand": Row(_expand_up, _expand_down, "all", (), "passes where the copies need not differ"),
+    "Tile": Row(_tile_up, _tile_down, "all", ("repeats",), "passes where the copies need not differ"),
+    "DepthToSpace": Row(_channels_to_blocks, _blocks_to_channels, "all", ("blocksize", "mode"), "repeats each channel's numbers"),
+    "SpaceToDepth": Row(_blocks_to_channels, _channels_to_blocks, "all", ("blocksize", "mode"), "repeats each channel's numbers"),
+    "Add": _ADD,
+    "Sub": _ADD,
+    "Sum": _ADD,
+    "Mul": _MUL,
+    "Div": _MUL,
+    "AveragePool": _MEAN,
+    "ReduceMean": _MEAN,
+    "MaxPool": _MAX,
+    "ReduceMax": _MAX,
+    "ReduceSum": _SUM,
+    "Relu": _RELU,
+    "LeakyRelu": _RELU,
+    "PRelu": _RELU,
+    "Abs": _RELU,
+    "Resize": _says(_MEAN, "passes; only the scale where some weights do not sum to one", asks=("axes", "partial")),
+    "Pad": _says(_MEAN, "reflect and edge: passes; zeros: only the scale", asks=("axes", "partial")),
+}  # fmt: skip
+
+SELECTORS = frozenset({"Slice", "Gather", "Split"})
+"""Operators that read only a part of a value, so that the rest may change under them."""

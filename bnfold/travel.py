@@ -1,0 +1,531 @@
+"""The driver: every affine goes up, else down, else its scale goes alone, else it stays; with a verdict for each.
+
+Pure: a `Graph` in, a `Graph` and the verdicts out; no framework, no weight is touched. How an affine passes one
+operator is a row of `operators.TABLE`; here is only who must be asked, in which order, and what follows.
+
+**Up.** "Make this value arrive already scaled and shifted." The wish goes from the BatchNorm's input to whoever
+computes it, and on through the table's rows until linear operators have absorbed it. Nodes are asked in reverse order
+of computation, so that a value's readers have all spoken before its producer is asked: a value read by somebody else
+keeps what that reader needs, and wishes that contradict one another are refused.
+
+**Down.** "Everybody who reads this value makes up for it." Nodes are asked in order of computation; every reader must
+absorb, and a model's output cannot.
+
+**All or nothing.** An attempt collects changes and applies them only when nobody refused. BatchNorms that share their
+numbers (one module called twice) move together, and linear operators that share theirs must come out alike.
+
+**Order.** Attempts that end in linear operators come first, until there are none: they take nothing from each other
+(every linear operator absorbs any number of affines on either side), so no choice among them loses another. Then
+BatchNorms that can only be composed into another BatchNorm, then scales that can leave their shift behind.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from bnfold.algebra import Affine, Array, Linear
+from bnfold.graph import Graph, Node, Shape
+from bnfold.operators import SELECTORS, TABLE, Refuse, find
+from bnfold.report import Outcome, Verdict
+
+__all__ = ["Journey", "Options", "travel"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `travel` may do besides folding whole affines.
+
+    Attributes:
+        halves: move a scale where the shift must stay; a per-channel Add is left.
+        lower: leave one multiply and one add in the place of every BatchNorm that is kept.
+    """
+
+    halves: bool = True
+    lower: bool = False
+
+
+@dataclass(frozen=True)
+class Journey:
+    """Where every affine went: the graph afterwards, and one verdict for every BatchNorm."""
+
+    graph: Graph
+    verdicts: tuple[Verdict, ...]
+
+
+def travel(graph: Graph, options: Options | None = None, fits: Callable[[Node], str] | None = None) -> Journey:
+    """Move every BatchNorm of a graph into the linear operators around it.
+
+    Args:
+        graph: as a frontend's `read` draws it.
+        options: see `Options`.
+        fits: asked of every linear node with what it would absorb; returns why its numbers cannot be stored
+            ("its weight would overflow float16"), or nothing.
+
+    Returns:
+        The graph without the BatchNorms that were folded, its linear operators with what they absorbed, and a verdict
+        for every BatchNorm.
+    """
+    return _Driver(graph, options or Options(), fits or (lambda node: "")).run()
+
+
+class _Driver:
+    """The state of one `travel`: the nodes as they are by now, who is gone, and the verdicts so far."""
+
+    def __init__(self, graph: Graph, options: Options, fits: Callable[[Node], str]) -> None:
+        self.graph, self.options, self.fits = graph, options, fits
+        self.nodes = {node.name: node for node in graph.nodes}
+        self.position = {node.name: place for place, node in enumerate(graph.nodes)}
+        self.erased: set[str] = set()
+        self.outputs = frozenset(graph.outputs)
+        self.places: dict[str, list[str]] = {}
+        for node in graph.nodes:
+            if node.linear is not None or node.affine is not None or node.is_batchnorm:
+                self.places.setdefault(node.place, []).append(node.name)
+        self.verdicts: dict[str, Verdict] = {}
+
+    # -- the graph as it is by now
+
+    def shape(self, value: str) -> Shape | None:
+        return self.graph.shapes.get(value)
+
+    def source(self, value: str) -> str:
+        """The value that this one is, now that some nodes are gone."""
+        producer = self.graph.producer(value)
+        while producer is not None and producer.name in self.erased:
+            value = producer.inputs[0]
+            producer = self.graph.producer(value)
+        return value
+
+    def producer(self, value: str) -> Node | None:
+        producer = self.graph.producer(self.source(value))
+        return None if producer is None else self.nodes[producer.name]
+
+    def aliases(self, value: str) -> list[str]:
+        """This value under every name that it has by now."""
+        names = [value]
+        for name in names:
+            names += [node.outputs[0] for node in self.graph.readers(name) if node.name in self.erased]
+        return names
+
+    def readers(self, value: str) -> list[Node]:
+        readers = (node for alias in self.aliases(value) for node in self.graph.readers(alias))
+        return list({node.name: self.nodes[node.name] for node in readers if node.name not in self.erased}.values())
+
+    def is_output(self, value: str) -> bool:
+        return any(alias in self.outputs for alias in self.aliases(value))
+
+    def takes_shift(self, value: str, patience: int = 64) -> bool:
+        """Whether a shift could go up from here, by the look of the operators above; after so many steps, no."""
+        value = self.source(value)
+        producer = self.producer(value)
+        if producer is None or not patience or len(self.readers(value)) > 1:
+            return False
+        if producer.linear is not None:
+            return not producer.linear.biasless
+        if producer.is_batchnorm:
+            return producer.affine is not None
+        row = TABLE.get(producer.op)
+        if row is None or row.shift == "none" or producer.attributes.get("partial"):
+            return False
+        every = all if row.shift == "all" else any
+        return every(self.takes_shift(value, patience - 1) for value in producer.inputs)
+
+    # -- moving
+
+    def run(self) -> Journey:
+        units = self._units()
+        waiting = self._whole(list(units))
+        if self.options.halves:
+            waiting = [unit for unit in waiting if not self._half(unit)]
+        for unit in waiting:
+            self._keep(unit)
+        verdicts = tuple(self.verdicts[unit] for unit in units)
+        changed = self.graph.replace({name: node for name, node in self.nodes.items() if node is not self.graph[name]})
+        return Journey(changed.bypass(self.erased), verdicts)
+
+    def _units(self) -> dict[str, None]:
+        """The places of all BatchNorms, in order."""
+        return dict.fromkeys(node.place for node in self.graph.nodes if node.is_batchnorm)
+
+    def _whole(self, units: list[str]) -> list[str]:
+        """Fold what can be folded whole; return what is left."""
+        while True:
+            before = len(units)
+            for compose in (False, True):
+                units = [unit for unit in units if not self._try(unit, Attempt.up, compose)]
+                units = [unit for unit in reversed(units) if not self._try(unit, Attempt.down, compose)][::-1]
+                if len(units) < before:
+                    break
+            if len(units) == before:
+                return units
+
+    def _try(self, unit: str, direction: Callable[[Attempt], None], compose: bool) -> bool:
+        """Attempt to move one unit as a whole; True if it is gone."""
+        if unit in self.verdicts:
+            return True
+        attempt = Attempt(self, [unit], compose)
+        try:
+            attempt.make(direction)
+        except Refuse:
+            return False
+        attempt.commit()
+        return True
+
+    def _half(self, unit: str) -> bool:
+        """Move the scale of one unit and leave its shift; True if that was done."""
+        for direction in (Attempt.up, Attempt.down):
+            attempt = Attempt(self, [unit], compose=False, half=True)
+            try:
+                attempt.make(direction)
+            except Refuse:
+                continue
+            attempt.commit(self._reason(unit))
+            return True
+        return False
+
+    def _keep(self, unit: str) -> None:
+        self.verdicts[unit] = Verdict(unit, "kept", (), self._reason(unit))
+        for name in self.places[unit]:
+            node = self.nodes[name]
+            if self.options.lower and node.affine is not None:
+                form = "muladd" if np.any(node.affine.scale != 1) else "add"
+                self.nodes[name] = replace(node, op="Affine", attributes={**node.attributes, "form": form})
+
+    def _reason(self, unit: str) -> str:
+        """Why a unit cannot be folded whole: one sentence for each direction, or one for both."""
+        reasons: list[str] = []
+        for direction in (Attempt.up, Attempt.down):
+            try:
+                Attempt(self, [unit], compose=True).make(direction)
+            except Refuse as refusal:
+                reasons.append(str(refusal))
+        if len(set(reasons)) < 2:
+            return "".join(reasons[:1])
+        return f"not into what comes before: {reasons[0]}; not into what comes after: {reasons[1]}"
+
+
+@dataclass
+class Attempt:
+    """One move, before it is made: what it would change. Nothing is touched until `commit`.
+
+    Attributes:
+        units: the places of the BatchNorms that move together.
+        compose: whether another BatchNorm may absorb them.
+        half: whether only the scale moves.
+    """
+
+    driver: _Driver
+    units: list[str]
+    compose: bool
+    half: bool = False
+    changed: dict[str, Node] = field(default_factory=dict)
+    extra: dict[str, list[Array]] = field(default_factory=dict)
+
+    def make(self, direction: Callable[[Attempt], None]) -> None:
+        """Try it.
+
+        Raises:
+            Refuse: somebody is in the way; the message says who.
+        """
+        while True:
+            self._check_members()
+            self.changed, self.extra = {}, {}
+            try:
+                direction(self)
+                break
+            except _Join as join:
+                self.units.append(str(join))
+        self._check_sharing()
+        for node in self.changed.values():
+            self._check_numbers(node)
+
+    def commit(self, reason: str = "") -> None:
+        """Apply the changes and write the verdicts."""
+        into = tuple(dict.fromkeys(node.place for node in self.changed.values() if node.place not in self.units))
+        outcome: Outcome = "scale folded" if self.half else "folded"
+        for unit in self.units:
+            self.driver.verdicts[unit] = Verdict(unit, outcome, into, reason)
+        if not self.half:
+            self.driver.erased.update(node.name for node in self._members())
+        self.driver.nodes.update(self.changed)
+
+    def up(self) -> None:
+        """Wish every member's input to arrive as the member's output is."""
+        wishes = _Wishes(self)
+        queue = [(-self.driver.position[node.name], node.name) for node in self._members()]
+        heapq.heapify(queue)
+        seen = {name for _, name in queue}
+        while queue:
+            node = self._now(heapq.heappop(queue)[1])
+            for value, affine in zip(node.inputs, self._asked_up(node, wishes), strict=True):
+                if affine is None or affine.is_identity:
+                    continue
+                value = self.driver.source(value)
+                wishes.add(value, node.name, affine)
+                producer = self.driver.graph.producer(value)
+                if producer is None:
+                    raise Refuse(f"`{value}` is an input of the model")
+                if producer.name not in seen:
+                    seen.add(producer.name)
+                    heapq.heappush(queue, (-self.driver.position[producer.name], producer.name))
+
+    def down(self) -> None:
+        """Give every reader of a member's output the raw value, with what it lacks."""
+        lacks: dict[str, Affine] = {}
+        queue = [(self.driver.position[node.name], node.name) for node in self._members()]
+        heapq.heapify(queue)
+        seen = {name for _, name in queue}
+        while queue:
+            node = self._now(heapq.heappop(queue)[1])
+            given = [lacks.get(self.driver.source(value)) for value in node.inputs]
+            for value, affine in zip(node.outputs, self._asked_down(node, given), strict=True):
+                if affine is None or affine.is_identity:
+                    continue
+                if self.driver.is_output(value):
+                    raise Refuse(f"the output of `{node.name}` ({node.op}) is an output of the model")
+                lacks[value] = affine
+                for reader in self.driver.readers(value):
+                    if reader.name not in seen:
+                        seen.add(reader.name)
+                        heapq.heappush(queue, (self.driver.position[reader.name], reader.name))
+
+    # -- asking one node
+
+    def _members(self) -> list[Node]:
+        names = (name for unit in self.units for name in self.driver.places[unit])
+        return [self.driver.nodes[name] for name in names]
+
+    def _is_member(self, node: Node) -> bool:
+        return node.is_batchnorm and node.place in self.units
+
+    def _now(self, name: str) -> Node:
+        """A node with what it has absorbed so far, in this attempt too."""
+        return self.changed.get(name, self.driver.nodes[name])
+
+    def _asked_up(self, node: Node, wishes: _Wishes) -> Sequence[Affine | None]:
+        """As what each input of a node must arrive, given what is wished of its outputs."""
+        wanted = [wishes.agreed(value, node) for value in node.outputs]
+        if self._is_member(node):
+            return [self._own_up(node, wanted[0])]
+        if all(affine is None for affine in wanted):
+            return [None] * len(node.inputs)
+        leaning = self._lean_up(node, wanted[0])
+        operands = replace(node, inputs=tuple(v for place, v in enumerate(node.inputs) if place not in leaning))
+        answers = iter(self._take(node, find(node).up(operands, self.driver, wanted), len(operands.inputs)))
+        return [None if place in leaning else next(answers) for place in range(len(node.inputs))]
+
+    def _asked_down(self, node: Node, given: list[Affine | None]) -> Sequence[Affine | None]:
+        """What each output of a node lacks, given what its inputs lack."""
+        if self._is_member(node):
+            return [self._own_down(node, given[0])]
+        given = self._lean_down(node, given)
+        if all(affine is None for affine in given):
+            return [None] * len(node.outputs)
+        return self._take(node, find(node).down(node, self.driver, given), len(node.outputs))
+
+    def _take(self, node: Node, answer: Linear | Affine | Sequence[Affine | None], count: int) -> Sequence[Affine | None]:
+        """Note what a node has absorbed, and return what it passes on, which is the same in either direction."""
+        if isinstance(answer, Linear):
+            for scale in self.extra.get(node.name, ()):
+                answer = answer.absorb_beside(scale, np.zeros_like(scale))
+            self.changed[node.name] = replace(node, linear=answer)
+        elif isinstance(answer, Affine):
+            if not self.compose:
+                raise Refuse(f"`{node.name}` (BatchNormalization) is in the way")
+            self.changed[node.name] = replace(node, affine=answer)
+        else:
+            return answer
+        return [None] * count
+
+    def _own_up(self, node: Node, wanted: Affine | None) -> Affine:
+        """What a member wishes of its input: its own affine, below what is wished of it."""
+        own = _own(node)
+        if not self.half:
+            return own if wanted is None else wanted.after(own)
+        if wanted is not None:
+            raise Refuse(f"`{node.name}` would have to move twice")
+        self._leave(node, own.shift)
+        return own.scale_only()
+
+    def _own_down(self, node: Node, given: Affine | None) -> Affine:
+        """What a member's output lacks once it is gone."""
+        own = _own(node)
+        if not self.half:
+            return own if given is None else own.after(given)
+        if given is not None or np.any(own.scale == 0):
+            raise Refuse(f"`{node.name}` has a scale of zero, or would have to move twice")
+        self._leave(node, own.shift / own.scale)
+        return own.scale_only()
+
+    def _leave(self, node: Node, shift: Array) -> None:
+        """Leave one per-channel Add in the place of a member."""
+        affine = Affine.of(1.0, shift)
+        self.changed[node.name] = replace(node, op="Affine", affine=affine, attributes={**node.attributes, "form": "add"})
+
+    # -- a linear operator beside: L(x) + x
+
+    def _lean_up(self, node: Node, wanted: Affine | None) -> set[int]:
+        """The operands of a sum that another operand makes up for: `s (L x + x) = (s L + (s - 1) I) x + x`."""
+        leaning: set[int] = set()
+        if node.op not in ("Add", "Sum") or wanted is None or not np.any(wanted.scale != 1):
+            return leaning
+        for place, value in enumerate(node.inputs):
+            beside = self._beside(node, place, self.driver.source(value), members=False)
+            vectors = beside and self._along(beside, wanted.settle(beside[1].out_axis))
+            if beside and vectors:
+                self.extra.setdefault(beside[0], []).append(vectors[0] - 1.0)
+                leaning.add(place)
+        return leaning if len(leaning) < len(node.inputs) else set()
+
+    def _lean_down(self, node: Node, given: list[Affine | None]) -> list[Affine | None]:
+        """What is left for a sum to pass on, once others made up for it: `L x + (s x + t) = (L + (s - 1) I) x + t + x`."""
+        scaled = [affine for affine in given if affine is not None and np.any(affine.scale != 1)]
+        if node.op not in ("Add", "Sum") or not scaled or len(scaled) == len(given):
+            return given
+        rest = list(given)
+        for place, affine in enumerate(given):
+            if affine is None:
+                continue
+            beside = self._beside(node, place, self._origin(node.inputs[place]), members=True)
+            vectors = beside and self._along(beside, affine)
+            if beside and vectors and not (beside[1].biasless and np.any(vectors[1] != 0)):
+                name, linear = beside
+                scale, shift = vectors
+                self.changed[name] = replace(self._now(name), linear=linear.absorb_beside(scale - 1.0, shift))
+                rest[place] = None
+        return rest
+
+    def _along(self, beside: tuple[str, Linear], affine: Affine) -> tuple[Array, Array] | None:
+        return affine.vectors(beside[1].out_axis, beside[1].outputs)
+
+    def _beside(self, node: Node, place: int, origin: str, members: bool) -> tuple[str, Linear] | None:
+        """A linear operator that reads the same value as an operand of this sum, is laid out like it, and only read here."""
+        shape = self.driver.shape(node.outputs[0])
+        if shape is None or self.driver.shape(node.inputs[place]) != shape:
+            return None
+        around = [value for other, value in enumerate(node.inputs) if other != place]
+        for value in around:
+            if len(self.driver.readers(self.driver.source(value))) != 1 or self.driver.is_output(value):
+                continue
+            producer = self.driver.producer(value)
+            if producer is None:
+                continue
+            if producer.op in ("Add", "Sum") and self.driver.shape(producer.outputs[0]) == shape:
+                around += producer.inputs
+            linear = self._now(producer.name).linear
+            if linear is not None and linear.centre is not None:
+                read = producer.inputs[0]
+                if origin == (self._origin(read) if members else self.driver.source(read)):
+                    return producer.name, linear
+        return None
+
+    def _origin(self, value: str) -> str:
+        """The value that this one will be once the members are gone too."""
+        value = self.driver.source(value)
+        producer = self.driver.graph.producer(value)
+        while producer is not None and not self.half and self._is_member(producer):
+            value = self.driver.source(producer.inputs[0])
+            producer = self.driver.graph.producer(value)
+        return value
+
+    # -- what must hold in the end
+
+    def _check_members(self) -> None:
+        for node in self._members():
+            if not _own(node).is_finite:
+                raise Refuse("its scale or shift is not finite: look at its variance and its weight")
+            if self.half and not np.any(_own(node).scale != 1):
+                raise Refuse("it only shifts")
+
+    def _check_sharing(self) -> None:
+        """Nodes that share their numbers must have absorbed the same."""
+        for node in self.changed.values():
+            names = self.driver.places[node.place]
+            if not all(name in self.changed and _same(self.changed[name], node) for name in names):
+                raise Refuse(f"`{node.place}` is used {len(names)} times, and its uses would have to differ")
+
+    def _check_numbers(self, node: Node) -> None:
+        """What was absorbed must be finite, and storable."""
+        if node.affine is not None and not self._is_member(node):
+            axis = node.attributes.get("axis", 1)
+            if any(other != axis for other in node.affine.axes):
+                raise Refuse(f"`{node.name}` ({node.op}) cannot hold an affine that varies along other axes")
+            if not node.affine.is_finite:
+                raise Refuse(f"`{node.name}` ({node.op}) would not be finite")
+        obstacle = self.driver.fits(node) if node.linear is not None else ""
+        if obstacle:
+            raise Refuse(f"`{node.name}` ({node.op}) cannot absorb it: {obstacle}")
+
+
+class _Join(Exception):
+    """Another BatchNorm reads the same value and wants the same of it: the message is its place."""
+
+
+class _Wishes:
+    """What is wished of each value, by whom, during one way up."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt, self.driver = attempt, attempt.driver
+        self.wishes: dict[str, list[tuple[str, Affine]]] = {}
+
+    def add(self, value: str, reader: str, affine: Affine) -> None:
+        self.wishes.setdefault(value, []).append((reader, affine))
+
+    def agreed(self, value: str, producer: Node) -> Affine | None:
+        """What all readers of a value can live with; None where nobody wished anything.
+
+        Raises:
+            Refuse: they cannot, or the value is an output of the model.
+            _Join: another BatchNorm wants the same and may come along.
+        """
+        wishes = self.wishes.get(value)
+        if wishes is None:
+            return None
+        name = f"the output of `{producer.name}` ({producer.op})"
+        if self.driver.is_output(value):
+            raise Refuse(f"{name} is an output of the model too")
+        merged = wishes[0][1]
+        needs = [*wishes[1:], *self._others(value, {reader for reader, _ in wishes}, merged)]
+        for reader, affine in needs:
+            both = merged.merge(affine)
+            if both is None:
+                raise Refuse(f"{name} is also read by `{reader}` ({self.driver.nodes[reader].op})")
+            merged = both
+        return merged
+
+    def _others(self, value: str, spoken: set[str], wish: Affine) -> list[tuple[str, Affine]]:
+        """What the readers need who wished nothing: that what they read stays as it is."""
+        needs = []
+        for reader in self.driver.readers(value):
+            if reader.name in spoken:
+                continue
+            if reader.is_batchnorm and reader.affine is not None and reader.affine.equals(wish) and not self.attempt.half:
+                raise _Join(reader.place)
+            needs.append((reader.name, self._need(reader, wish.rank)))
+        return needs
+
+    def _need(self, reader: Node, rank: int) -> Affine:
+        shapes = [self.driver.shape(value) for value in reader.outputs if value]
+        if reader.op not in SELECTORS or any(shape is None for shape in shapes):
+            return Affine.identity(rank)
+        kept = [Affine.identity(len(shape)) for shape in shapes if shape is not None]
+        answer = find(reader).up(reader, self.driver, kept)
+        assert not isinstance(answer, (Linear, Affine)) and answer[0] is not None
+        return answer[0]
+
+
+def _own(node: Node) -> Affine:
+    """The affine of a BatchNorm that can move."""
+    if node.affine is None:
+        raise Refuse(node.attributes.get("reason", "its numbers are not constant"))
+    return node.affine
+
+
+def _same(first: Node, second: Node) -> bool:
+    if first.linear is not None and second.linear is not None:
+        return first.linear.equals(second.linear)
+    return first.affine is not None and second.affine is not None and first.affine.equals(second.affine)
