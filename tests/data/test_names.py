@@ -121,15 +121,15 @@ def test_a_file_called_makemore_is_reached_by_a_path(cache, tmp_path, monkeypatc
     ("variables", "place"),
     [
         ({"BNFOLD_CACHE": "/a/b", "XDG_CACHE_HOME": "/c"}, "/a/b/makemore-names.txt"),
-        ({"BNFOLD_CACHE": "~/b"}, "/home/ann/b/makemore-names.txt"),
+        ({"BNFOLD_CACHE": "~/b"}, "/u/ann/b/makemore-names.txt"),
         ({"XDG_CACHE_HOME": "/c"}, "/c/bnfold/makemore-names.txt"),
-        ({"XDG_CACHE_HOME": "relative"}, "/home/ann/.cache/bnfold/makemore-names.txt"),
-        ({}, "/home/ann/.cache/bnfold/makemore-names.txt"),
+        ({"XDG_CACHE_HOME": "relative"}, "/u/ann/.cache/bnfold/makemore-names.txt"),
+        ({}, "/u/ann/.cache/bnfold/makemore-names.txt"),
     ],
 )
 def test_the_cache_is_where_the_environment_says(variables, place, monkeypatch):
     for name in ("BNFOLD_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in ({"HOME": "/home/ann"} | variables).items():
+    for name, value in ({"HOME": "/u/ann"} | variables).items():
         monkeypatch.setenv(name, value)
     assert names.locate_makemore() == Path(place)
