@@ -1,3 +1,105 @@
-"""Fold BatchNorms into the linear layers around them, exactly, and prove it."""
+"""Fold BatchNorms into the linear layers around them, exactly, and prove it.
+
+    folded, report = bnfold.fold(model, example_inputs)        # an nn.Module, or an ONNX model
+    report = bnfold.fold_file("model.onnx", "model.folded.onnx")
+    bnfold.verify(before, after, inputs)                       # raises NotEquivalent
+
+Importing this imports neither torch nor onnx; a frontend is loaded when a model of its kind arrives.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+from bnfold.errors import BnfoldError, InputError, NotEquivalent, UnreadableModel
+from bnfold.report import Evidence, Report, Verdict
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BnfoldError",
+    "Evidence",
+    "InputError",
+    "NotEquivalent",
+    "Report",
+    "UnreadableModel",
+    "Verdict",
+    "fold",
+    "fold_file",
+    "verify",
+]
+
+
+Model = TypeVar("Model")
+
+
+def fold(model: Model, example_inputs: Any = None, **options: Any) -> tuple[Model, Report]:
+    """Fold every BatchNorm of a model that can be folded exactly, and verify the result.
+
+    Args:
+        model: an `nn.Module` in eval mode, an `onnx.ModelProto` or an `onnx_ir.Model`. It is not changed.
+        example_inputs: for a module what it is called with: a tensor, a tuple of positional arguments, a dict of keyword
+            arguments, or a pair `(args, kwargs)`. For an ONNX model a dict of arrays by input name, or None to have
+            them made from the declared types and shapes.
+        **options: `verify=False` compares nothing, and the report says so. The rest is the frontend's: see
+            `bnfold.torch.fold` and `bnfold.onnx.fold`.
+
+    Returns:
+        The folded model, of the caller's own class, and the report: one verdict for every BatchNorm, and how the two
+        models were compared.
+
+    Raises:
+        InputError: the model is of no kind that bnfold folds, or cannot be used as it is.
+        UnreadableModel: its computation could not be followed.
+        NotEquivalent: the folded model computes something else; nothing is returned.
+    """
+    folded, report = _frontend(model).fold(model, example_inputs, **options)
+    return cast("Model", folded), report
+
+
+def fold_file(source: str | Path, target: str | Path, **options: Any) -> Report:
+    """Fold an ONNX file into another one; see `bnfold.onnx.fold_file`."""
+    from bnfold import onnx as frontend
+
+    return frontend.fold_file(source, target, **options)
+
+
+def verify(before: Any, after: Any, inputs: Any = None) -> tuple[Evidence, ...]:
+    """Compare two models of one kind on the same inputs, in their own dtype and in float64.
+
+    Args:
+        before, after: two modules, or two ONNX models.
+        inputs: as `fold` takes them.
+
+    Returns:
+        What was compared, with the bounds; see `bnfold.equivalence`.
+
+    Raises:
+        NotEquivalent: they differ; the message names the worst input and element.
+    """
+    evidence: tuple[Evidence, ...] = _frontend(before).verify(before, after, inputs)
+    return evidence
+
+
+def _frontend(model: Any) -> Any:
+    """The frontend of a model. Its framework was imported by whoever made the model, so nothing is imported to ask."""
+    for framework, kind in (("torch.nn", "Module"), ("onnx", "ModelProto"), ("onnx_ir", "Model")):
+        module = sys.modules.get(framework)
+        if module is not None and isinstance(model, getattr(module, kind)):
+            return import_module("bnfold.torch" if framework == "torch.nn" else "bnfold.onnx")
+    raise InputError(f"{type(model).__name__} is neither an nn.Module nor an ONNX model")
+
+
+class _Package(ModuleType):
+    """This package, on which importing the command `bnfold.fold` must not hide the function `fold`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "fold" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -54,7 +54,7 @@ class Evidence:
     deviation: float
     bound: float
     source: str
-    movement: float
+    movement: float | None
 
 
 @dataclass(frozen=True)

@@ -261,10 +261,12 @@ class Attempt:
         seen = {name for _, name in queue}
         while queue:
             node = self._now(heapq.heappop(queue)[1])
-            for value, affine in zip(node.inputs, self._asked_up(node, wishes), strict=True):
+            sources = [self.driver.source(value) for value in node.inputs]
+            for value, affine in zip(sources, self._asked_up(node, wishes), strict=True):
                 if affine is None or affine.is_identity:
+                    if sources.count(value) > 1:
+                        wishes.add(value, node.name, affine or self._identity(value))
                     continue
-                value = self.driver.source(value)
                 wishes.add(value, node.name, affine)
                 producer = self.driver.graph.producer(value)
                 if producer is None:
@@ -340,6 +342,12 @@ class Attempt:
         else:
             return answer
         return [None] * count
+
+    def _identity(self, value: str) -> Affine:
+        shape = self.driver.shape(value)
+        if shape is None:
+            raise Refuse(f"the shape of `{value}` is not known")
+        return Affine.identity(len(shape))
 
     def _own_up(self, node: Node, wanted: Affine | None) -> Affine:
         """What a member wishes of its input: its own affine, below what is wished of it."""

@@ -1,0 +1,20 @@
+"""The console script: `bnfold fold FILE` is `python -m bnfold.fold FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `bnfold COMMAND ...` and return its exit code."""
+    parser = argparse.ArgumentParser(prog="bnfold", description="Fold BatchNorms, exactly, and prove it.")
+    parser.add_argument("command", choices=["fold"], help="`bnfold fold --help` lists its options")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = parser.parse_args(given[:1]).command
+    code: int = import_module(f"bnfold.{command}").main(given[1:])
+    return code

@@ -1,0 +1,190 @@
+"""Compare a model before and after, and raise when they differ.
+
+Two questions, asked separately, of outputs that the frontends computed:
+
+- *Is the algebra right?* Both models in float64, the folded one with weights that were not rounded to the storage
+  dtype. The difference is held to 1e-12 of the largest output, or to the rounding noise of the model itself where that
+  is more: a deep net amplifies every rounding, and by the same factor in every precision, so the noise that the
+  *unfolded* model shows in its own dtype, times the ratio of the two unit roundoffs, is what float64 will show.
+- *Is the rounding acceptable?* Both models in their own dtype, each against the float64 truth. The folded model may
+  be off by a small multiple of what the unfolded one is off by, plus one unit roundoff for each operator that was
+  given new weights, since each of those was rounded once.
+
+Neither bound is a round number that somebody chose to make a model pass: one is measured on the model that nobody
+touched, the other is Higham's (2002, "Accuracy and Stability of Numerical Algorithms", section 3.1) unit roundoff per
+operation. Differences are relative to the largest element of that output over all inputs; infinities and NaNs must
+stand in the same places. Outputs of whole numbers or booleans (an argmax) are compared for equality, in float64 only.
+
+What this cannot see: a model whose output hardly depends on its input (`Evidence.movement`), and inputs of another kind
+than those that were tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnfold.errors import NotEquivalent
+from bnfold.report import Evidence
+
+__all__ = ["ALGEBRA", "UNIT_ROUNDOFF", "Outputs", "compare", "judge", "measure"]
+
+Outputs = Mapping[str, npt.NDArray[Any]]
+"""What a model computed from one input: arrays by the name or path of the output."""
+
+ALGEBRA = 1e-12
+"""The largest relative difference that float64 arithmetic is allowed, noise aside."""
+
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Half the distance from 1 to the next number, by dtype."""
+
+_MARGIN = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """The largest relative difference, and where it is."""
+
+    deviation: float
+    place: str = ""
+
+
+def judge(
+    own: tuple[Sequence[Outputs], Sequence[Outputs]],
+    exact: tuple[Sequence[Outputs], Sequence[Outputs]] | None,
+    dtype: str,
+    changed: int,
+    inputs: int,
+    exhaustive: bool = False,
+) -> tuple[Evidence, ...]:
+    """Ask both questions.
+
+    Args:
+        own: outputs before and after in the model's own dtype, one `Outputs` per input.
+        exact: the same in float64, or None where the model cannot be run in it.
+        dtype: the model's own dtype, a key of `UNIT_ROUNDOFF`; of several, the coarsest.
+        changed: how many operators were given new weights.
+        inputs: how many examples these outputs are of.
+        exhaustive: whether those are all the inputs there are.
+
+    Returns:
+        One `Evidence` per question; float64 models and models that cannot run in float64 are asked one.
+
+    Raises:
+        NotEquivalent: a bound is exceeded; the message names the worst input and element.
+    """
+    unit = UNIT_ROUNDOFF[dtype]
+    rounding = _MARGIN * (changed + 1) * unit
+    if exact is None:
+        source = f"{_MARGIN:g} x {changed + 1} roundings of {unit:.1e}; float64 could not be run"
+        worst = compare(*own, max(rounding, 64 * unit), dtype, discrete=False)
+        return (_evidence(dtype, own[0], worst, max(rounding, 64 * unit), source, inputs, exhaustive),)
+    noise = measure(exact[0], own[0], discrete=False).deviation if dtype != "float64" else 0.0
+    carried = _MARGIN**2 * noise * UNIT_ROUNDOFF["float64"] / unit
+    bound, source = (ALGEBRA, "of the largest output") if carried < ALGEBRA else (carried, "the model's own noise")
+    worst = compare(*exact, bound, "float64", discrete=True)
+    evidence = (_evidence("float64", exact[0], worst, bound, source, inputs, exhaustive),)
+    if dtype == "float64":
+        return evidence
+    bound = _MARGIN * noise + rounding
+    source = f"{_MARGIN:g} x (unfolded error {noise:.1e} + {changed + 1} roundings of {unit:.1e})"
+    worst = compare(exact[0], own[1], bound, dtype, discrete=False)
+    return (*evidence, _evidence(dtype, exact[0], worst, bound, source, inputs, exhaustive))
+
+
+def compare(
+    before: Sequence[Outputs], after: Sequence[Outputs], bound: float, question: str = "", discrete: bool = True
+) -> Worst:
+    """Compare the outputs of two models on the same inputs.
+
+    Returns:
+        The worst difference, which is within `bound`.
+
+    Raises:
+        NotEquivalent: it is not, or the outputs differ in name or shape.
+    """
+    worst = measure(before, after, discrete)
+    if not worst.deviation <= bound:
+        within = f" in {question}" if question else ""
+        raise NotEquivalent(
+            f"the models differ{within} by {worst.deviation:.2e} of the largest output at {worst.place}; "
+            f"the bound is {bound:.2e}"
+        )
+    return worst
+
+
+def measure(before: Sequence[Outputs], after: Sequence[Outputs], discrete: bool = True) -> Worst:
+    """The largest relative difference between two models' outputs; `discrete` counts whole numbers as well."""
+    largest = _largest(before)
+    worst = Worst(0.0)
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        if set(old) != set(new):
+            return Worst(np.inf, f"input {index}: one has outputs {sorted(old)}, the other {sorted(new)}")
+        for name in old:
+            here = _difference(np.asarray(old[name]), np.asarray(new[name]), largest[name], discrete)
+            if here is not None and not here.deviation <= worst.deviation:
+                worst = Worst(here.deviation, f"input {index}, output {name}{here.place}")
+    return worst
+
+
+def _difference(
+    old: npt.NDArray[Any], new: npt.NDArray[Any], largest: float, discrete: bool
+) -> Worst | None:
+    """The worst element of one output; None where there is nothing to compare."""
+    if old.shape != new.shape:
+        return Worst(np.inf, f": shapes {old.shape} and {new.shape}") if discrete else None
+    if not _is_continuous(old):
+        return Worst(1.0, "") if discrete and not np.array_equal(old, new) else None
+    if not old.size:
+        return None
+    wide = np.complex128 if np.iscomplexobj(old) else np.float64
+    with np.errstate(invalid="ignore"):
+        old, new = old.astype(wide), new.astype(wide)
+        same = (old == new) | (np.isnan(old) & np.isnan(new))
+        distance = np.where(same, 0.0, np.abs(new - old) / largest)
+    distance = np.where(np.isnan(distance), np.inf, distance)
+    at = np.unravel_index(int(np.argmax(distance)), distance.shape)
+    place = f"[{', '.join(str(int(i)) for i in at)}]: {old[at]:.9g} before, {new[at]:.9g} after"
+    return Worst(float(distance[at]), place)
+
+
+def _is_continuous(array: npt.NDArray[Any]) -> bool:
+    return array.dtype.kind in "fc" or array.dtype.name == "bfloat16"
+
+
+def _finite(outputs: Sequence[Outputs], name: str) -> Iterator[npt.NDArray[Any]]:
+    for each in outputs:
+        array = np.asarray(each.get(name, 0.0))
+        if _is_continuous(array):
+            array = np.abs(array.astype(np.complex128 if np.iscomplexobj(array) else np.float64))
+            yield array[np.isfinite(array)]
+
+
+def _largest(outputs: Sequence[Outputs]) -> dict[str, float]:
+    """The largest finite magnitude of each output over all inputs; 1 where there is none."""
+    names = {name for each in outputs for name in each}
+    peaks = {name: max((float(a.max()) for a in _finite(outputs, name) if a.size), default=0.0) for name in names}
+    return {name: peak or 1.0 for name, peak in peaks.items()}
+
+
+def _movement(outputs: Sequence[Outputs]) -> float | None:
+    """How far an output moves between two inputs, relative to its largest element; None with one input only."""
+    largest, moves = _largest(outputs), []
+    for name, peak in largest.items():
+        arrays = [np.asarray(each[name]) for each in outputs if _is_continuous(np.asarray(each[name]))]
+        if arrays and all(a.shape == arrays[0].shape and a.ndim for a in arrays):
+            rows = np.concatenate(arrays) if arrays[0].shape[0] > 1 else np.stack(arrays)
+            if len(rows) > 1:
+                with np.errstate(invalid="ignore"):
+                    moves.append(float(np.nanmax(np.abs(rows[1:] - rows[:1]), initial=0.0)) / peak)
+    return max((move for move in moves if np.isfinite(move)), default=None)
+
+
+def _evidence(
+    question: str, before: Sequence[Outputs], worst: Worst, bound: float, source: str, inputs: int, exhaustive: bool
+) -> Evidence:
+    return Evidence(question, inputs, exhaustive, worst.deviation, bound, source, _movement(before))

@@ -1,0 +1,153 @@
+"""The command: `python -m bnfold.fold FILE` folds a file, verifies the result, and writes it beside the file.
+
+    ckpt.pt                        a self-describing checkpoint (see `bnfold.checkpoint`)
+    model.onnx                     any ONNX file
+    weights.pt, weights.safetensors    the weights of a model that `--model package.module:factory` names
+    program.pt2                    a program that `torch.export.save` wrote
+
+Exit code 0: folded and verified. 1: the folded model is not equivalent, and nothing was written. 2: the file or an
+argument cannot be used. The output appears in one step, and an existing one survives any failure.
+
+An ONNX file never imports torch. The function that does the work is `bnfold.fold`, which this module must not be
+confused with (see the end of `bnfold/__init__.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnfold import fold
+from bnfold.errors import InputError, replacing, run_command
+
+if TYPE_CHECKING:
+    from bnfold.checkpoint import Checkpoint
+    from bnfold.report import Report
+
+__all__ = ["main"]
+
+_EVERY = 1_000_000
+"""As many inputs are all tried, where a model has no more."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    return run_command(lambda: _run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bnfold fold", description="Fold BatchNorms, exactly, and prove it.")
+    add = parser.add_argument
+    add("file", type=Path, help="a checkpoint, an ONNX file, weights (with --model) or an exported program (.pt2)")
+    add("-o", "--output", type=Path, help="where to write (default: FILE with .folded before its suffix)")
+    add("--dry-run", action="store_true", help="decide, verify and report, but write no model")
+    add("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
+    add("--no-verify", dest="verify", action="store_false", help="compare nothing; the report says unverified")
+    add("--lower", action="store_true", help="turn every BatchNorm that is kept into one multiply and one add")
+    onnx = parser.add_argument_group("ONNX files")
+    onnx.add_argument("--inputs", type=Path, metavar="NPZ", help="verify on these arrays, by input name")
+    onnx.add_argument("--freeze-initializers", action="store_true", help="take overridable initializers as constants")
+    onnx.add_argument("--duplicate", action="store_true", help="copy an operator that somebody else reads as well")
+    torch = parser.add_argument_group("weights of a module")
+    torch.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="what builds the module; imported and called")
+    torch.add_argument("--input", action="append", metavar="SHAPE", help="1x3x224x224, once per positional argument")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.output is None:
+        options.output = options.file.with_name(f"{options.file.stem}.folded{options.file.suffix}")
+    if not options.file.is_file():
+        raise InputError(f"{options.file}: {'it is a folder' if options.file.is_dir() else 'no such file'}")
+    report, done = (_fold_onnx if _is_onnx(options.file) else _fold_torch)(options)
+    _show(report)
+    if options.json is not None:
+        with replacing(options.json) as temporary:
+            temporary.write_text(report.to_json() + "\n", encoding="utf-8")
+    print(f"nothing written (--dry-run)" if options.dry_run else done)
+    return 0
+
+
+def _is_onnx(path: Path) -> bool:
+    """Whether a file is to be read as ONNX: by its suffix, else because it is nothing that torch writes."""
+    if path.suffix in (".onnx", ".pt", ".pth", ".pt2", ".ckpt", ".safetensors", ".bin", ".tar"):
+        return path.suffix == ".onnx"
+    with path.open("rb") as file:
+        return file.read(2) not in (b"PK", b"\x80\x02")
+
+
+def _show(report: Report) -> None:
+    """Print the report, as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    for part in report.renderables():
+        console.print(part)
+
+
+def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
+    from bnfold import onnx as frontend
+
+    report = frontend.fold_file(
+        options.file,
+        None if options.dry_run else options.output,
+        inputs=options.inputs,
+        verify=options.verify,
+        freeze_initializers=options.freeze_initializers,
+        lower=options.lower,
+        duplicate=options.duplicate,
+    )
+    return report, f"wrote {options.output}"
+
+
+def _fold_torch(options: argparse.Namespace) -> tuple[Report, str]:
+    from bnfold import checkpoint
+
+    if options.model is None and checkpoint.identify(options.file) == "checkpoint":
+        return _fold_checkpoint(options)
+    from bnfold import torch as frontend
+
+    report = frontend.fold_checkpoint_file(
+        options.file,
+        None if options.dry_run else options.output,
+        model=options.model,
+        shapes=options.input,
+        verify=options.verify,
+        lower=options.lower,
+    )
+    return report, f"wrote {options.output}"
+
+
+def _fold_checkpoint(options: argparse.Namespace) -> tuple[Report, str]:
+    """Fold a self-describing checkpoint: exercise E02 of the lecture, for any net."""
+    from bnfold import checkpoint
+
+    source = checkpoint.load(options.file)
+    count = source.input.count
+    exhaustive = count is not None and count <= _EVERY
+    inputs = source.input.every() if exhaustive else source.input.sample(64)
+    model, report = fold(source.model, inputs, verify=options.verify, lower=options.lower)
+    report = replace(report, evidence=tuple(replace(item, exhaustive=exhaustive) for item in report.evidence))
+    if not options.dry_run:
+        checkpoint.save(options.output, _folded(source, model, report, options.file))
+    return report, f"wrote {options.output}\nnext: python -m export {options.output}"
+
+
+def _folded(source: Checkpoint, model: Any, report: Report, path: Path) -> Checkpoint:
+    """The checkpoint of a folded net: BatchNorms erased, and where it came from."""
+    from hashlib import sha256
+
+    from bnfold.checkpoint import drop_identities
+
+    verdicts = report.to_dict()["verdicts"]
+    record = {"source": sha256(path.read_bytes()).hexdigest(), "verdicts": [dict(v) for v in verdicts]}
+    return replace(source, model=drop_identities(model), folded=record)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
