@@ -1,9 +1,9 @@
 # Every target makes its own environment in .venv, from the pins in constraints.txt.
-# Another Python: make PYTHON=python3.12 test. Fewer tests: make test TESTS=tests/data.
+# Another Python: make PYTHON=python3.12 test. Fewer tests: make test TESTS=tests/data. In parallel: WORKERS=4.
 
 PYTHON ?= python3
 TESTS ?=
-WORKERS ?= 2
+WORKERS ?= 0
 DEMO ?= runs/demo
 
 BIN := .venv/bin
