@@ -9,18 +9,23 @@ DEMO ?= runs/demo
 BIN := .venv/bin
 READY := .venv/ready
 
-export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-all lint bench clean
 .DEFAULT_GOAL := test
 
+# $(call road,MODULE ARGUMENTS) runs one command in the demo's folder, as a reader of the README would.
+define road
+	@echo; echo '$$ python -m $(1)'
+	@cd $(DEMO) && PYTHONPATH='$(CURDIR)' '$(CURDIR)/$(BIN)/python' -m $(1)
+endef
+
 demo: $(READY)
-	mkdir -p $(DEMO)
-	$(BIN)/python -m train -o $(DEMO)/ckpt.pt
-	$(BIN)/python -m bnfold.fold $(DEMO)/ckpt.pt
-	$(BIN)/python -m export $(DEMO)/ckpt.folded.pt -o $(DEMO)/ckpt.onnx
-	$(BIN)/python -m export.sample $(DEMO)/ckpt.onnx --count 20 --seed 1
+	@mkdir -p $(DEMO)
+	$(call road,train)
+	$(call road,bnfold.fold ckpt.pt)
+	$(call road,export ckpt.folded.pt)
+	$(call road,export.sample ckpt.onnx --count 20 --seed 1)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS)
