@@ -1,4 +1,4 @@
-"""The arithmetic of folding, in float64 NumPy: what an affine is, what a linear operator absorbs, one rounding at the end.
+"""The arithmetic of folding, in float64 NumPy: affines, and linear operators that absorb them.
 
 A BatchNorm in eval mode (Ioffe & Szegedy 2015, "Batch Normalization", algorithm 2) computes, per channel,
 
@@ -114,7 +114,9 @@ class Affine:
         scale, shift = self.scale, self.shift
         for axis in self.axes:
             first = (slice(None),) * axis + (slice(0, 1),)
-            if all(np.array_equal(a, np.broadcast_to(a[first], a.shape), equal_nan=True) for a in (scale, shift)):
+            if all(
+                np.array_equal(a, np.broadcast_to(a[first], a.shape), equal_nan=True) for a in (scale, shift)
+            ):
                 scale, shift = scale[first], shift[first]
         return Affine(scale, shift)
 
@@ -123,8 +125,14 @@ class Affine:
         scale, shift = self.scale, self.shift
         for other in self.axes:
             if other != axis and np.isnan(scale).any():
-                low, high = (np.fmin.reduce(scale, other, keepdims=True), np.fmax.reduce(scale, other, keepdims=True))
-                least, most = (np.fmin.reduce(shift, other, keepdims=True), np.fmax.reduce(shift, other, keepdims=True))
+                low, high = (
+                    np.fmin.reduce(scale, other, keepdims=True),
+                    np.fmax.reduce(scale, other, keepdims=True),
+                )
+                least, most = (
+                    np.fmin.reduce(shift, other, keepdims=True),
+                    np.fmax.reduce(shift, other, keepdims=True),
+                )
                 if np.array_equal(low, high, equal_nan=True) and np.array_equal(least, most, equal_nan=True):
                     scale, shift = low, least
         return Affine(np.where(np.isnan(scale), 1.0, scale), np.where(np.isnan(shift), 0.0, shift)).collapse()
@@ -147,7 +155,11 @@ class Affine:
 
 
 def batchnorm(
-    mean: npt.ArrayLike, var: npt.ArrayLike, gamma: npt.ArrayLike = 1.0, beta: npt.ArrayLike = 0.0, eps: float = 1e-5
+    mean: npt.ArrayLike,
+    var: npt.ArrayLike,
+    gamma: npt.ArrayLike = 1.0,
+    beta: npt.ArrayLike = 0.0,
+    eps: float = 1e-5,
 ) -> tuple[Array, Array]:
     """Scale and shift, each `(channels,)`, of a BatchNorm with frozen statistics (Ioffe & Szegedy 2015, algorithm 2).
 
@@ -279,7 +291,8 @@ class Linear:
 
     def _add_identity(self, seen: Array, kernel: tuple[int, ...]) -> None:
         """Add `beside` to the tap that reads an output's own position, in place."""
-        assert self.beside is not None and self.centre is not None
+        assert self.beside is not None
+        assert self.centre is not None
         tap = int(np.ravel_multi_index(self.centre, kernel)) if kernel else 0
         own = np.arange(self.outputs // self.groups)
         seen[:, own, own, tap] += np.reshape(self.beside, (self.groups, -1))

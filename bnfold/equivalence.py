@@ -85,7 +85,9 @@ def judge(
         return (_evidence(dtype, own[0], worst, max(rounding, 64 * unit), source, inputs, exhaustive),)
     noise = measure(exact[0], own[0], discrete=False).deviation if dtype != "float64" else 0.0
     carried = _MARGIN**2 * noise * UNIT_ROUNDOFF["float64"] / unit
-    bound, source = (ALGEBRA, "of the largest output") if carried < ALGEBRA else (carried, "the model's own noise")
+    bound, source = (
+        (ALGEBRA, "of the largest output") if carried < ALGEBRA else (carried, "the model's own noise")
+    )
     worst = compare(*exact, bound, "float64", discrete=True)
     evidence = (_evidence("float64", exact[0], worst, bound, source, inputs, exhaustive),)
     if dtype == "float64":
@@ -97,7 +99,11 @@ def judge(
 
 
 def compare(
-    before: Sequence[Outputs], after: Sequence[Outputs], bound: float, question: str = "", discrete: bool = True
+    before: Sequence[Outputs],
+    after: Sequence[Outputs],
+    bound: float,
+    question: str = "",
+    discrete: bool = True,
 ) -> Worst:
     """Compare the outputs of two models on the same inputs.
 
@@ -131,9 +137,7 @@ def measure(before: Sequence[Outputs], after: Sequence[Outputs], discrete: bool 
     return worst
 
 
-def _difference(
-    old: npt.NDArray[Any], new: npt.NDArray[Any], largest: float, discrete: bool
-) -> Worst | None:
+def _difference(old: npt.NDArray[Any], new: npt.NDArray[Any], largest: float, discrete: bool) -> Worst | None:
     """The worst element of one output; None where there is nothing to compare."""
     if old.shape != new.shape:
         return Worst(np.inf, f": shapes {old.shape} and {new.shape}") if discrete else None
@@ -167,7 +171,9 @@ def _finite(outputs: Sequence[Outputs], name: str) -> Iterator[npt.NDArray[Any]]
 def _largest(outputs: Sequence[Outputs]) -> dict[str, float]:
     """The largest finite magnitude of each output over all inputs; 1 where there is none."""
     names = {name for each in outputs for name in each}
-    peaks = {name: max((float(a.max()) for a in _finite(outputs, name) if a.size), default=0.0) for name in names}
+    peaks = {
+        name: max((float(a.max()) for a in _finite(outputs, name) if a.size), default=0.0) for name in names
+    }
     return {name: peak or 1.0 for name, peak in peaks.items()}
 
 
@@ -185,6 +191,12 @@ def _movement(outputs: Sequence[Outputs]) -> float | None:
 
 
 def _evidence(
-    question: str, before: Sequence[Outputs], worst: Worst, bound: float, source: str, inputs: int, exhaustive: bool
+    question: str,
+    before: Sequence[Outputs],
+    worst: Worst,
+    bound: float,
+    source: str,
+    inputs: int,
+    exhaustive: bool,
 ) -> Evidence:
     return Evidence(question, inputs, exhaustive, worst.deviation, bound, source, _movement(before))

@@ -41,21 +41,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bnfold fold", description="Fold BatchNorms, exactly, and prove it.")
+    parser = argparse.ArgumentParser(
+        prog="bnfold fold", description="Fold BatchNorms, exactly, and prove it."
+    )
     add = parser.add_argument
-    add("file", type=Path, help="a checkpoint, an ONNX file, weights (with --model) or an exported program (.pt2)")
+    add(
+        "file",
+        type=Path,
+        help="a checkpoint, an ONNX file, weights (with --model) or an exported program (.pt2)",
+    )
     add("-o", "--output", type=Path, help="where to write (default: FILE with .folded before its suffix)")
     add("--dry-run", action="store_true", help="decide, verify and report, but write no model")
     add("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
-    add("--no-verify", dest="verify", action="store_false", help="compare nothing; the report says unverified")
-    add("--lower", action="store_true", help="turn every BatchNorm that is kept into one multiply and one add")
+    add(
+        "--no-verify", dest="verify", action="store_false", help="compare nothing; the report says unverified"
+    )
+    add(
+        "--lower", action="store_true", help="turn every BatchNorm that is kept into one multiply and one add"
+    )
     onnx = parser.add_argument_group("ONNX files")
     onnx.add_argument("--inputs", type=Path, metavar="NPZ", help="verify on these arrays, by input name")
-    onnx.add_argument("--freeze-initializers", action="store_true", help="take overridable initializers as constants")
-    onnx.add_argument("--duplicate", action="store_true", help="copy an operator that somebody else reads as well")
+    onnx.add_argument(
+        "--freeze-initializers", action="store_true", help="take overridable initializers as constants"
+    )
+    onnx.add_argument(
+        "--duplicate", action="store_true", help="copy an operator that somebody else reads as well"
+    )
     torch = parser.add_argument_group("weights of a module")
-    torch.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="what builds the module; imported and called")
-    torch.add_argument("--input", action="append", metavar="SHAPE", help="1x3x224x224, once per positional argument")
+    torch.add_argument(
+        "--model", metavar="PACKAGE.MODULE:FACTORY", help="what builds the module; imported and called"
+    )
+    torch.add_argument(
+        "--input", action="append", metavar="SHAPE", help="1x3x224x224, once per positional argument"
+    )
     return parser
 
 
@@ -69,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json is not None:
         with replacing(options.json) as temporary:
             temporary.write_text(report.to_json() + "\n", encoding="utf-8")
-    print(f"nothing written (--dry-run)" if options.dry_run else done)
+    print("nothing written (--dry-run)" if options.dry_run else done)
     return 0
 
 

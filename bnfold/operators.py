@@ -16,7 +16,7 @@ driven by the table pick it up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -39,8 +39,11 @@ class Refuse(Exception):
 class Surroundings(Protocol):
     """What a row may ask about the rest of the graph."""
 
-    def shape(self, value: str) -> Shape | None: ...
-    def takes_shift(self, value: str) -> bool: ...
+    def shape(self, value: str) -> Shape | None:
+        """The shape of a value, as far as it is known."""
+
+    def takes_shift(self, value: str) -> bool:
+        """Whether a shift could go up from here, by the look of the operators above."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def find(node: Node) -> Row:
 
 def _linear(node: Node) -> Linear:
     if node.linear is None:
-        raise Refuse(f"`{node.name}` ({node.op}) cannot absorb: {node.attributes.get('reason', 'it has no weight')}")
+        raise Refuse(
+            f"`{node.name}` ({node.op}) cannot absorb: {node.attributes.get('reason', 'it has no weight')}"
+        )
     return node.linear
 
 
@@ -88,7 +93,9 @@ def _vectors(node: Node, affine: Affine, axis: int, size: int) -> tuple[Array, A
     vectors = settled.vectors(axis, size)
     if vectors is None:
         axes = " and ".join(map(str, settled.axes))
-        raise Refuse(f"`{node.name}` ({node.op}) has its channels on axis {axis}, and the affine varies along axis {axes}")
+        raise Refuse(
+            f"`{node.name}` ({node.op}) has its channels on axis {axis}, and the affine varies along axis {axes}"
+        )
     return vectors
 
 
@@ -172,11 +179,19 @@ def _cast(node: Node, around: Surroundings, flow: Flow) -> Answer:
 
 
 def _reshape_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
-    return [_regroup(node, _only(wanted), _shape(node, around, node.outputs[0]), _shape(node, around, node.inputs[0]))]
+    return [
+        _regroup(
+            node, _only(wanted), _shape(node, around, node.outputs[0]), _shape(node, around, node.inputs[0])
+        )
+    ]
 
 
 def _reshape_down(node: Node, around: Surroundings, given: Flow) -> Answer:
-    return [_regroup(node, _only(given), _shape(node, around, node.inputs[0]), _shape(node, around, node.outputs[0]))]
+    return [
+        _regroup(
+            node, _only(given), _shape(node, around, node.inputs[0]), _shape(node, around, node.outputs[0])
+        )
+    ]
 
 
 def _regroup(node: Node, affine: Affine, source: Shape, target: Shape) -> Affine:
@@ -199,7 +214,10 @@ def groups(source: Shape, target: Shape) -> list[tuple[range, range]]:
     start, begin = (left[-1][0].stop, left[-1][1].stop) if left else (0, 0)
     rest, other = source[start:], target[begin:]
     right = [
-        (range(len(source) - a.stop, len(source) - a.start), range(len(target) - b.stop, len(target) - b.start))
+        (
+            range(len(source) - a.stop, len(source) - a.start),
+            range(len(target) - b.stop, len(target) - b.start),
+        )
         for a, b in _runs(rest[::-1], other[::-1])
     ][::-1]
     stop, end = (right[0][0].start, right[0][1].start) if right else (len(source), len(target))
@@ -222,7 +240,7 @@ def _runs(source: Shape, target: Shape) -> Iterable[tuple[range, range]]:
 
 
 def _run(source: Shape, target: Shape, i: int, j: int) -> tuple[int, int]:
-    """Where the shortest run of known sizes with equal products ends that begins at `i` and `j`; `(i, j)` if nowhere."""
+    """Where the shortest run of known sizes with equal products ends that begins here; `(i, j)` if nowhere."""
     a, b, here, there = i, j, 1, 1
     while a == i or b == j or here != there:
         left = a == i or (b > j and here < there)
@@ -247,7 +265,12 @@ def _transpose_down(node: Node, around: Surroundings, given: Flow) -> Answer:
 
 def _slice_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     def cut(array: Array) -> Array:
-        return array[tuple(s if n != 1 else slice(None) for s, n in zip(node.attributes["slices"], array.shape, strict=True))]
+        return array[
+            tuple(
+                s if n != 1 else slice(None)
+                for s, n in zip(node.attributes["slices"], array.shape, strict=True)
+            )
+        ]
 
     return [_only(given).map(cut)]
 
@@ -288,7 +311,9 @@ def _take_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 
     def spread(array: Array) -> Array:
         array = array if indices.ndim else np.expand_dims(array, axis)
-        array = np.moveaxis(np.broadcast_to(array, [*array.shape[:axis], indices.size, *array.shape[axis + 1 :]]), axis, 0)
+        array = np.moveaxis(
+            np.broadcast_to(array, [*array.shape[:axis], indices.size, *array.shape[axis + 1 :]]), axis, 0
+        )
         full = np.full((size, *array.shape[1:]), np.nan)
         full[indices.ravel()] = array
         if not np.array_equal(full[indices.ravel()], array, equal_nan=True):
@@ -311,7 +336,9 @@ def _join(flow: Flow, axis: int, sizes: Sequence[int]) -> Affine:
     """Put affines (None: identity) side by side along an axis."""
     rank = next(affine.rank for affine in flow if affine is not None)
     whole = [affine or Affine.identity(rank) for affine in flow]
-    shape = np.broadcast_shapes(*(tuple(1 if a == axis else n for a, n in enumerate(w.scale.shape)) for w in whole))
+    shape = np.broadcast_shapes(
+        *(tuple(1 if a == axis else n for a, n in enumerate(w.scale.shape)) for w in whole)
+    )
 
     def wide(array: Array, size: int) -> Array:
         return np.broadcast_to(array, [*shape[:axis], size, *shape[axis + 1 :]])
@@ -362,7 +389,10 @@ def _narrow(node: Node, around: Surroundings, affine: Affine, value: str) -> Aff
     """What an operand that is broadcast must arrive as; refuses what would differ between its copies."""
     shape = _shape(node, around, value)
     missing = affine.rank - len(shape)
-    copied = [*range(missing), *(missing + axis for axis, size in enumerate(shape) if size is None or size == 1)]
+    copied = [
+        *range(missing),
+        *(missing + axis for axis, size in enumerate(shape) if size is None or size == 1),
+    ]
     if any(axis in copied for axis in affine.axes):
         raise Refuse(f"`{node.name}` ({node.op}) repeats `{value}` along an axis on which the affine varies")
     keep = affine.scale.shape[missing:]
@@ -392,7 +422,11 @@ def _tile_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 
 def _tile_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     repeats = node.attributes["repeats"]
-    return [_only(given).map(lambda a: np.tile(a, [r if n != 1 else 1 for n, r in zip(a.shape, repeats, strict=True)]))]
+    return [
+        _only(given).map(
+            lambda a: np.tile(a, [r if n != 1 else 1 for n, r in zip(a.shape, repeats, strict=True)])
+        )
+    ]
 
 
 def _channels_to_blocks(node: Node, around: Surroundings, flow: Flow) -> Answer:
@@ -453,7 +487,9 @@ def _add_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     if any(not _alike(each[0].scale, other.scale) for other in each):
         raise Refuse(f"`{node.name}` ({node.op}) has another operand that is not scaled")
     signs = [-1.0 if node.op == "Sub" and place else 1.0 for place in range(len(each))]
-    shift = sum((sign * affine.shift for sign, affine in zip(signs, each, strict=True)), np.zeros((1,) * rank))
+    shift = sum(
+        (sign * affine.shift for sign, affine in zip(signs, each, strict=True)), np.zeros((1,) * rank)
+    )
     return [Affine.of(each[0].scale, shift).collapse()]
 
 
@@ -513,7 +549,9 @@ def _uniform(node: Node, affine: Affine, axes: Iterable[int]) -> Affine:
     return affine
 
 
-def _window(checks: Callable[[Node, Affine], Affine]) -> Row:
+def _window(
+    checks: Callable[[Node, Affine], Affine], says: str, asks: tuple[str, ...] = (), shift: str = "all"
+) -> Row:
     """The row of an operator that combines positions along `axes`, within each channel."""
 
     def down(node: Node, around: Surroundings, given: Flow) -> Answer:
@@ -529,7 +567,7 @@ def _window(checks: Callable[[Node, Affine], Affine]) -> Row:
             affine = affine.map(lambda array: np.expand_dims(array, tuple(axes)))
         return [checks(node, _uniform(node, affine, axes))]
 
-    return Row(up, down, "all", ("axes",), "")
+    return Row(up, down, shift, ("axes", "keepdims", *asks), says)
 
 
 def _averaged(node: Node, affine: Affine) -> Affine:
@@ -541,17 +579,29 @@ def _homogeneous(node: Node, around: Surroundings, flow: Flow) -> Answer:
     return [_monotone(node, _linear_only(node, _only(flow)))]
 
 
-def _says(row: Row, says: str, shift: str = "all", asks: tuple[str, ...] | None = None) -> Row:
-    return replace(row, says=says, shift=shift, asks=row.asks if asks is None else asks)
-
-
-_ABSORB = Row(_absorb_after, _absorb_before, "none", ("linear",), "absorbs: any affine below it, above it a shift only where every output sums every tap")
-_MEAN = _says(_window(_averaged), "passes; only the scale where some weights do not sum to one", asks=("axes", "keepdims", "partial"))
-_MAX = _says(_window(_monotone), "passes if no scale is negative", asks=("axes", "keepdims"))
-_SUM = _says(_window(_linear_only), "passes the scale", "none", ("axes", "keepdims"))
-_MOVE = Row(_reshape_up, _reshape_down, "all", (), "carries the numbers along, through the regrouping of the axes")
+_ABSORB = Row(
+    _absorb_after,
+    _absorb_before,
+    "none",
+    ("linear",),
+    "absorbs: any affine below it, above it a shift only where every output sums every tap",
+)
+_CARRY_SOME = "carries the numbers along; what it drops may be anything"
+_REPEAT = "repeats each channel's numbers"
+_MEAN = _window(_averaged, "passes; only the scale where some weights do not sum to one", ("partial",))
+_MAX = _window(_monotone, "passes if no scale is negative")
+_SUM = _window(_linear_only, "passes the scale", shift="none")
+_MOVE = Row(
+    _reshape_up, _reshape_down, "all", (), "carries the numbers along, through the regrouping of the axes"
+)
 _PASS = Row(_pass, _pass, "all", (), "passes")
-_ADD = Row(_add_up, _add_down, "any", (), "up: the scale into every operand, the shift into one; down: where all are scaled alike")
+_ADD = Row(
+    _add_up,
+    _add_down,
+    "any",
+    (),
+    "up: the scale into every operand, the shift into one; down: where all are scaled alike",
+)
 _MUL = Row(_multiply_up, _multiply_down, "none", (), "the scale into one factor")
 _RELU = Row(_homogeneous, _homogeneous, "none", (), "passes a scale that is nowhere negative, no shift")
 
@@ -571,14 +621,14 @@ TABLE: dict[str, Row] = {
     "Squeeze": _MOVE,
     "Unsqueeze": _MOVE,
     "Transpose": Row(_transpose_up, _transpose_down, "all", ("perm",), "carries the numbers along"),
-    "Slice": Row(_slice_up, _slice_down, "all", ("slices",), "carries the numbers along; what it drops may be anything"),
-    "Gather": Row(_take_up, _take_down, "all", ("axis", "indices"), "carries the numbers along; what it drops may be anything"),
+    "Slice": Row(_slice_up, _slice_down, "all", ("slices",), _CARRY_SOME),
+    "Gather": Row(_take_up, _take_down, "all", ("axis", "indices"), _CARRY_SOME),
     "Split": Row(_split_up, _split_down, "all", ("axis", "sizes"), "puts the pieces together, or cuts"),
     "Concat": Row(_concat_up, _concat_down, "all", ("axis",), "cuts along the axis, or pads with the identity"),
     "Expand": Row(_expand_up, _expand_down, "all", (), "passes where the copies need not differ"),
     "Tile": Row(_tile_up, _tile_down, "all", ("repeats",), "passes where the copies need not differ"),
-    "DepthToSpace": Row(_channels_to_blocks, _blocks_to_channels, "all", ("blocksize", "mode"), "repeats each channel's numbers"),
-    "SpaceToDepth": Row(_blocks_to_channels, _channels_to_blocks, "all", ("blocksize", "mode"), "repeats each channel's numbers"),
+    "DepthToSpace": Row(_channels_to_blocks, _blocks_to_channels, "all", ("blocksize", "mode"), _REPEAT),
+    "SpaceToDepth": Row(_blocks_to_channels, _channels_to_blocks, "all", ("blocksize", "mode"), _REPEAT),
     "Add": _ADD,
     "Sub": _ADD,
     "Sum": _ADD,
@@ -593,8 +643,8 @@ TABLE: dict[str, Row] = {
     "LeakyRelu": _RELU,
     "PRelu": _RELU,
     "Abs": _RELU,
-    "Resize": _says(_MEAN, "passes; only the scale where some weights do not sum to one", asks=("axes", "partial")),
-    "Pad": _says(_MEAN, "reflect and edge: passes; zeros: only the scale", asks=("axes", "partial")),
+    "Resize": _MEAN,
+    "Pad": _window(_averaged, "reflect and edge: passes; zeros: only the scale", ("partial",)),
 }  # fmt: skip
 
 SELECTORS = frozenset({"Slice", "Gather", "Split"})

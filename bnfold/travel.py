@@ -16,7 +16,8 @@ numbers (one module called twice) move together, and linear operators that share
 
 **Order.** Attempts that end in linear operators come first, until there are none: they take nothing from each other
 (every linear operator absorbs any number of affines on either side), so no choice among them loses another. Then
-BatchNorms that can only be composed into another BatchNorm, then scales that can leave their shift behind.
+BatchNorms that can only be composed into another BatchNorm; here a choice can cost one (of thousands of small random
+graphs, one lost one), so both orders are tried and the better one is taken. Last, scales that leave their shift behind.
 """
 
 from __future__ import annotations
@@ -55,8 +56,15 @@ class Journey:
     graph: Graph
     verdicts: tuple[Verdict, ...]
 
+    @property
+    def kept(self) -> int:
+        """How many BatchNorms are left, in whole or in part."""
+        return sum(verdict.outcome != "folded" for verdict in self.verdicts)
 
-def travel(graph: Graph, options: Options | None = None, fits: Callable[[Node], str] | None = None) -> Journey:
+
+def travel(
+    graph: Graph, options: Options | None = None, fits: Callable[[Node], str] | None = None
+) -> Journey:
     """Move every BatchNorm of a graph into the linear operators around it.
 
     Args:
@@ -69,14 +77,26 @@ def travel(graph: Graph, options: Options | None = None, fits: Callable[[Node], 
         The graph without the BatchNorms that were folded, its linear operators with what they absorbed, and a verdict
         for every BatchNorm.
     """
-    return _Driver(graph, options or Options(), fits or (lambda node: "")).run()
+    options, fits = options or Options(), fits or (lambda node: "")
+    driver = _Driver(graph, options, fits, (Attempt.up, Attempt.down))
+    journey = driver.run()
+    if not driver.composed or not journey.kept:
+        return journey
+    return min(journey, _Driver(graph, options, fits, (Attempt.down, Attempt.up)).run(), key=lambda j: j.kept)
 
 
 class _Driver:
     """The state of one `travel`: the nodes as they are by now, who is gone, and the verdicts so far."""
 
-    def __init__(self, graph: Graph, options: Options, fits: Callable[[Node], str]) -> None:
-        self.graph, self.options, self.fits = graph, options, fits
+    def __init__(
+        self,
+        graph: Graph,
+        options: Options,
+        fits: Callable[[Node], str],
+        composing: tuple[Direction, Direction],
+    ) -> None:
+        self.graph, self.options, self.fits, self.composing = graph, options, fits, composing
+        self.composed = False
         self.nodes = {node.name: node for node in graph.nodes}
         self.position = {node.name: place for place, node in enumerate(graph.nodes)}
         self.erased: set[str] = set()
@@ -113,7 +133,9 @@ class _Driver:
 
     def readers(self, value: str) -> list[Node]:
         readers = (node for alias in self.aliases(value) for node in self.graph.readers(alias))
-        return list({node.name: self.nodes[node.name] for node in readers if node.name not in self.erased}.values())
+        return list(
+            {node.name: self.nodes[node.name] for node in readers if node.name not in self.erased}.values()
+        )
 
     def is_output(self, value: str) -> bool:
         return any(alias in self.outputs for alias in self.aliases(value))
@@ -144,7 +166,9 @@ class _Driver:
         for unit in waiting:
             self._keep(unit)
         verdicts = tuple(self.verdicts[unit] for unit in units)
-        changed = self.graph.replace({name: node for name, node in self.nodes.items() if node is not self.graph[name]})
+        changed = self.graph.replace(
+            {name: node for name, node in self.nodes.items() if node is not self.graph[name]}
+        )
         return Journey(changed.bypass(self.erased), verdicts)
 
     def _units(self) -> dict[str, None]:
@@ -155,15 +179,19 @@ class _Driver:
         """Fold what can be folded whole; return what is left."""
         while True:
             before = len(units)
-            for compose in (False, True):
-                units = [unit for unit in units if not self._try(unit, Attempt.up, compose)]
-                units = [unit for unit in reversed(units) if not self._try(unit, Attempt.down, compose)][::-1]
-                if len(units) < before:
-                    break
+            units = self._sweep(self._sweep(units, Attempt.up), Attempt.down)
+            if len(units) == before:
+                first, second = self.composing
+                units = self._sweep(self._sweep(units, first, compose=True), second, compose=True)
             if len(units) == before:
                 return units
 
-    def _try(self, unit: str, direction: Callable[[Attempt], None], compose: bool) -> bool:
+    def _sweep(self, units: list[str], direction: Direction, compose: bool = False) -> list[str]:
+        """Try to move each unit in one direction, the first to arrive first; return those that stay."""
+        step = 1 if direction is Attempt.up else -1
+        return [unit for unit in units[::step] if not self._try(unit, direction, compose)][::step]
+
+    def _try(self, unit: str, direction: Direction, compose: bool) -> bool:
         """Attempt to move one unit as a whole; True if it is gone."""
         if unit in self.verdicts:
             return True
@@ -173,6 +201,7 @@ class _Driver:
         except Refuse:
             return False
         attempt.commit()
+        self.composed |= compose
         return True
 
     def _half(self, unit: str) -> bool:
@@ -225,7 +254,7 @@ class Attempt:
     changed: dict[str, Node] = field(default_factory=dict)
     extra: dict[str, list[Array]] = field(default_factory=dict)
 
-    def make(self, direction: Callable[[Attempt], None]) -> None:
+    def make(self, direction: Direction) -> None:
         """Try it.
 
         Raises:
@@ -245,7 +274,9 @@ class Attempt:
 
     def commit(self, reason: str = "") -> None:
         """Apply the changes and write the verdicts."""
-        into = tuple(dict.fromkeys(node.place for node in self.changed.values() if node.place not in self.units))
+        into = tuple(
+            dict.fromkeys(node.place for node in self.changed.values() if node.place not in self.units)
+        )
         outcome: Outcome = "scale folded" if self.half else "folded"
         for unit in self.units:
             self.driver.verdicts[unit] = Verdict(unit, outcome, into, reason)
@@ -316,7 +347,9 @@ class Attempt:
         if all(affine is None for affine in wanted):
             return [None] * len(node.inputs)
         leaning = self._lean_up(node, wanted[0])
-        operands = replace(node, inputs=tuple(v for place, v in enumerate(node.inputs) if place not in leaning))
+        operands = replace(
+            node, inputs=tuple(v for place, v in enumerate(node.inputs) if place not in leaning)
+        )
         answers = iter(self._take(node, find(node).up(operands, self.driver, wanted), len(operands.inputs)))
         return [None if place in leaning else next(answers) for place in range(len(node.inputs))]
 
@@ -329,7 +362,9 @@ class Attempt:
             return [None] * len(node.outputs)
         return self._take(node, find(node).down(node, self.driver, given), len(node.outputs))
 
-    def _take(self, node: Node, answer: Linear | Affine | Sequence[Affine | None], count: int) -> Sequence[Affine | None]:
+    def _take(
+        self, node: Node, answer: Linear | Affine | Sequence[Affine | None], count: int
+    ) -> Sequence[Affine | None]:
         """Note what a node has absorbed, and return what it passes on, which is the same in either direction."""
         if isinstance(answer, Linear):
             for scale in self.extra.get(node.name, ()):
@@ -372,7 +407,9 @@ class Attempt:
     def _leave(self, node: Node, shift: Array) -> None:
         """Leave one per-channel Add in the place of a member."""
         affine = Affine.of(1.0, shift)
-        self.changed[node.name] = replace(node, op="Affine", affine=affine, attributes={**node.attributes, "form": "add"})
+        self.changed[node.name] = replace(
+            node, op="Affine", affine=affine, attributes={**node.attributes, "form": "add"}
+        )
 
     # -- a linear operator beside: L(x) + x
 
@@ -390,7 +427,10 @@ class Attempt:
         return leaning if len(leaning) < len(node.inputs) else set()
 
     def _lean_down(self, node: Node, given: list[Affine | None]) -> list[Affine | None]:
-        """What is left for a sum to pass on, once others made up for it: `L x + (s x + t) = (L + (s - 1) I) x + t + x`."""
+        """What is left for a sum to pass on, once a linear operator beside made up for it.
+
+        `L x + (s x + t) = (L + (s - 1) I) x + t + x`
+        """
         scaled = [affine for affine in given if affine is not None and np.any(affine.scale != 1)]
         if node.op not in ("Add", "Sum") or not scaled or len(scaled) == len(given):
             return given
@@ -411,7 +451,7 @@ class Attempt:
         return affine.vectors(beside[1].out_axis, beside[1].outputs)
 
     def _beside(self, node: Node, place: int, origin: str, members: bool) -> tuple[str, Linear] | None:
-        """A linear operator that reads the same value as an operand of this sum, is laid out like it, and only read here."""
+        """A linear operator that reads the same value as an operand of this sum, is laid out like it, and read only here."""
         shape = self.driver.shape(node.outputs[0])
         if shape is None or self.driver.shape(node.inputs[place]) != shape:
             return None
@@ -469,6 +509,9 @@ class Attempt:
             raise Refuse(f"`{node.name}` ({node.op}) cannot absorb it: {obstacle}")
 
 
+Direction = Callable[[Attempt], None]
+
+
 class _Join(Exception):
     """Another BatchNorm reads the same value and wants the same of it: the message is its place."""
 
@@ -511,7 +554,12 @@ class _Wishes:
         for reader in self.driver.readers(value):
             if reader.name in spoken:
                 continue
-            if reader.is_batchnorm and reader.affine is not None and reader.affine.equals(wish) and not self.attempt.half:
+            if (
+                reader.is_batchnorm
+                and reader.affine is not None
+                and reader.affine.equals(wish)
+                and not self.attempt.half
+            ):
                 raise _Join(reader.place)
             needs.append((reader.name, self._need(reader, wish.rank)))
         return needs
@@ -522,7 +570,8 @@ class _Wishes:
             return Affine.identity(rank)
         kept = [Affine.identity(len(shape)) for shape in shapes if shape is not None]
         answer = find(reader).up(reader, self.driver, kept)
-        assert not isinstance(answer, (Linear, Affine)) and answer[0] is not None
+        assert not isinstance(answer, Linear | Affine)
+        assert answer[0] is not None
         return answer[0]
 
 

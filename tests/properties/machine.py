@@ -48,7 +48,9 @@ def _conv_transpose(node: Node, weights: dict[str, Any], x: np.ndarray) -> np.nd
     weight, bias = node.linear.fold(*weights[node.place])
     groups, k = node.linear.groups, weight.shape[2]
     n, c, h, w = x.shape
-    y = np.einsum("ngihw,giokl->ngohkwl", x.reshape(n, groups, -1, h, w), weight.reshape(groups, -1, *weight.shape[1:]))
+    y = np.einsum(
+        "ngihw,giokl->ngohkwl", x.reshape(n, groups, -1, h, w), weight.reshape(groups, -1, *weight.shape[1:])
+    )
     y = y.reshape(n, -1, h * k, w * k)
     return y if bias is None else y + bias.reshape(1, -1, 1, 1)
 
@@ -75,8 +77,16 @@ def _depth_to_space(x: np.ndarray, block: int, mode: str) -> np.ndarray:
     n, c, h, w = x.shape
     deep = c // block**2
     if mode == "CRD":
-        return x.reshape(n, deep, block, block, h, w).transpose(0, 1, 4, 2, 5, 3).reshape(n, deep, h * block, w * block)
-    return x.reshape(n, block, block, deep, h, w).transpose(0, 3, 4, 1, 5, 2).reshape(n, deep, h * block, w * block)
+        return (
+            x.reshape(n, deep, block, block, h, w)
+            .transpose(0, 1, 4, 2, 5, 3)
+            .reshape(n, deep, h * block, w * block)
+        )
+    return (
+        x.reshape(n, block, block, deep, h, w)
+        .transpose(0, 3, 4, 1, 5, 2)
+        .reshape(n, deep, h * block, w * block)
+    )
 
 
 def _space_to_depth(x: np.ndarray, block: int, mode: str) -> np.ndarray:
@@ -122,8 +132,12 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "Concat": lambda node, w, *xs: np.concatenate(xs, node.attributes["axis"]),
     "Expand": lambda node, w, x: np.broadcast_to(x, node.attributes["to"]),
     "Tile": lambda node, w, x: np.tile(x, node.attributes["repeats"]),
-    "DepthToSpace": lambda node, w, x: _depth_to_space(x, node.attributes["blocksize"], node.attributes["mode"]),
-    "SpaceToDepth": lambda node, w, x: _space_to_depth(x, node.attributes["blocksize"], node.attributes["mode"]),
+    "DepthToSpace": lambda node, w, x: _depth_to_space(
+        x, node.attributes["blocksize"], node.attributes["mode"]
+    ),
+    "SpaceToDepth": lambda node, w, x: _space_to_depth(
+        x, node.attributes["blocksize"], node.attributes["mode"]
+    ),
     "Add": lambda node, w, *xs: sum(xs[1:], xs[0]),
     "Sum": lambda node, w, *xs: sum(xs[1:], xs[0]),
     "Sub": lambda node, w, x, y: x - y,
@@ -164,7 +178,9 @@ class Sketch:
             fitting = fresh
         return str(self.random.choice(fitting[-4:])) if fitting else None
 
-    def add(self, op: str, inputs: tuple[str, ...], outputs: int = 1, site: str = "", **more: Any) -> tuple[str, ...]:
+    def add(
+        self, op: str, inputs: tuple[str, ...], outputs: int = 1, site: str = "", **more: Any
+    ) -> tuple[str, ...]:
         name = f"{op.lower()}{len(self.nodes)}"
         names = tuple(f"{name}.{place}" if outputs > 1 else f"{name}.out" for place in range(outputs))
         node = Node(name, op, inputs, names, more.pop("attributes", {}), site=site, **more)
@@ -182,7 +198,10 @@ class Sketch:
         read = {name for node in self.nodes for name in node.inputs}
         made = [name for node in self.nodes for name in node.outputs]
         outputs = [name for name in made if name not in read or self.random.random() < 0.03]
-        shapes = {name: ("N", *value.shape[1:]) if value.shape[:1] == (2,) else value.shape for name, value in self.values.items()}
+        shapes = {
+            name: ("N", *value.shape[1:]) if value.shape[:1] == (2,) else value.shape
+            for name, value in self.values.items()
+        }
         return Graph(tuple(self.nodes), tuple(self.inputs), tuple(outputs), shapes)
 
 
@@ -202,14 +221,18 @@ def batchnorm(sketch: Sketch) -> None:
         return
     rank, size = sketch.values[value].ndim, sketch.values[value].shape[1]
     shift = sketch.random.normal(size=size) * (sketch.random.random() < 0.85)
-    sketch.add("BatchNormalization", (value,), affine=Affine.along(1, rank, gammas(sketch.random, size), shift))
+    sketch.add(
+        "BatchNormalization", (value,), affine=Affine.along(1, rank, gammas(sketch.random, size), shift)
+    )
 
 
 def affine(sketch: Sketch) -> None:
     value = sketch.pick()
     if value is None:
         return
-    shape = [n if axis and sketch.random.random() < 0.5 else 1 for axis, n in enumerate(sketch.values[value].shape)]
+    shape = [
+        n if axis and sketch.random.random() < 0.5 else 1 for axis, n in enumerate(sketch.values[value].shape)
+    ]
     scale = np.exp(sketch.random.normal(size=shape)) if sketch.random.random() < 0.5 else np.ones(shape)
     sketch.add("Affine", (value,), affine=Affine.of(scale, sketch.random.normal(size=shape)))
 
@@ -230,10 +253,14 @@ def conv(sketch: Sketch) -> None:
         random.normal(size=(out, channels // groups, kernel, kernel)) / 3,
         random.normal(size=out) if random.random() < 0.5 else None,
     )
-    again = [n for n in sketch.nodes if n.op == "Conv" and n.linear.inputs == channels and random.random() < 0.15]
+    again = [
+        n for n in sketch.nodes if n.op == "Conv" and n.linear.inputs == channels and random.random() < 0.15
+    ]
     if again:
         del sketch.weights[name]
-        sketch.add("Conv", (value,), site=again[0].place, linear=again[0].linear, attributes=again[0].attributes)
+        sketch.add(
+            "Conv", (value,), site=again[0].place, linear=again[0].linear, attributes=again[0].attributes
+        )
         return
     linear = Linear(
         "oi", channels, out, 1, 1, groups=groups,
@@ -301,7 +328,11 @@ def move(sketch: Sketch) -> None:
         slices = tuple(slice(start, stop, step) if a == axis else slice(None) for a in range(x.ndim))
         sketch.add(kind, (value,), attributes={"slices": slices})
     elif kind == "Gather":
-        indices = random.permutation(x.shape[axis]) if random.random() < 0.7 else random.integers(0, x.shape[axis], 5)
+        indices = (
+            random.permutation(x.shape[axis])
+            if random.random() < 0.7
+            else random.integers(0, x.shape[axis], 5)
+        )
         if random.random() < 0.2 and x.ndim > 2:
             indices = np.asarray(indices[0])
         sketch.add(kind, (value,), attributes={"axis": axis, "indices": indices})
@@ -309,7 +340,9 @@ def move(sketch: Sketch) -> None:
         repeats = tuple(2 if a == axis else 1 for a in range(x.ndim))
         sketch.add(kind, (value,), attributes={"repeats": repeats})
     elif kind == "Expand" and 1 in x.shape[1:]:
-        sketch.add(kind, (value,), attributes={"to": tuple(3 if a and n == 1 else n for a, n in enumerate(x.shape))})
+        sketch.add(
+            kind, (value,), attributes={"to": tuple(3 if a and n == 1 else n for a, n in enumerate(x.shape))}
+        )
     elif kind == "Split" and x.shape[axis] > 1:
         first = int(random.integers(1, x.shape[axis]))
         sketch.add(kind, (value,), 2, attributes={"axis": axis, "sizes": (first, x.shape[axis] - first)})
@@ -326,7 +359,11 @@ def reshape(sketch: Sketch, value: str) -> None:
         axis = int(random.integers(1, len(shape)))
         if shape[axis] % 2:
             return
-        to = [*shape[:axis], *((2, shape[axis] // 2) if random.random() < 0.5 else (shape[axis] // 2, 2)), *shape[axis + 1 :]]
+        to = [
+            *shape[:axis],
+            *((2, shape[axis] // 2) if random.random() < 0.5 else (shape[axis] // 2, 2)),
+            *shape[axis + 1 :],
+        ]
     elif kind < 0.85 and 1 in shape[1:]:
         to = [n for axis, n in enumerate(shape) if axis == 0 or n != 1]
     else:
@@ -364,7 +401,9 @@ def combine(sketch: Sketch) -> None:
         return
 
     def broadcasts(x: np.ndarray) -> bool:
-        return x.ndim == len(shape) and all(n in (1, m) or m == 1 for n, m in zip(x.shape, shape, strict=True))
+        return x.ndim == len(shape) and all(
+            n in (1, m) or m == 1 for n, m in zip(x.shape, shape, strict=True)
+        )
 
     second = sketch.pick(broadcasts if random.random() < 0.4 else lambda x: x.shape == shape)
     if second is not None:
@@ -377,11 +416,15 @@ def window(sketch: Sketch) -> None:
     value = sketch.pick(lambda x: x.ndim == 4 and 3 < min(x.shape[2:]) < 20)
     if value is None:
         return
-    op = str(random.choice(["AveragePool", "MaxPool", "ReduceMean", "ReduceMax", "ReduceSum", "Resize", "Pad"]))
+    op = str(
+        random.choice(["AveragePool", "MaxPool", "ReduceMean", "ReduceMax", "ReduceSum", "Resize", "Pad"])
+    )
     attributes: dict[str, Any] = {"axes": (2, 3), "keepdims": True}
     if op in ("AveragePool", "MaxPool"):
         attributes |= {"pad": int(random.integers(2))}
-        attributes |= {"partial": "it counts zero padding"} if attributes["pad"] and op == "AveragePool" else {}
+        attributes |= (
+            {"partial": "it counts zero padding"} if attributes["pad"] and op == "AveragePool" else {}
+        )
     elif op.startswith("Reduce"):
         attributes |= {"keepdims": bool(random.integers(2))}
         attributes |= {"axes": (1,)} if random.random() < 0.1 else {}
@@ -398,7 +441,9 @@ def blocks(sketch: Sketch) -> None:
         value = sketch.pick(lambda x: x.ndim == 4 and x.shape[1] % 4 == 0 and x.shape[2] < 12)
         op = "DepthToSpace"
     else:
-        value = sketch.pick(lambda x: x.ndim == 4 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0 and x.shape[1] < 20)
+        value = sketch.pick(
+            lambda x: x.ndim == 4 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0 and x.shape[1] < 20
+        )
         op = "SpaceToDepth"
     if value is not None:
         sketch.add(op, (value,), attributes=attributes)
@@ -406,7 +451,9 @@ def blocks(sketch: Sketch) -> None:
 
 def pointwise(sketch: Sketch) -> None:
     value = sketch.pick()
-    op = str(sketch.random.choice(["Relu", "LeakyRelu", "PRelu", "Abs", "Tanh", "Identity", "Dropout", "Cast"]))
+    op = str(
+        sketch.random.choice(["Relu", "LeakyRelu", "PRelu", "Abs", "Tanh", "Identity", "Dropout", "Cast"])
+    )
     if value is not None:
         sketch.add(op, (value,), attributes={"lossless": bool(sketch.random.random() < 0.8)})
 
@@ -423,7 +470,21 @@ def repeat(sketch: Sketch) -> None:
         sketch.add("BatchNormalization", (value,), site=node.place, affine=node.affine)
 
 
-STEPS = (conv, conv, conv, matmul, conv_transpose, embedding, affine, move, move, shuffle, combine, combine, combine)
+STEPS = (
+    conv,
+    conv,
+    conv,
+    matmul,
+    conv_transpose,
+    embedding,
+    affine,
+    move,
+    move,
+    shuffle,
+    combine,
+    combine,
+    combine,
+)
 STEPS += (window, window, blocks, pointwise, repeat)
 
 
@@ -446,5 +507,7 @@ def draw(seed: int, size: int) -> tuple[Graph, dict[str, Any], Arrays]:
 def chain(*nodes: Node, shape: tuple[int, ...] = (2, 4, 6, 6)) -> Graph:
     """A hand-made graph: nodes in a row, all values of one shape."""
     values = ["x", *(f"v{place}" for place in range(len(nodes)))]
-    linked = [replace(node, inputs=(a,), outputs=(b,)) for node, (a, b) in zip(nodes, pairwise(values), strict=True)]
+    linked = [
+        replace(node, inputs=(a,), outputs=(b,)) for node, (a, b) in zip(nodes, pairwise(values), strict=True)
+    ]
     return Graph(tuple(linked), ("x",), (values[-1],), dict.fromkeys(values, shape))
