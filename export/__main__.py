@@ -1,0 +1,113 @@
+"""python -m export: a checkpoint becomes an ONNX file for inference on single examples.
+
+    python -m export ckpt.pt [-o ckpt.onnx] [--batch N|dynamic] [--no-timing]
+
+BatchNorms that remain are folded first. The file is written last, once the ONNX checker has passed it and onnxruntime
+has computed what the net computes on every input. Then the sizes and the time of one example are shown beside those of
+the net with its BatchNorms; of a folded checkpoint that is the file it was made from, if it lies beside it unchanged.
+
+Exit code 0; 1 where onnxruntime computes something else, 2 where a file or an argument cannot be used; after 1 and 2
+nothing was written, and there is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from bnfold import checkpoint as checkpoints
+from bnfold.checkpoint import Checkpoint
+from bnfold.errors import InputError, run_command
+from bnfold.report import Report
+from export.convert import Exported, export, has_batchnorm, locate_output
+from export.latency import Timing, compare_latencies
+from export.write import Batch
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export", description="Write a checkpoint as ONNX, proven."
+    )
+    parser.add_argument("checkpoint", type=Path, help="ckpt.pt or ckpt.folded.pt", metavar="CHECKPOINT")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="where to write (ckpt.onnx beside it)"
+    )
+    parser.add_argument("--batch", default="1", metavar="N|dynamic", help="examples that one run takes (1)")
+    parser.add_argument(
+        "--no-timing", dest="timing", action="store_false", help="skip the measurement of latency"
+    )
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Export, then print what was folded, how it was proven, and what it costs to run."""
+    path = options.output or locate_output(options.checkpoint)
+    exported = export(options.checkpoint, path, _batch(options.batch))
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+    for part in Report(exported.verdicts, (exported.evidence,)).renderables():
+        console.print(part)
+    if options.timing:
+        console.print(tabulate(_time(options.checkpoint, exported)))
+    print(f"nodes: {exported.counts}")
+    print(f"wrote {path}")
+    if checkpoints.load(options.checkpoint).vocabulary:
+        print(f"next: python -m export.sample {path} --count 20 --seed 1")
+
+
+def tabulate(timings: Sequence[Timing]) -> Table:
+    """Return the table of latencies, the first row being the yardstick."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("one example in")
+    for heading in ("nodes", "bytes", "median", "times as fast"):
+        table.add_column(heading, justify="right")
+    for timing in timings:
+        size = ["" if number is None else f"{number:,}" for number in (timing.nodes, timing.size)]
+        speed = f"{timings[0].seconds / timing.seconds:.1f}"
+        table.add_row(timing.name, *size, f"{timing.seconds * 1e6:.1f} us", speed)
+    return table
+
+
+def _batch(text: str) -> Batch:
+    if text == "dynamic":
+        return text
+    if not text.isdecimal() or not text.isascii() or not 1 <= int(text[:10]) < 2**31:
+        raise InputError(f"--batch {text}: it takes a number from 1 up, or dynamic")
+    return int(text)
+
+
+def _time(path: Path, exported: Exported) -> list[Timing]:
+    source = checkpoints.load(path)
+    example = source.input.sample(1)
+    return compare_latencies(
+        exported.model, _find_unfolded(path, source), example, exported.path.read_bytes()
+    )
+
+
+def _find_unfolded(path: Path, source: Checkpoint) -> nn.Module | None:
+    """Return the net with its BatchNorms: the checkpoint's own, or that of the file which was folded into it."""
+    if has_batchnorm(source.model):
+        return source.model
+    sibling = path.with_name(path.stem.removesuffix(".folded") + path.suffix)
+    wanted = (source.folded or {}).get("source")
+    if sibling.is_file() and sha256(sibling.read_bytes()).hexdigest() == wanted:
+        return checkpoints.load(sibling).model
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options = parse(arguments)
+    return run_command(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
