@@ -1,7 +1,7 @@
 """The self-describing, code-free checkpoint of a sequential model.
 
-A checkpoint is one plain dict in the form that `torch.save` gives it; `torch.load(path, weights_only=True)`
-reads it anywhere:
+A checkpoint is one plain dict in the form that `torch.save` gives it; `torch.load(path, weights_only=True)` reads it
+anywhere:
 
     format        "bnfold.checkpoint"
     version       1
@@ -14,18 +14,17 @@ reads it anywhere:
     versions      {"bnfold": ..., "python": ..., "torch": ...}
     folded        the record of a fold (verdicts, hash of the source); None before one
 
-An integer input has an alphabet, `low` to `high` (exclusive), so that all its inputs can be counted and
-tried; other inputs have None for both. The same checkpoint always gives the same bytes: no time, path or
-host is kept.
+An integer input has an alphabet, `low` to `high` (exclusive), so that all its inputs can be counted and tried; other
+inputs have None for both. The same checkpoint always gives the same bytes: no time, path or host is kept.
 
-`load` needs no code but torch's. A layer is built only if its class and every argument stand in the table
-of `bnfold.layers`; it is built on the meta device, where a size costs no memory, checked with one forward
-pass that computes shapes alone, and then given the tensors of the file, which must fit. Archives with
-compressed members are refused, since a few bytes of them may unpack to any number. So an odd file ends in
-an `InputError` of one line and never in code or memory of its choosing.
+`load` needs no code but torch's. A layer is built only if its class and every argument stand in the table of
+`bnfold.layers`; it is built on the meta device, where a size costs no memory, checked with one forward pass that
+computes shapes alone, and then given the tensors of the file, which must fit. Archives with compressed members are
+refused, since a few bytes of them may unpack to any number. So an odd file ends in an `InputError` of one line and
+never in code or memory of its choosing.
 
-Not covered: nested and branching models, layers that are not in the table, tied weights (saved once for
-each name), hooks (not saved), optimiser state.
+Not covered: nested and branching models, layers that are not in the table, tied weights (saved once for each name),
+hooks (not saved), optimiser state.
 """
 
 from __future__ import annotations

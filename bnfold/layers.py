@@ -1,9 +1,8 @@
 """The torch.nn layers that a checkpoint may hold, and the way from layer to plain values and back.
 
-A row of `LAYERS` names a class of torch.nn and the arguments it is given, all of them attributes of the
-layer by the same name; `_CHECKS` says which values an argument may have. A new layer is a row, and a line
-there if it has an argument that no other layer has. Classes and arguments outside the table are neither
-written nor built.
+A row of `LAYERS` names a class of torch.nn and the arguments it is given, all of them attributes of the layer by the
+same name; `_CHECKS` says which values an argument may have. A new layer is a row, and a line there if it has an
+argument that no other layer has. Classes and arguments outside the table are neither written nor built.
 """
 
 from __future__ import annotations

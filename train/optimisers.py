@@ -1,0 +1,80 @@
+"""Gradient descent and Adam on one flat vector.
+
+`flatten` moves all parameters of a net into one vector, and all gradients into another, and leaves views behind. A
+step is then a handful of operations however many parameters there are; on nets as small as these that is what a step
+costs. The rules are those of torch.optim.SGD and torch.optim.Adam (Kingma & Ba 2015), to which the tests hold them;
+torch.optim itself would import the compiler at its first use, which takes longer than the whole of a quick training.
+
+Not covered: weight decay, groups of parameters, state that survives the process.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Adam", "Descent", "Optimiser", "flatten"]
+
+
+class Optimiser(Protocol):
+    """What the loop asks of an optimiser."""
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+
+    def step(self, rate: float) -> None:
+        """Change the parameters by their gradients."""
+
+
+class Descent:
+    """p <- p - rate * g."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._values, self._gradients = flatten(net)
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+        self._gradients.zero_()
+
+    def step(self, rate: float) -> None:
+        """Take one step down the gradient."""
+        self._values.sub_(self._gradients, alpha=rate)
+
+
+class Adam:
+    """p <- p - rate * m' / (sqrt(v') + eps): m', v' the unbiased running means of g and g^2."""
+
+    def __init__(self, net: nn.Module, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        self._values, self._gradients = flatten(net)
+        self._first, self._second = torch.zeros_like(self._values), torch.zeros_like(self._values)
+        self._betas, self._eps, self._taken = betas, eps, 0
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+        self._gradients.zero_()
+
+    def step(self, rate: float) -> None:
+        """Take one step down the running mean of the gradient, scaled by its running size."""
+        self._taken += 1
+        (first, second), gradients = self._betas, self._gradients
+        self._first.lerp_(gradients, 1 - first)
+        self._second.mul_(second).addcmul_(gradients, gradients, value=1 - second)
+        size = self._second.sqrt().div_((1 - second**self._taken) ** 0.5).add_(self._eps)
+        self._values.addcdiv_(self._first, size, value=-rate / (1 - first**self._taken))
+
+
+@torch.no_grad()
+def flatten(net: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the parameters of `net` as one vector and their gradients, zero, as another; the net keeps views."""
+    parameters = list(net.parameters())
+    values = torch.cat([parameter.flatten() for parameter in parameters])
+    gradients = torch.zeros_like(values)
+    begin = 0
+    for parameter in parameters:
+        end = begin + parameter.numel()
+        parameter.data = values[begin:end].view_as(parameter)
+        parameter.grad = gradients[begin:end].view_as(parameter)
+        begin = end
+    return values, gradients
