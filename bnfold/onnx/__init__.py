@@ -1,0 +1,330 @@
+"""Fold the BatchNorms of ONNX models and files.
+
+    folded, report = fold(model)                      # onnx.ModelProto or onnx_ir.Model
+    report = fold_file("model.onnx", "model.folded.onnx")
+
+    read (scope, shapes, constants, forms) -> Graph -> travel -> Graph' -> write (edit) -> run -> compare
+
+`read` draws a picture of the model, `travel` decides, `write` applies the difference to a copy, and the copy is run
+against the original before anybody gets it. torch is never imported here, onnxruntime only when something is run.
+
+A model's own functions are inlined where they hold a BatchNorm or a linear operator, if that erases more BatchNorms:
+a function's body is shared by all of its calls, so nothing can be folded into it as it stands.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from bnfold.errors import BnfoldError, InputError
+from bnfold.onnx import files
+from bnfold.onnx.constants import FLOATS
+from bnfold.onnx.edit import Editor
+from bnfold.onnx.read import Picture, read
+from bnfold.onnx.run import Runner, run
+from bnfold.onnx.write import fits, write
+from bnfold.report import Evidence, Report
+from bnfold.travel import Journey, Options, travel
+
+__all__ = ["fold", "fold_file", "read", "run", "verify", "write"]
+
+Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Path | None
+"""A feed, several feeds, a `.npz` file with one, or None to make them up."""
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """The options of a fold."""
+
+    inputs: Inputs = None
+    verify: bool = True
+    freeze_initializers: bool = False
+    travel: Options = field(default_factory=Options)
+
+
+def fold(
+    model: Any,
+    inputs: Inputs = None,
+    *,
+    verify: bool = True,
+    freeze_initializers: bool = False,
+    folder: str | Path | None = None,
+    **options: Any,
+) -> tuple[Any, Report]:
+    """Fold every BatchNorm of an ONNX model that can be folded exactly, and verify the result.
+
+    Args:
+        model: an `onnx.ModelProto` or `onnx_ir.Model`. It is not changed.
+        inputs: what to verify on: arrays by input name, several such feeds, or a `.npz` file; made from the declared
+            types and shapes where None.
+        verify: run both models and compare; the report says unverified without.
+        freeze_initializers: take initializers that are also inputs for constants, and take them off the inputs.
+        folder: where external data lies, if the model refers to any.
+        **options: see `bnfold.travel.Options` (`halves`, `lower`, ...).
+
+    Returns:
+        The folded model, of the caller's own class, and the report.
+
+    Raises:
+        InputError: the model cannot be used as it is, or cannot be run and `verify` is set.
+        NotEquivalent: the folded model computes something else.
+    """
+    choices = _Choices(inputs, verify, freeze_initializers, Options(**options))
+    proto, base = _own_copy(model)
+    where = Path(folder) if folder is not None else base
+    files.check(proto)
+    folded, report = _fold(proto, where, choices, lambda changed, editor: Runner(changed, where))
+    if isinstance(model, onnx.ModelProto):
+        return folded, report
+    return _to_ir(folded, where), report
+
+
+def fold_file(
+    source: str | Path,
+    target: str | Path | None,
+    inputs: Inputs = None,
+    *,
+    verify: bool = True,
+    freeze_initializers: bool = False,
+    **options: Any,
+) -> Report:
+    """Fold an ONNX file into another one; external data comes along. See `fold` for the options.
+
+    Args:
+        source: the file to fold.
+        target: the file to write, which appears in one step and only if the two models agree. It may be the source.
+            None writes nothing.
+
+    Raises:
+        InputError: the file cannot be used as it is, or the model cannot be run and `verify` is set.
+        NotEquivalent: the folded model computes something else.
+    """
+    source = Path(source)
+    choices = _Choices(inputs, verify, freeze_initializers, Options(**options))
+    proto = files.load_file(source)
+    if target is None:
+        return _fold(proto, source.parent, choices, lambda changed, _: Runner(changed, source.parent))[1]
+    with files.writing(Path(target)) as (path, put_in_place):
+
+        def save(changed: onnx.ModelProto, editor: Editor | None) -> Runner | None:
+            files.save_file(changed, path, source, editor.external if editor else {})
+            return Runner(path) if verify and editor else None
+
+        report = _fold(proto, source.parent, choices, save)[1]
+        put_in_place()
+    return report
+
+
+def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ...]:
+    """Compare two ONNX models on the same inputs, in their own types and in float64 where that can be run.
+
+    Raises:
+        NotEquivalent: they differ.
+        InputError: one of them cannot be run.
+    """
+    from bnfold.onnx.proof import Proof
+
+    (first, folder), (second, other) = _own_copy(before), _own_copy(after)
+    proof = Proof(read(first, folder), inputs)
+    return proof.judge(Runner(second, other), lambda: proof.run_wide(second, other), 1)
+
+
+# ---------------------------------------------------------------- one fold
+
+
+@dataclass(frozen=True)
+class _Plan:
+    picture: Picture
+    journey: Journey
+    demoted: frozenset[str]
+
+    @property
+    def changed(self) -> int:
+        """How many nodes get new numbers."""
+        new = (node for node in self.journey.graph.nodes if node.linear is not None or node.affine is not None)
+        old = {node.name: node for node in self.picture.graph.nodes}
+        return sum(node.name not in old or _differs(old[node.name], node) for node in new)
+
+    @property
+    def erased(self) -> int:
+        return sum(verdict.outcome == "folded" for verdict in self.journey.verdicts)
+
+    @property
+    def does_something(self) -> bool:
+        return bool(self.changed) or len(self.journey.graph.nodes) != len(self.picture.graph.nodes)
+
+
+def _differs(old: Any, new: Any) -> bool:
+    if new.linear is not None:
+        return bool(new.linear.changed)
+    return bool(old.op != new.op or old.affine is None or not new.affine.equals(old.affine))
+
+
+def _decide(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Plan:
+    """Read and travel; spelt-out affines that stay are drawn as plain ones, and it is tried again."""
+    demoted: frozenset[str] = frozenset()
+    while True:
+        picture = read(model, folder, freeze_initializers=choices.freeze_initializers, demote=demoted)
+        journey = travel(picture.graph, choices.travel, fits(picture))
+        stay = {v.name for v in journey.verdicts if v.outcome != "folded"} & picture.weak
+        if not stay:
+            return _Plan(picture, journey, demoted)
+        demoted |= stay
+
+
+def _fold(
+    model: onnx.ModelProto,
+    folder: Path | None,
+    choices: _Choices,
+    finish: Callable[[onnx.ModelProto, Editor | None], Runner | None],
+) -> tuple[onnx.ModelProto, Report]:
+    """Fold a model that is ours to change."""
+    plan, notes = _decide(model, folder, choices), []
+    inlined, names = _inline(model)
+    if inlined is not None:
+        other = _decide(inlined, folder, choices)
+        if other.erased > plan.erased:
+            model, plan = inlined, other
+            notes.append(f"the model's functions {', '.join(names)} were inlined, since their bodies are shared")
+    notes += plan.picture.notes
+    before = _count(model)
+    if not plan.does_something:
+        _refuse_broken(plan.picture, folder)
+        finish(model, None)
+        notes += ["nothing was changed, so there was nothing to compare"] if plan.journey.verdicts else []
+        return model, Report(plan.journey.verdicts, notes=tuple(notes), parameters=(before, before))
+    proof = _prove(plan, choices) if choices.verify else None
+    was_valid = _complaint(model, folder) == ""
+    editor = write(plan.picture, plan.journey.graph)
+    if choices.freeze_initializers:
+        _freeze(model)
+    if was_valid and (complaint := _complaint(model, folder)):
+        raise BnfoldError(f"the folded model would not be valid: {complaint}")
+    after = _count(model)
+    runner = finish(model, editor)
+    evidence: tuple[Evidence, ...] = ()
+    if proof is not None and runner is not None:
+        evidence = proof.judge(runner, proof.folded, plan.changed)
+        notes += proof.notes
+    return model, Report(plan.journey.verdicts, evidence, tuple(notes), (before, after))
+
+
+def _prove(plan: _Plan, choices: _Choices) -> Any:
+    from bnfold.onnx.proof import Proof
+
+    proof = Proof(plan.picture, choices.inputs)
+    proof.prepare(plan.journey.graph, choices.freeze_initializers, plan.demoted)
+    return proof
+
+
+def _refuse_broken(picture: Picture, folder: Path | None) -> None:
+    """Where shape inference found a contradiction and onnxruntime agrees, say so."""
+    if picture.scene.found.complaint:
+        Runner(picture.model, folder)
+
+
+def _complaint(model: onnx.ModelProto, folder: Path | None) -> str:
+    """What ONNX's checker has against a model; nothing where it is too large to ask, or has its data elsewhere."""
+    external = any(t.data_location == TensorProto.EXTERNAL for t in files.stored_tensors(model))
+    if external or model.ByteSize() >= files.LIMIT // 2:
+        return ""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:
+        return " ".join(str(error).split())[:300]
+    return ""
+
+
+def _freeze(model: onnx.ModelProto) -> None:
+    """Take initializers off the inputs."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    if model.ir_version >= 4:
+        for place in range(len(model.graph.input) - 1, -1, -1):
+            if model.graph.input[place].name in stored:
+                del model.graph.input[place]
+
+
+def _count(model: onnx.ModelProto) -> int:
+    """How many floating-point numbers a model stores."""
+    tensors = (t for t in files.stored_tensors(model) if t.data_type in FLOATS)
+    return sum(int(np.prod(tensor.dims, dtype=np.int64)) for tensor in tensors)
+
+
+# ---------------------------------------------------------------- functions
+
+
+_SHARED = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+def _inline(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, list[str]]:
+    """A copy in which the functions that hold BatchNorms or linear operators are inlined, and their names."""
+    if not model.functions:
+        return None, []
+    from onnx import inliner
+
+    wanted = _functions_worth_inlining(model)
+    if not any(_holds(model, function, {"BatchNormalization"}) for function in model.functions):
+        if not any(node.op_type == "BatchNormalization" for node in model.graph.node):
+            return None, []
+    if not wanted:
+        return None, []
+    try:
+        return inliner.inline_selected_functions(model, wanted), [name for _, name in wanted]
+    except Exception:
+        return None, []
+
+
+def _functions_worth_inlining(model: onnx.ModelProto) -> list[tuple[str, str]]:
+    return [(f.domain, f.name) for f in model.functions if _holds(model, f, _SHARED)]
+
+
+def _holds(model: onnx.ModelProto, function: onnx.FunctionProto, operators: frozenset[str] | set[str]) -> bool:
+    """Whether a function computes one of these operators, by itself or through another function."""
+    by_name = {(f.domain, f.name): f for f in model.functions}
+    waiting, seen = [function], {(function.domain, function.name)}
+    while waiting:
+        for node in waiting.pop().node:
+            key = (node.domain, node.op_type)
+            if key in by_name and key not in seen:
+                seen.add(key)
+                waiting.append(by_name[key])
+            elif node.op_type in operators and node.domain in ("", "ai.onnx"):
+                return True
+    return False
+
+
+# ---------------------------------------------------------------- model classes
+
+
+def _own_copy(model: Any) -> tuple[onnx.ModelProto, Path | None]:
+    """A protobuf that is ours to change, and the folder of external data where it is known."""
+    if isinstance(model, onnx.ModelProto):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        return copy, None
+    framework = sys.modules.get("onnx_ir")
+    if framework is None or not isinstance(model, framework.Model):
+        raise InputError(f"{type(model).__name__} is neither an onnx.ModelProto nor an onnx_ir.Model")
+    return framework.to_proto(model), _data_folder(model, framework)
+
+
+def _data_folder(model: Any, framework: Any) -> Path | None:
+    stored = (value.const_value for value in model.graph.initializers.values())
+    return next((Path(t.base_dir) for t in stored if isinstance(t, framework.ExternalTensor)), None)
+
+
+def _to_ir(model: onnx.ModelProto, folder: Path | None) -> Any:
+    import onnx_ir
+
+    result = onnx_ir.from_proto(model)
+    if folder is not None:
+        onnx_ir.external_data.set_base_dir(result.graph, folder)
+    return result

@@ -1,0 +1,180 @@
+"""ONNX's reference implementation in float64, with convolutions that are fast enough for real nets.
+
+BatchNormalization is written here as well, since before operator set 14 the reference normalises by the batch. A convolution is the sum over its kernel's taps of one matrix product each (the "kn2row" form): for tap `k` the input,
+shifted by `k`, times the slice `W[..., k]` of the weight. ConvTranspose is the same, scattered instead of gathered.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from bnfold.errors import InputError
+
+__all__ = ["evaluate"]
+
+Tensor = np.ndarray[Any, Any]
+
+
+def evaluate(model: onnx.ModelProto, feeds: Sequence[dict[str, Tensor]]) -> list[list[Any]]:
+    """The outputs of a model for each feed.
+
+    Raises:
+        InputError: the reference implementation cannot run it.
+    """
+    try:
+        evaluator = ReferenceEvaluator(model, new_ops=[Conv, ConvTranspose, BatchNormalization])
+        with np.errstate(all="ignore"):
+            return [evaluator.run(None, feed) for feed in feeds]
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"the reference implementation cannot run it in float64: {line}") from error
+
+
+class Conv(OpRun):  # type: ignore[misc]
+    """The convolution of the ONNX operator page."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        data: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        auto_pad: str = "NOTSET",
+        dilations: Sequence[int] | None = None,
+        group: int = 1,
+        kernel_shape: Sequence[int] | None = None,
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[Tensor]:
+        kernel = weight.shape[2:]
+        strides, dilations = strides or [1] * len(kernel), dilations or [1] * len(kernel)
+        both = _padding(data.shape[2:], kernel, auto_pad, pads, strides, dilations)
+        padded = np.pad(data, [(0, 0), (0, 0), *both])
+        sizes = [
+            (n - (k - 1) * d - 1) // s + 1
+            for n, k, d, s in zip(padded.shape[2:], kernel, dilations, strides, strict=True)
+        ]
+        rows = weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1)
+        result = np.zeros((data.shape[0], group, rows.shape[1], int(np.prod(sizes))), np.result_type(data, weight))
+        for tap, offset in enumerate(itertools.product(*map(range, kernel))):
+            cut = _window(offset, sizes, strides, dilations)
+            seen = padded[(slice(None), slice(None), *cut)].reshape(data.shape[0], group, rows.shape[2], -1)
+            result += rows[..., tap] @ seen
+        result = result.reshape(data.shape[0], weight.shape[0], *sizes)
+        return (result if bias is None else result + bias.reshape(-1, *[1] * len(kernel)),)
+
+
+class ConvTranspose(OpRun):  # type: ignore[misc]
+    """The transposed convolution of the ONNX operator page."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        data: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        auto_pad: str = "NOTSET",
+        dilations: Sequence[int] | None = None,
+        group: int = 1,
+        kernel_shape: Sequence[int] | None = None,
+        output_padding: Sequence[int] | None = None,
+        output_shape: Sequence[int] | None = None,
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[Tensor]:
+        kernel, spatial = weight.shape[2:], len(weight.shape[2:])
+        strides, dilations = strides or [1] * spatial, dilations or [1] * spatial
+        extra = list(output_padding or [0] * spatial)
+        whole = [
+            (n - 1) * s + (k - 1) * d + 1
+            for n, s, k, d in zip(data.shape[2:], strides, kernel, dilations, strict=True)
+        ]
+        begin, sizes = _cropping(data.shape[2:], whole, extra, auto_pad, output_shape, pads, strides)
+        rows = weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1)
+        room = [max(w, b + n) for w, b, n in zip(whole, begin, sizes, strict=True)]
+        result = np.zeros((data.shape[0], group * weight.shape[1], *room), np.result_type(data, weight))
+        seen = data.reshape(data.shape[0], group, rows.shape[1], -1)
+        for tap, offset in enumerate(itertools.product(*map(range, kernel))):
+            part = rows[..., tap].swapaxes(1, 2) @ seen
+            cut = _window(offset, data.shape[2:], strides, dilations)
+            result[(slice(None), slice(None), *cut)] += part.reshape(data.shape[0], -1, *data.shape[2:])
+        cropped = tuple(slice(b, b + n) for b, n in zip(begin, sizes, strict=True))
+        result = result[(slice(None), slice(None), *cropped)]
+        return (result if bias is None else result + bias.reshape(-1, *[1] * spatial),)
+
+
+class BatchNormalization(OpRun):  # type: ignore[misc]
+    """Inference only: before operator set 14 the reference implementation normalises by the batch."""
+
+    op_domain = ""
+
+    def _run(
+        self, data: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, **options: Any
+    ) -> tuple[Tensor]:
+        if len(self.onnx_node.output) > 1 or options.get("training_mode"):
+            raise NotImplementedError("BatchNormalization in training mode")
+        shape = (1, -1, *[1] * (data.ndim - 2)) if scale.ndim == 1 else (1, *scale.shape)
+        scale, bias, mean, var = (np.reshape(a, shape) for a in (scale, bias, mean, var))
+        return ((data - mean) / np.sqrt(var + (options.get("epsilon") or 0.0)) * scale + bias,)
+
+
+def _window(
+    offset: Sequence[int], sizes: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> tuple[slice, ...]:
+    """Where one tap of a kernel reads (or writes), for all outputs (or inputs) at once."""
+    return tuple(
+        slice(o * d, o * d + (n - 1) * s + 1, s) for o, n, s, d in zip(offset, sizes, strides, dilations, strict=True)
+    )
+
+
+def _padding(
+    data: Sequence[int],
+    kernel: Sequence[int],
+    auto_pad: str,
+    pads: Sequence[int] | None,
+    strides: Sequence[int],
+    dilations: Sequence[int],
+) -> list[tuple[int, int]]:
+    if auto_pad not in ("SAME_UPPER", "SAME_LOWER"):
+        both = list(pads or [0] * 2 * len(kernel)) if auto_pad == "NOTSET" else [0] * 2 * len(kernel)
+        return list(zip(both[: len(kernel)], both[len(kernel) :], strict=True))
+    result = []
+    for n, k, s, d in zip(data, kernel, strides, dilations, strict=True):
+        total = max(0, (-(-n // s) - 1) * s + (k - 1) * d + 1 - n)
+        less = total // 2
+        result.append((less, total - less) if auto_pad == "SAME_UPPER" else (total - less, less))
+    return result
+
+
+def _cropping(
+    data: Sequence[int],
+    whole: Sequence[int],
+    extra: Sequence[int],
+    auto_pad: str,
+    output_shape: Sequence[int] | None,
+    pads: Sequence[int] | None,
+    strides: Sequence[int],
+) -> tuple[list[int], list[int]]:
+    """Where the output of a ConvTranspose begins in the whole of what it computes, and its sizes."""
+    spatial = len(data)
+    wanted = list(output_shape) if output_shape else None
+    if wanted is None and auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+        wanted = [n * s for n, s in zip(data, strides, strict=True)]
+    if wanted is None:
+        both = list(pads or [0] * 2 * spatial)
+        ends = [w + e - b - a for w, e, b, a in zip(whole, extra, both[:spatial], both[spatial:], strict=True)]
+        return both[:spatial], ends
+    begin = []
+    for w, e, n in zip(whole, extra, wanted[-spatial:], strict=True):
+        total = max(0, w + e - n)
+        begin.append(total // 2 if auto_pad == "SAME_UPPER" else total - total // 2)
+    return begin, wanted[-spatial:]

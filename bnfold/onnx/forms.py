@@ -1,0 +1,665 @@
+"""How each ONNX operator is drawn: from a node of the file to a `Node` of the graph that `travel` decides on.
+
+Whatever depends on the operator set, on attributes or on constant inputs is settled here, once: `alpha`, `beta`,
+`auto_pad`, axes as an attribute or an input, a missing epsilon, a training mode that hides in the number of outputs.
+An operator whose form is not covered is drawn under a name that the table does not know, and nothing travels through
+it; so is every operator of another domain than ONNX's own.
+
+A node that reads only the *shape* of a value (Shape, Size, the pattern of a CastLike) reads none of its numbers, so it
+is drawn without that input: an affine may change the numbers under it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
+
+from bnfold.algebra import Affine, Array, Linear, batchnorm
+from bnfold.graph import Dim, Node, Shape
+from bnfold.onnx.constants import FLOATS, Constants, attributes, bounded
+from bnfold.onnx.scope import Spot, Survey
+from bnfold.onnx.shapes import Shapes
+
+__all__ = ["FORMS", "Scene", "draw"]
+
+LARGEST_AFFINE = 1 << 20
+"""A constant operand with more elements than this is not looked at as an affine."""
+
+
+@dataclass(eq=False)
+class Scene:
+    """What drawing a node may look at.
+
+    Attributes:
+        whole: the flattened model.
+        found: shapes and types.
+        constants: what is known before the model runs.
+        opset: the version of ONNX's own operator set.
+        overridable: initializers that a caller may override.
+    """
+
+    whole: Survey
+    found: Shapes
+    constants: Constants
+    opset: int
+    overridable: frozenset[str] = field(default_factory=frozenset)
+
+    def shape(self, value: str) -> Shape | None:
+        return self.found.shapes.get(value)
+
+    def rank(self, value: str) -> int | None:
+        shape = self.shape(value)
+        return None if shape is None else len(shape)
+
+    def type(self, value: str) -> int:
+        return self.found.types.get(value, 0)
+
+    def computed(self, spot: Spot) -> tuple[str, ...]:
+        """The values that a node reads and that are not constant, what its bodies return included."""
+        return tuple(v for v in (*spot.inputs, *spot.results) if v and v not in self.constants)
+
+    def why(self, role: str, value: str) -> str:
+        """Why a value that should be constant is not, as a clause."""
+        raw = self.whole.raw.get(value, value)
+        if value in self.overridable:
+            return f"its {role} `{raw}` is also an input of the model, which a caller may override; freeze it with --freeze-initializers"
+        maker = self.whole.makers.get(value)
+        if maker is None:
+            return f"its {role} `{raw}` is an input of the model"
+        if maker.op in ("DequantizeLinear", "QuantizeLinear"):
+            return f"its {role} is quantised; fold the model before it is quantised"
+        return f"its {role} is computed by `{maker.name}` ({maker.op})"
+
+
+class Unusual(Exception):
+    """A node in a form that is not covered; it is drawn under a name that nothing travels through."""
+
+
+Form = Callable[[Spot, Scene], Node]
+
+
+def draw(spot: Spot, scene: Scene) -> Node:
+    """Draw one node."""
+    form = FORMS.get(spot.op) if not spot.results else None
+    try:
+        return form(spot, scene) if form is not None else _opaque(spot, scene)
+    except Unusual:
+        return _opaque(spot, scene, f"unusual {spot.op}")
+
+
+def _opaque(spot: Spot, scene: Scene, op: str = "") -> Node:
+    return Node(spot.name, op or spot.op, scene.computed(spot), tuple(spot.outputs))
+
+
+def _node(spot: Spot, inputs: Sequence[str], **attributes: Any) -> Node:
+    return Node(spot.name, spot.op, tuple(inputs), tuple(spot.outputs), attributes)
+
+
+def _input(spot: Spot, place: int) -> str:
+    return spot.inputs[place] if place < len(spot.inputs) else ""
+
+
+def _data(spot: Spot, scene: Scene) -> str:
+    """The first input, which must be the computed one."""
+    value = _input(spot, 0)
+    if not value or value in scene.constants:
+        raise Unusual
+    return value
+
+
+def _known_rank(scene: Scene, value: str) -> int:
+    rank = scene.rank(value)
+    if rank is None:
+        raise Unusual
+    return rank
+
+
+def _axis(axis: int, rank: int) -> int:
+    return axis + rank if axis < 0 else axis
+
+
+def _integers(spot: Spot, scene: Scene, name: str, place: int) -> list[int] | None:
+    """Numbers that are an attribute in old operator sets and an input in newer ones; None where absent.
+
+    Raises:
+        Unusual: they are computed.
+    """
+    value = _input(spot, place)
+    if not value:
+        given = attributes(spot.node).get(name)
+        return None if given is None else [int(n) for n in given]
+    numbers = scene.constants.integers(value)
+    if numbers is None:
+        raise Unusual
+    return numbers
+
+
+# ---------------------------------------------------------------- linear operators
+
+
+def _linear(spot: Spot, inputs: Sequence[str], linear: Linear | None, reason: str = "") -> Node:
+    named = {"reason": reason} if linear is None else {}
+    return Node(spot.name, spot.op, tuple(inputs), tuple(spot.outputs), named, linear=linear)
+
+
+def _weight_reason(spot: Spot, scene: Scene, roles: Sequence[tuple[str, int]]) -> str:
+    """Why a linear operator cannot absorb, for the first of its numbers that are not constant floats."""
+    for role, place in roles:
+        value = _input(spot, place)
+        if value and value not in scene.constants:
+            return scene.why(role, value)
+        if value and scene.type(value) not in FLOATS and scene.constants.floats(value) is None:
+            return f"its {role} is not a floating-point tensor"
+    return ""
+
+
+def _pads(options: dict[str, Any], spatial: int) -> list[int]:
+    return list(options.get("pads") or [0] * 2 * spatial)
+
+
+def _conv(spot: Spot, scene: Scene) -> Node:
+    return _convolution(spot, scene, transposed=False)
+
+
+def _conv_transpose(spot: Spot, scene: Scene) -> Node:
+    return _convolution(spot, scene, transposed=True)
+
+
+def _convolution(spot: Spot, scene: Scene, transposed: bool) -> Node:
+    reason = _weight_reason(spot, scene, (("weight", 1), ("bias", 2)))
+    if reason:
+        return _linear(spot, scene.computed(spot), None, reason)
+    data, weight, options = _data(spot, scene), scene.constants.dims(spot.inputs[1]), attributes(spot.node)
+    if weight is None or len(weight) < 3:
+        raise Unusual
+    groups = options.get("group", 1)
+    channels = weight[1] * groups
+    inputs, outputs = (weight[0], channels) if transposed else (channels, weight[0])
+    seen = scene.shape(data)
+    if not groups or weight[0] % groups or (seen is not None and (len(seen) != len(weight) or _differ(seen[1], inputs))):
+        return _linear(spot, scene.computed(spot), None, "the shapes of its weight and of its input do not match")
+    partial = _crops(weight, options) if transposed else _pads_with_zeros(weight, options)
+    centre = _centre(weight, options, transposed) if inputs == outputs else None
+    order = "io" if transposed else "oi"
+    return _linear(spot, [data], Linear(order, inputs, outputs, 1, 1, groups, centre, partial))
+
+
+def _differ(size: Dim, number: int) -> bool:
+    return isinstance(size, int) and size != number
+
+
+def _pads_with_zeros(weight: Shape, options: dict[str, Any]) -> str:
+    spatial = len(weight) - 2
+    mode = options.get("auto_pad", "NOTSET")
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        return "it pads with zeros" if any(size > 1 for size in _extent(weight, options)) else ""
+    return "it pads with zeros" if mode != "VALID" and any(_pads(options, spatial)) else ""
+
+
+def _crops(weight: Shape, options: dict[str, Any]) -> str:
+    """Whether some output of a ConvTranspose does not sum every tap."""
+    spatial = len(weight) - 2
+    plain = all(size == 1 for size in weight[2:]) and all(stride == 1 for stride in options.get("strides", ()))
+    moved = any(_pads(options, spatial)) or any(options.get("output_padding", ())) or "output_shape" in options
+    same = options.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    return "" if plain and same and not moved else "some of its outputs sum only a part of its kernel"
+
+
+def _extent(weight: Shape, options: dict[str, Any]) -> list[int]:
+    """How far a kernel reaches along each spatial axis, with its dilation."""
+    kernel = [int(size or 0) for size in weight[2:]]
+    dilations = options.get("dilations") or [1] * len(kernel)
+    return [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
+
+
+def _centre(weight: Shape, options: dict[str, Any], transposed: bool) -> tuple[int, ...] | None:
+    """The tap that reads an output's own position, where outputs are laid out like the input."""
+    kernel, extent = weight[2:], _extent(weight, options)
+    if any(stride != 1 for stride in options.get("strides", ())) or any(int(size or 0) % 2 == 0 for size in kernel):
+        return None
+    if any(options.get("output_padding", ())) or "output_shape" in options:
+        return None
+    mode = options.get("auto_pad", "NOTSET")
+    if mode == "NOTSET":
+        pads = _pads(options, len(kernel))
+        if pads != [size // 2 for size in extent] * 2:
+            return None
+    elif mode == "VALID" or transposed:
+        if any(size != 1 for size in extent):
+            return None
+    return tuple(int(size or 0) // 2 for size in kernel)
+
+
+def _gemm(spot: Spot, scene: Scene) -> Node:
+    reason = _weight_reason(spot, scene, (("weight", 1), ("bias", 2)))
+    if not reason and _input(spot, 0) in scene.constants:
+        reason = "its weight multiplies from the left"
+    if reason:
+        return _linear(spot, scene.computed(spot), None, reason)
+    weight, options = scene.constants.dims(spot.inputs[1]), attributes(spot.node)
+    if weight is None or len(weight) != 2:
+        raise Unusual
+    order = "oi" if options.get("transB", 0) else "io"
+    outputs, inputs = weight if order == "oi" else weight[::-1]
+    axis = 0 if options.get("transA", 0) else 1
+    seen = scene.shape(spot.inputs[0])
+    bias = scene.constants.dims(spot.inputs[2]) if _input(spot, 2) else ()
+    if (seen is not None and (len(seen) != 2 or _differ(seen[axis], inputs))) or not _suits(bias, outputs):
+        return _linear(spot, scene.computed(spot), None, "the shapes of its weight and of its input do not match")
+    centre = () if axis == 1 and inputs == outputs else None
+    return _linear(spot, [spot.inputs[0]], Linear(order, inputs, outputs, axis, 1, centre=centre))
+
+
+def _suits(bias: tuple[int, ...] | None, outputs: int) -> bool:
+    return bias is not None and len(bias) <= 2 and (not bias or bias[-1] in (1, outputs))
+
+
+def _matmul(spot: Spot, scene: Scene) -> Node:
+    constant = [value in scene.constants for value in spot.inputs]
+    if constant == [False, False]:
+        reason = scene.why("weight", spot.inputs[1])
+        return _linear(spot, spot.inputs, None, reason)
+    if constant == [True, True]:
+        raise Unusual
+    left = constant[0]
+    data, weight = spot.inputs[::-1] if left else spot.inputs
+    rank, dims = scene.rank(data), scene.constants.dims(weight)
+    if rank is None or dims is None or scene.type(weight) not in FLOATS:
+        return _linear(spot, [data], None, "the rank of its input is not known")
+    if len(dims) < 2 or len(dims) > rank or any(size != 1 for size in dims[:-2]) or (left and rank < 2):
+        return _linear(spot, [data], None, "its constant is not a matrix")
+    axis = rank - 2 if left else rank - 1
+    order, (outputs, inputs) = ("oi", dims[-2:]) if left else ("io", dims[:-3:-1])
+    seen = scene.shape(data)
+    if seen is not None and _differ(seen[axis], inputs):
+        return _linear(spot, [data], None, "the shapes of its weight and of its input do not match")
+    centre = () if inputs == outputs else None
+    return _linear(spot, [data], Linear(order, inputs, outputs, axis, axis, centre=centre))
+
+
+def _gather(spot: Spot, scene: Scene) -> Node:
+    table, indices = spot.inputs
+    axis = attributes(spot.node).get("axis", 0)
+    if table in scene.constants:
+        return _embedding(spot, scene, table, indices, axis)
+    rank, numbers = _known_rank(scene, table), scene.constants.get(indices)
+    if numbers is None or numbers.ndim > 1:
+        raise Unusual
+    axis = _axis(axis, rank)
+    size = (scene.shape(table) or ())[axis]
+    chosen = np.asarray(numbers, np.int64)
+    if (chosen < 0).any():
+        if not isinstance(size, int):
+            raise Unusual
+        chosen = np.where(chosen < 0, chosen + size, chosen)
+    return _node(spot, [table], axis=axis, indices=chosen)
+
+
+def _embedding(spot: Spot, scene: Scene, table: str, indices: str, axis: int) -> Node:
+    dims, rank = scene.constants.dims(table), scene.rank(indices)
+    if dims is None or len(dims) != 2 or axis % 2 or rank is None or scene.type(table) not in FLOATS:
+        raise Unusual
+    linear = Linear("io", dims[0], dims[1], 0, rank, sealed="it looks up rows, not values")
+    return Node(spot.name, "Embedding", (indices,), tuple(spot.outputs), linear=linear)
+
+
+# ---------------------------------------------------------------- affines
+
+
+def _batchnorm(spot: Spot, scene: Scene) -> Node:
+    reason = _batch_statistics(spot, scene) or _numbers_reason(spot, scene)
+    affine: Affine | None = None
+    if not reason:
+        affine, reason = _batchnorm_affine(spot, scene)
+    named = {"reason": reason} if reason else {}
+    return Node(spot.name, spot.op, (spot.inputs[0],), tuple(spot.outputs), named, affine=affine)
+
+
+def _batch_statistics(spot: Spot, scene: Scene) -> str:
+    options = attributes(spot.node)
+    if options.get("training_mode", 0):
+        return "it is in training mode (training_mode=1) and normalises by the batch; export the model in eval mode"
+    if sum(1 for name in spot.node.output if name) > 1:
+        return "it has more than one output, so it is in training mode; export the model in eval mode"
+    return ""
+
+
+def _numbers_reason(spot: Spot, scene: Scene) -> str:
+    if len(spot.inputs) < 5:
+        return "it has no statistics"
+    return _weight_reason(spot, scene, (("scale", 1), ("bias", 2), ("mean", 3), ("variance", 4)))
+
+
+def _batchnorm_affine(spot: Spot, scene: Scene) -> tuple[Affine | None, str]:
+    shape, options = scene.shape(spot.inputs[0]), attributes(spot.node)
+    if shape is None or len(shape) < 2:
+        return None, "the rank of its input is not known"
+    numbers = [scene.constants.floats(value) for value in spot.inputs[1:5]]
+    if any(array is None for array in numbers):
+        return None, "its numbers cannot be read"
+    gamma, beta, mean, var = (np.asarray(array, np.float64) for array in numbers)
+    per_element = scene.opset < 9 and not options.get("spatial", 1)
+    expected = shape[1:] if per_element else shape[1:2]
+    if any(len(a.shape) != len(expected) or any(map(_differ, expected, a.shape)) for a in (gamma, beta, mean, var)):
+        return None, f"its scale has the shape {list(gamma.shape)}, which does not suit an input of {list(shape)}"
+    scale, shift = batchnorm(mean, var, gamma, beta, options.get("epsilon", 1e-5))
+    broken = _broken(var + options.get("epsilon", 1e-5), scale, shift)
+    if broken:
+        return None, broken
+    if per_element:
+        return Affine.of(scale[None], shift[None]), ""
+    return Affine.along(1, len(shape), scale, shift), ""
+
+
+def _broken(var: Array, scale: Array, shift: Array) -> str:
+    bad = np.flatnonzero(~(np.isfinite(scale) & np.isfinite(shift)))
+    if not bad.size:
+        return ""
+    place = int(bad[0])
+    if not var.ravel()[place] > 0:
+        return f"the variance of channel {place} is not positive"
+    return f"the numbers of channel {place} are not finite"
+
+
+def _with_constant(spot: Spot, scene: Scene) -> Node:
+    """Add, Sub, Mul or Div: of computed values, or of one by a constant."""
+    inputs = scene.computed(spot)
+    if scene.type(spot.outputs[0]) not in FLOATS:
+        raise Unusual
+    if len(inputs) == 2:
+        return _node(spot, inputs)
+    data, constant = spot.inputs if spot.inputs[0] == inputs[0] else spot.inputs[::-1]
+    operand = _operand(scene, data, constant)
+    first = spot.inputs[0] == data
+    with np.errstate(all="ignore"):
+        pair = _pair(spot.op, operand, first)
+    affine = Affine.of(*pair).collapse()
+    if not affine.is_finite:
+        raise Unusual
+    return Node(spot.name, "Affine", (data,), tuple(spot.outputs), affine=affine)
+
+
+def _pair(op: str, operand: Array, first: bool) -> tuple[Any, Any]:
+    if op == "Add":
+        return np.ones_like(operand), operand
+    if op == "Sub":
+        return (np.ones_like(operand), -operand) if first else (-np.ones_like(operand), operand)
+    if op == "Mul":
+        return operand, np.zeros_like(operand)
+    if not first:
+        raise Unusual
+    return 1 / operand, np.zeros_like(operand)
+
+
+def _operand(scene: Scene, data: str, constant: str) -> Array:
+    """A constant operand with the rank of the value that it acts on.
+
+    Raises:
+        Unusual: it would enlarge the value, or might.
+    """
+    shape, dims = scene.shape(data), scene.constants.dims(constant)
+    if shape is None or dims is None or len(dims) > len(shape) or math.prod(dims) > LARGEST_AFFINE:
+        raise Unusual
+    aligned = (1,) * (len(shape) - len(dims)) + dims
+    if any(mine != 1 and mine != size for mine, size in zip(aligned, shape, strict=True)):
+        raise Unusual
+    numbers = scene.constants.floats(constant)
+    if numbers is None:
+        raise Unusual
+    return numbers.reshape(aligned)
+
+
+def _neg(spot: Spot, scene: Scene) -> Node:
+    rank = _known_rank(scene, spot.inputs[0])
+    if scene.type(spot.outputs[0]) not in FLOATS:
+        raise Unusual
+    affine = Affine(-np.ones((1,) * rank), np.zeros((1,) * rank))
+    return Node(spot.name, "Affine", (spot.inputs[0],), tuple(spot.outputs), affine=affine)
+
+
+def _sum(spot: Spot, scene: Scene) -> Node:
+    inputs = scene.computed(spot)
+    if len(inputs) != len(spot.inputs):
+        raise Unusual
+    return _node(spot, inputs) if len(inputs) > 1 else Node(spot.name, "Identity", inputs, tuple(spot.outputs))
+
+
+# ---------------------------------------------------------------- what passes an affine on
+
+
+def _plain(spot: Spot, scene: Scene) -> Node:
+    """Operators whose other inputs are shapes or constants: only the data counts."""
+    return _node(spot, [_data(spot, scene)])
+
+
+def _dropout(spot: Spot, scene: Scene) -> Node:
+    if len([name for name in spot.node.output if name]) > 1:
+        raise Unusual
+    if _input(spot, 2):
+        training = scene.constants.get(spot.inputs[2])
+        if training is None or np.any(training):
+            raise Unusual
+    return _plain(spot, scene)
+
+
+def _prelu(spot: Spot, scene: Scene) -> Node:
+    if _input(spot, 1) not in scene.constants:
+        raise Unusual
+    return _plain(spot, scene)
+
+
+_WIDER = {
+    TensorProto.FLOAT16: (TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE),
+    TensorProto.BFLOAT16: (TensorProto.BFLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE),
+    TensorProto.FLOAT: (TensorProto.FLOAT, TensorProto.DOUBLE),
+    TensorProto.DOUBLE: (TensorProto.DOUBLE,),
+}
+
+
+def _cast(spot: Spot, scene: Scene) -> Node:
+    source, target = scene.type(spot.inputs[0]), scene.type(spot.outputs[0]) or attributes(spot.node).get("to", 0)
+    if source not in FLOATS or target not in FLOATS:
+        raise Unusual
+    return Node(spot.name, "Cast", (spot.inputs[0],), tuple(spot.outputs), {"lossless": target in _WIDER[source]})
+
+
+def _measure(spot: Spot, scene: Scene) -> Node:
+    return Node(spot.name, spot.op, (), tuple(spot.outputs))
+
+
+def _transpose(spot: Spot, scene: Scene) -> Node:
+    perm = attributes(spot.node).get("perm") or list(range(_known_rank(scene, spot.inputs[0])))[::-1]
+    return _node(spot, spot.inputs, perm=tuple(perm))
+
+
+def _slice(spot: Spot, scene: Scene) -> Node:
+    data = _data(spot, scene)
+    shape = scene.shape(data)
+    starts, ends = (_integers(spot, scene, name, place) for place, name in ((1, "starts"), (2, "ends")))
+    axes, steps = (_integers(spot, scene, name, place) for place, name in ((3, "axes"), (4, "steps")))
+    if shape is None or starts is None or ends is None:
+        raise Unusual
+    cut = [slice(None)] * len(shape)
+    for place, axis in enumerate(axes if axes is not None else range(len(starts))):
+        step = steps[place] if steps else 1
+        cut[axis] = _bounds(starts[place], ends[place], step, shape[axis])
+    return _node(spot, [data], slices=tuple(cut))
+
+
+def _bounds(start: int, end: int, step: int, size: Dim) -> slice:
+    if isinstance(size, int):
+        found = bounded(start, end, step, size)
+        return slice(None) if (found.start, found.stop, found.step) == (0, size, 1) else found
+    if start < 0 or end < 0 or step < 1:
+        raise Unusual
+    return slice(start or None, None if end >= 2**31 - 1 else end, step if step != 1 else None)
+
+
+def _split(spot: Spot, scene: Scene) -> Node:
+    data = _data(spot, scene)
+    shape = scene.shape(data)
+    if shape is None:
+        raise Unusual
+    axis = _axis(attributes(spot.node).get("axis", 0), len(shape))
+    sizes, size, parts = _integers(spot, scene, "split", 1), shape[axis], len(spot.outputs)
+    if sizes is None:
+        if not isinstance(size, int):
+            raise Unusual
+        each = -(-size // parts)
+        sizes = [min(each, size - each * part) for part in range(parts)]
+    return _node(spot, [data], axis=axis, sizes=tuple(sizes))
+
+
+def _concat(spot: Spot, scene: Scene) -> Node:
+    rank = _known_rank(scene, spot.outputs[0])
+    return _node(spot, spot.inputs, axis=_axis(attributes(spot.node).get("axis", 1), rank))
+
+
+def _tile(spot: Spot, scene: Scene) -> Node:
+    repeats = _integers(spot, scene, "repeats", 1)
+    if repeats is None:
+        raise Unusual
+    return _node(spot, [_data(spot, scene)], repeats=tuple(repeats))
+
+
+def _depth_to_space(spot: Spot, scene: Scene) -> Node:
+    options = attributes(spot.node)
+    mode = options.get("mode", "DCR") if spot.op == "DepthToSpace" else "DCR"
+    return _node(spot, [_data(spot, scene)], blocksize=options["blocksize"], mode=mode)
+
+
+# ---------------------------------------------------------------- pooling, resizing, padding
+
+
+def _pool(spot: Spot, scene: Scene) -> Node:
+    data, options = _data(spot, scene), attributes(spot.node)
+    if len([name for name in spot.node.output if name]) > 1 or options.get("storage_order", 0):
+        raise Unusual
+    kernel = options["kernel_shape"]
+    mode = options.get("auto_pad", "NOTSET")
+    padded = any(_pads(options, len(kernel))) or mode in ("SAME_UPPER", "SAME_LOWER") or bool(options.get("ceil_mode"))
+    strides = options.get("strides") or [1] * len(kernel)
+    still = [k == 1 and s == 1 and not padded for k, s in zip(kernel, strides, strict=True)]
+    axes = tuple(axis + 2 for axis, stays in enumerate(still) if not stays)
+    counted = spot.op == "AveragePool" and padded and options.get("count_include_pad", 0)
+    return _node(spot, [data], axes=axes, keepdims=True, partial="it counts zero padding" if counted else "")
+
+
+def _global_pool(spot: Spot, scene: Scene) -> Node:
+    data = _data(spot, scene)
+    axes = tuple(range(2, _known_rank(scene, data)))
+    op = "AveragePool" if spot.op == "GlobalAveragePool" else "MaxPool"
+    return Node(spot.name, op, (data,), tuple(spot.outputs), {"axes": axes, "keepdims": True, "partial": ""})
+
+
+def _reduce(spot: Spot, scene: Scene) -> Node:
+    data, options = _data(spot, scene), attributes(spot.node)
+    rank, axes = _known_rank(scene, data), _integers(spot, scene, "axes", 1)
+    if scene.type(data) not in FLOATS:
+        raise Unusual
+    if not axes:
+        if options.get("noop_with_empty_axes", 0):
+            return Node(spot.name, "Identity", (data,), tuple(spot.outputs))
+        axes = list(range(rank))
+    axes = sorted({_axis(axis, rank) for axis in axes})
+    return _node(spot, [data], axes=tuple(axes), keepdims=bool(options.get("keepdims", 1)), partial="")
+
+
+def _resize(spot: Spot, scene: Scene) -> Node:
+    data, options = _data(spot, scene), attributes(spot.node)
+    mode = options.get("mode", "nearest")
+    if mode not in ("nearest", "linear", "bilinear", "cubic"):
+        raise Unusual
+    cropped = options.get("coordinate_transformation_mode") == "tf_crop_and_resize"
+    partial = "it fills in a constant outside the image" if cropped else ""
+    axes = _resized(spot, scene, data)
+    return Node(spot.name, "Resize", (data,), tuple(spot.outputs), {"axes": axes, "keepdims": True, "partial": partial})
+
+
+def _resized(spot: Spot, scene: Scene, data: str) -> tuple[int, ...]:
+    """The axes whose size may change; all of those whose sizes are not known to be equal."""
+    before, after = _known_rank(scene, data), scene.shape(spot.outputs[0])
+    shape, options = scene.shape(data) or (), attributes(spot.node)
+    chosen = options.get("axes")
+    places = range(before) if chosen is None else [_axis(axis, before) for axis in chosen]
+    scales = _scales(spot, scene, options)
+    if scales is not None and len(scales) == len(places) and options.get("keep_aspect_ratio_policy") is None:
+        return tuple(axis for axis, scale in zip(places, scales, strict=True) if scale != 1)
+    same = [a is not None and a == b for a, b in zip(shape, after, strict=True)] if after else [False] * before
+    return tuple(axis for axis in places if not same[axis])
+
+
+def _scales(spot: Spot, scene: Scene, options: dict[str, Any]) -> list[float] | None:
+    if "scales" in options:
+        return list(options["scales"])
+    place = 1 if spot.op == "Upsample" or scene.opset < 11 else 2
+    array = scene.constants.get(_input(spot, place))
+    return None if array is None or not array.size else [float(n) for n in array.ravel()]
+
+
+def _pad(spot: Spot, scene: Scene) -> Node:
+    data, options = _data(spot, scene), attributes(spot.node)
+    rank, pads = _known_rank(scene, data), _integers(spot, scene, "pads", 1)
+    if pads is None:
+        raise Unusual
+    chosen = _integers(spot, scene, "axes", 3)
+    places = list(range(rank)) if chosen is None else [_axis(axis, rank) for axis in chosen]
+    if len(pads) != 2 * len(places):
+        raise Unusual
+    both = list(zip(pads[: len(places)], pads[len(places) :], strict=True))
+    axes = tuple(axis for axis, pair in zip(places, both, strict=True) if any(pair))
+    partial = ""
+    if options.get("mode", "constant") == "constant" and any(n > 0 for n in pads):
+        partial = "it pads with zeros"
+        if _filling(spot, scene, options) != 0:
+            raise Unusual
+    return _node(spot, [data], axes=axes, partial=partial)
+
+
+def _filling(spot: Spot, scene: Scene, options: dict[str, Any]) -> float:
+    value = _input(spot, 2)
+    if not value:
+        return float(options.get("value", 0.0))
+    array = scene.constants.get(value)
+    return float("nan") if array is None or array.size != 1 else float(array.ravel()[0])
+
+
+FORMS: dict[str, Form] = {
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "Gather": _gather,
+    "BatchNormalization": _batchnorm,
+    **{op: _with_constant for op in ("Add", "Sub", "Mul", "Div")},
+    "Neg": _neg,
+    "Sum": _sum,
+    **{op: _plain for op in ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand")},
+    **{op: _plain for op in ("Relu", "LeakyRelu", "Abs")},
+    "PRelu": _prelu,
+    "Dropout": _dropout,
+    "Cast": _cast,
+    "CastLike": _cast,
+    "Shape": _measure,
+    "Size": _measure,
+    "Transpose": _transpose,
+    "Slice": _slice,
+    "Split": _split,
+    "Concat": _concat,
+    "Tile": _tile,
+    "DepthToSpace": _depth_to_space,
+    "SpaceToDepth": _depth_to_space,
+    "AveragePool": _pool,
+    "MaxPool": _pool,
+    "GlobalAveragePool": _global_pool,
+    "GlobalMaxPool": _global_pool,
+    **{op: _reduce for op in ("ReduceMean", "ReduceMax", "ReduceSum")},
+    "Resize": _resize,
+    "Upsample": _resize,
+    "Pad": _pad,
+}

@@ -1,0 +1,129 @@
+"""Make inputs for a model from what it declares: types, shapes, and what its tables can be asked for.
+
+Signals are smooth and correlated between channels, with an offset and a little noise, as images and sound are: pure
+noise averages out in nets that end in a pooling, and a comparison on it says little. Whole numbers that reach a table
+are drawn from its rows. Sizes that the model leaves open are tried out, until it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from bnfold.graph import Dim
+from bnfold.onnx.constants import FLOATS
+from bnfold.onnx.forms import Scene
+
+__all__ = ["Feed", "candidates"]
+
+Feed = dict[str, np.ndarray[Any, Any]]
+
+_SIZES = ((2, 64), (1, 64), (1, 32), (2, 16), (1, 128), (1, 224), (1, 512), (1, 8), (1, 320), (1, 1), (1, 16000))
+"""Sizes to try where they are open: of the first axis, and of every other."""
+
+_WHOLE = (None, 1, 16000, 0)
+"""What to try for whole numbers that reach no table: a few different ones, or all of them this one."""
+
+_THROUGH = frozenset("Cast Identity Unsqueeze Squeeze Reshape Transpose Flatten Expand Slice Clip Gather Concat".split())
+
+
+def candidates(model: onnx.ModelProto, scene: Scene, seed: int = 0) -> Iterator[Feed]:
+    """Feeds to try, the most likely first."""
+    given = [item for item in model.graph.input if item.name in scene.whole.inputs]
+    is_open = any(not isinstance(size, int) for item in given for size in _shape(item))
+    is_whole = any(_kind(item) not in FLOATS for item in given)
+    for whole in _WHOLE if is_whole else (None,):
+        for sizes in _SIZES if is_open else _SIZES[:1]:
+            yield make(given, scene, sizes, whole, seed)
+
+
+def make(
+    given: list[onnx.ValueInfoProto], scene: Scene, sizes: tuple[int, int], whole: int | None, seed: int
+) -> Feed:
+    """One feed: an array for every input of the model."""
+    random = np.random.default_rng(seed)
+    feed = {}
+    for item in given:
+        shape = [_size(dim, axis, sizes) for axis, dim in enumerate(_shape(item))]
+        feed[item.name] = _array(item, shape, scene, whole, random)
+    return feed
+
+
+def _shape(item: onnx.ValueInfoProto) -> list[Dim]:
+    dims = item.type.tensor_type.shape.dim
+    return [int(dim.dim_value) if dim.dim_value > 0 else dim.dim_param or None for dim in dims]
+
+
+def _kind(item: onnx.ValueInfoProto) -> int:
+    return int(item.type.tensor_type.elem_type)
+
+
+def _size(dim: Dim, axis: int, sizes: tuple[int, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    return sizes[0] if axis == 0 or (dim or "").lower() in ("batch", "batch_size", "n", "b") else sizes[1]
+
+
+def _array(
+    item: onnx.ValueInfoProto, shape: list[int], scene: Scene, whole: int | None, random: np.random.Generator
+) -> np.ndarray[Any, Any]:
+    kind = _kind(item)
+    dtype = np.dtype(object) if kind == TensorProto.STRING else onnx.helper.tensor_dtype_to_np_dtype(kind)
+    if kind in FLOATS:
+        return signal(shape, random).astype(dtype)
+    if dtype.kind == "c":
+        return (signal(shape, random) + 1j * signal(shape, random)).astype(dtype)
+    if kind == TensorProto.BOOL:
+        return random.random(shape) < 0.7
+    if kind == TensorProto.STRING:
+        return np.full(shape, "a", object)
+    rows = _rows(item.name, scene)
+    if whole is not None and rows is None:
+        return np.full(shape, whole, dtype)
+    return random.integers(0, rows or (256 if kind == TensorProto.UINT8 else 8), shape).astype(dtype)
+
+
+def signal(shape: list[int], random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """A smooth signal along every axis, with an offset per example and channel, and a little noise."""
+    result = 0.1 * random.standard_normal(shape)
+    for _ in range(3):
+        wave = np.ones(shape)
+        for axis, size in enumerate(shape):
+            if size > 1:
+                turns = random.uniform(0.3, 3.0) * np.arange(size) / size
+                along = np.cos(2 * np.pi * (turns + random.random()))
+                wave = wave * along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        result = result + wave
+    offsets = random.standard_normal(shape[:2] + [1] * (len(shape) - 2)) if shape else random.standard_normal()
+    return np.asarray(result + 0.5 * offsets)
+
+
+def _rows(name: str, scene: Scene) -> int | None:
+    """How many rows the smallest table has that an input is looked up in."""
+    waiting, seen, rows = [name], {name}, []
+    while waiting:
+        value = waiting.pop()
+        for use in scene.whole.uses.get(value, ()):
+            spot = use.spot
+            if spot is None:
+                continue
+            if spot.op in ("Gather", "GatherElements", "OneHot") and use.place == 1 or spot.op == "OneHot":
+                rows += _table_rows(spot.inputs, spot.node, scene)
+            elif spot.op in _THROUGH and use.place == 0 or spot.op == "Concat":
+                waiting += [output for output in spot.outputs if output not in seen]
+                seen.update(spot.outputs)
+    return min(rows, default=None)
+
+
+def _table_rows(inputs: list[str], node: onnx.NodeProto, scene: Scene) -> list[int]:
+    if node.op_type == "OneHot":
+        depth = scene.constants.integers(inputs[1])
+        return depth[:1] if depth else []
+    axis = next((item.i for item in node.attribute if item.name == "axis"), 0)
+    shape = scene.shape(inputs[0])
+    size = shape[axis] if shape else None
+    return [size] if isinstance(size, int) and size > 0 else []

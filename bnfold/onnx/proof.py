@@ -1,0 +1,213 @@
+"""Run a model before and after folding and hold the outputs against each other (see `bnfold.equivalence`).
+
+The original is run first, in its own types and, where the operators allow it, in float64; so is a float64 copy to
+which the same journey is applied, whose new weights are therefore not rounded to the storage type. What cannot be
+answered is left out of the evidence, with a note that says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from bnfold.equivalence import judge
+from bnfold.errors import InputError
+from bnfold.graph import Graph
+from bnfold.onnx import inputs as made
+from bnfold.onnx.constants import FLOATS
+from bnfold.onnx.files import stored_tensors
+from bnfold.onnx.inputs import Feed
+from bnfold.onnx.read import Picture, read
+from bnfold.onnx.run import Outputs, Runner, run_exactly, widen
+from bnfold.onnx.write import write
+from bnfold.report import Evidence
+
+__all__ = ["Proof"]
+
+SLOW = 2.0
+"""A model whose run takes more seconds than this is not run in float64, which is much slower."""
+
+HEAVY = 400_000_000
+"""Nor is one that stores more floating-point numbers than this."""
+
+FEEDS = 3
+"""How many feeds are made up."""
+
+_NAMES = {
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.FLOAT: "float32",
+    TensorProto.DOUBLE: "float64",
+}
+"""From the coarsest on."""
+
+_DOUBTFUL = {"bfloat16": 0.5, "float16": 0.25, "float32": 0.01, "float64": 1e-6}
+"""A model whose float64 outputs differ by more than this from its own is not the same model."""
+
+
+class Proof:
+    """The original's outputs, waiting for those of the folded model.
+
+    Attributes:
+        notes: what could not be compared, and why.
+    """
+
+    def __init__(self, picture: Picture, inputs: Any = None) -> None:
+        """Run the original.
+
+        Raises:
+            InputError: it cannot be run on these inputs, or on any that were made up.
+        """
+        self.picture, self.notes = picture, list[str]()
+        self.runner = Runner(picture.model, picture.folder)
+        self.seconds = 0.0
+        self.feeds, self.before = self._try_feeds(_given(inputs))
+        del self.runner
+        self.exact = self._trusted(self.run_wide(picture.model, picture.folder))
+        self._folded: list[Outputs] | None = None
+
+    def _try_feeds(self, given: Sequence[Feed] | None) -> tuple[list[Feed], list[Outputs]]:
+        if given is not None:
+            self._check_names(given)
+            return list(given), [self._time(feed) for feed in given]
+        first, failure = None, InputError("the model has no inputs that could be made up")
+        for number, feed in enumerate(self._candidates(0)):
+            try:
+                first = self._time(feed)
+                break
+            except InputError as error:
+                failure = error
+        if first is None:
+            raise InputError(f"{failure}; give real inputs (--inputs FILE.npz), or fold without verifying (--no-verify)")
+        count = FEEDS if self.seconds < SLOW else 1
+        others = [next(islice(self._candidates(seed), number, None)) for seed in range(1, count)]
+        return [feed, *others], [first, *(self._time(other) for other in others)]
+
+    def _candidates(self, seed: int) -> Iterator[Feed]:
+        return made.candidates(self.picture.model, self.picture.scene, seed)
+
+    def _check_names(self, feeds: Sequence[Feed]) -> None:
+        known = {item.name for item in self.picture.model.graph.input}
+        for feed in feeds:
+            wrong = set(feed) - known or set(self.picture.scene.whole.inputs) - set(feed)
+            if wrong:
+                raise InputError(f"the inputs do not suit the model, which has {sorted(known)}: look at {sorted(wrong)}")
+
+    def _time(self, feed: Feed) -> Outputs:
+        start = time.perf_counter()
+        outputs = self.runner(feed)
+        self.seconds = time.perf_counter() - start
+        return outputs
+
+    def run_wide(self, model: onnx.ModelProto, folder: Path | None) -> list[Outputs] | None:
+        """The outputs of a model in float64, for every feed; None where that cannot be done, with a note."""
+        return self._exactly(lambda: widen(model, folder))
+
+    def _trusted(self, exact: list[Outputs] | None) -> list[Outputs] | None:
+        """Float64 outputs that agree with onnxruntime's up to rounding; others prove nothing."""
+        if exact is None or _agree(exact, self.before, _DOUBTFUL[self._dtype()]):
+            return exact
+        self.notes.append("not compared in float64: the reference implementation disagrees with onnxruntime here")
+        return None
+
+    def prepare(self, graph: Graph, freeze: bool, demoted: frozenset[str]) -> None:
+        """Run the folded model in float64, from a copy of the original that is not changed yet."""
+        if self.exact is None:
+            return
+
+        def fold() -> onnx.ModelProto:
+            wide = widen(self.picture.model, self.picture.folder)
+            picture = read(wide, freeze_initializers=freeze, demote=demoted)
+            write(picture, graph)
+            return wide
+
+        self._folded = self._exactly(fold)
+
+    def folded(self) -> list[Outputs] | None:
+        """What `prepare` computed."""
+        return self._folded
+
+    def _exactly(self, make: Callable[[], onnx.ModelProto]) -> list[Outputs] | None:
+        numbers = sum(int(np.prod(t.dims)) for t in stored_tensors(self.picture.model) if t.data_type in FLOATS)
+        try:
+            if self.seconds > SLOW or numbers > HEAVY:
+                raise InputError("it is too large to be run in float64")
+            return run_exactly(make(), self.feeds)
+        except InputError as error:
+            note = f"not compared in float64: {error}"
+            self.notes += [note] if note not in self.notes else []
+            return None
+
+    def judge(
+        self, runner: Runner, exact: Callable[[], list[Outputs] | None], changed: int
+    ) -> tuple[Evidence, ...]:
+        """Compare with the folded model.
+
+        Raises:
+            NotEquivalent: it computes something else.
+        """
+        after = [runner(feed) for feed in self.feeds]
+        wide = exact()
+        pair = (self.exact, wide) if self.exact is not None and wide is not None else None
+        return judge((self.before, after), pair, self._dtype(), changed, self._examples())
+
+    def _dtype(self) -> str:
+        """The coarsest floating-point type of the model."""
+        kinds = set(self.picture.scene.found.types.values())
+        return next((name for kind, name in _NAMES.items() if kind in kinds), "float32")
+
+    def _examples(self) -> int:
+        """How many examples the feeds hold: their first axes where those agree."""
+        total = 0
+        for feed in self.feeds:
+            sizes = {array.shape[0] for array in feed.values() if array.ndim > 1}
+            total += sizes.pop() if len(sizes) == 1 else 1
+        return total
+
+
+def _agree(exact: Sequence[Outputs], own: Sequence[Outputs], tolerance: float) -> bool:
+    """Whether outputs agree, relative to the largest of each; what a sigmoid has squashed to nothing is noise."""
+    for name in exact[0]:
+        pairs = [(np.asarray(a.get(name)), np.asarray(b.get(name))) for a, b in zip(exact, own, strict=True)]
+        if any(a.shape != b.shape for a, b in pairs):
+            return False
+        if pairs[0][0].dtype.kind != "f":
+            continue
+        with np.errstate(invalid="ignore"):
+            wide = [(a, b.astype(np.float64)) for a, b in pairs]
+            peak = max((float(np.nanmax(np.abs(a[np.isfinite(a)]), initial=0.0)) for a, _ in wide), default=0.0)
+            if any(np.nanmax(np.abs(a - b), initial=0.0) > tolerance * max(peak, 1e-4) for a, b in wide):
+                return False
+    return True
+
+
+def _given(inputs: Any) -> list[Feed] | None:
+    """The caller's feeds as arrays by name.
+
+    Raises:
+        InputError: they are none.
+    """
+    if inputs is None:
+        return None
+    if isinstance(inputs, (str, Path)):
+        return [_load(Path(inputs))]
+    if isinstance(inputs, Mapping):
+        inputs = [inputs]
+    if not isinstance(inputs, Sequence) or not all(isinstance(feed, Mapping) for feed in inputs) or not inputs:
+        raise InputError("inputs are a dict of arrays by input name, a list of those, or an .npz file")
+    return [{name: np.asarray(array) for name, array in feed.items()} for feed in inputs]
+
+
+def _load(path: Path) -> Feed:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:
+        raise InputError(f"{path} is no .npz file of arrays: {error}") from error

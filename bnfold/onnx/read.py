@@ -1,0 +1,252 @@
+"""Draw the picture of an ONNX model on which folding is decided.
+
+`read` flattens the model (`scope`), infers shapes (`shapes`), finds out what is constant (`constants`) and draws each
+node in its canonical form (`forms`). Two patterns of several nodes are drawn as one:
+
+- a MatMul by a constant and the Add of a constant vector along its output channels: one MatMul with a bias;
+- a BatchNormalization spelt out as Sub, Div, Mul and Add of constants: a maximal chain of affines, each link read by the
+  next one alone, with at least one scale and one shift. A chain that begins by subtracting a mean and goes on to scale
+  and shift, or that takes a square root of constants, is a BatchNormalization whatever becomes of it. Any other scale
+  with a shift (the tail of a LayerNorm computed by hand, a rescaled input) is only drawn as one if it disappears:
+  `demote` draws it as plain affines again.
+
+A body of If, Loop or Scan is a part of the picture: its nodes stand before the node that runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from bnfold.algebra import Affine
+from bnfold.errors import InputError
+from bnfold.graph import Graph, Node
+from bnfold.onnx.constants import Constants
+from bnfold.onnx.forms import Scene, draw
+from bnfold.onnx.scope import Spot, survey
+from bnfold.onnx.shapes import infer, refine
+
+__all__ = ["Picture", "read"]
+
+OLDEST = 7
+"""The oldest operator set that is read: before it, operands were broadcast by an `axis` attribute."""
+
+
+@dataclass(eq=False)
+class Picture:
+    """A model and its graph.
+
+    Attributes:
+        model: the model that was read; `write` changes it.
+        graph: what `travel` decides on.
+        scene: shapes, types and constants.
+        spots: the nodes of the file behind each node of the graph.
+        weak: the spelt-out affines that count as a BatchNorm only if they disappear.
+        notes: what a report should say about the model.
+    """
+
+    model: onnx.ModelProto
+    graph: Graph
+    scene: Scene
+    spots: dict[str, list[Spot]]
+    weak: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where external data lies."""
+        return self.scene.constants.folder
+
+
+def read(
+    model: onnx.ModelProto,
+    folder: Path | None = None,
+    *,
+    freeze_initializers: bool = False,
+    demote: Iterable[str] = (),
+) -> Picture:
+    """Draw a model.
+
+    Args:
+        model: is not changed, but `Picture` refers to it.
+        folder: where its external data lies.
+        freeze_initializers: take initializers that are also inputs for constants.
+        demote: spelt-out BatchNorms to draw as plain affines.
+
+    Raises:
+        InputError: the model is older than operator set 7, or its graph does not hang together.
+    """
+    scene, notes = _survey(model, folder, freeze_initializers)
+    nodes: list[Node] = []
+    spots: dict[str, list[Spot]] = {}
+    for spot in scene.whole.spots:
+        refine(spot, scene.found, scene.constants)
+        if not spot.results and scene.constants.add_node(spot.node, spot.inputs, spot.outputs):
+            continue
+        nodes.append(draw(spot, scene))
+        spots[spot.name] = [spot]
+    picture = Picture(model, _graph(nodes, scene), scene, spots, notes=notes)
+    _join_biases(picture)
+    _join_affines(picture, frozenset(demote))
+    return picture
+
+
+def _survey(model: onnx.ModelProto, folder: Path | None, freeze: bool) -> tuple[Scene, list[str]]:
+    opset = _opset(model)
+    whole = survey(model)
+    found = infer(model, whole)
+    constants = Constants(folder, found.shapes, found.types, opset)
+    listed = {given.name for given in model.graph.input} & {tensor.name for tensor in model.graph.initializer}
+    overridable = frozenset(listed) if model.ir_version >= 4 and not freeze else frozenset()
+    for value, tensor in whole.tensors.items():
+        if value not in overridable:
+            constants.add_tensor(value, tensor)
+    notes = []
+    if listed and not overridable:
+        why = "--freeze-initializers" if model.ir_version >= 4 else f"IR version {model.ir_version} has them all listed"
+        notes.append(f"{len(listed)} initializers are also inputs of the model and were taken for constants ({why})")
+    return Scene(whole, found, constants, opset, overridable), notes
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    opset = int(versions[0]) if versions else onnx.defs.onnx_opset_version()
+    if opset < OLDEST:
+        raise InputError(f"the model uses operator set {opset}; convert it to {OLDEST} or newer (onnx.version_converter)")
+    return opset
+
+
+def _graph(nodes: Iterable[Node], scene: Scene) -> Graph:
+    inputs = (*scene.whole.inputs, *sorted(scene.overridable))
+    return Graph(tuple(nodes), tuple(inputs), tuple(scene.whole.outputs), scene.found.shapes)
+
+
+# ---------------------------------------------------------------- patterns of several nodes
+
+
+def _is_private(picture: Picture, value: str, reader: str) -> bool:
+    """Whether a value is read once, by this node of the same graph, and nowhere else."""
+    uses = picture.scene.whole.uses.get(value, [])
+    spots = picture.spots[reader]
+    return len(uses) == 1 and uses[0].spot is spots[0] and uses[0].owner is picture.scene.whole.home[value]
+
+
+def _follower(picture: Picture, node: Node) -> Node | None:
+    """The affine that alone reads what a node computes."""
+    readers = picture.graph.readers(node.outputs[0])
+    if len(readers) != 1 or readers[0].op != "Affine" or len(picture.spots[readers[0].name]) > 1:
+        return None
+    return readers[0] if _is_private(picture, node.outputs[0], readers[0].name) else None
+
+
+def _join_biases(picture: Picture) -> None:
+    """Draw MatMul and the Add of a vector along its output channels as one."""
+    joined: dict[str, Node] = {}
+    gone: set[str] = set()
+    for node in picture.graph.nodes:
+        if node.op != "MatMul" or node.linear is None:
+            continue
+        reader = _follower(picture, node)
+        if reader is None or reader.affine is None or picture.spots[reader.name][0].op != "Add":
+            continue
+        if reader.affine.vectors(node.linear.out_axis, node.linear.outputs) is not None:
+            joined[node.name] = replace(node, outputs=reader.outputs)
+            picture.spots[node.name] += picture.spots[reader.name]
+            gone.add(reader.name)
+    _redraw(picture, joined, gone)
+
+
+def _redraw(picture: Picture, changed: dict[str, Node], gone: set[str]) -> None:
+    nodes = [changed.get(node.name, node) for node in picture.graph.nodes if node.name not in gone]
+    picture.graph = replace(picture.graph, nodes=tuple(nodes))
+
+
+def _join_affines(picture: Picture, demoted: frozenset[str]) -> None:
+    """Draw chains of affines that amount to a BatchNorm as one."""
+    changed: dict[str, Node] = {}
+    gone: set[str] = set()
+    weak: set[str] = set()
+    for node in picture.graph.nodes:
+        if node.op != "Affine" or node.name in gone:
+            continue
+        chain = _chain(picture, node)
+        gone.update(link.name for link in chain[1:])
+        kind = _kind(picture, chain)
+        if not kind or node.name in demoted:
+            gone.difference_update(link.name for link in chain[1:])
+            continue
+        changed[node.name] = _composed(chain)
+        picture.spots[node.name] = [spot for link in chain for spot in picture.spots[link.name]]
+        if kind == "weak":
+            weak.add(node.name)
+    picture.weak = frozenset(weak)
+    _redraw(picture, changed, gone)
+
+
+def _chain(picture: Picture, node: Node) -> list[Node]:
+    """The longest chain of affines that begins here."""
+    chain = [node]
+    following = _follower(picture, node)
+    while following is not None:
+        chain.append(following)
+        following = _follower(picture, following)
+    return chain
+
+
+def _composed(chain: list[Node]) -> Node:
+    affine = Affine.identity(chain[0].affine.rank if chain[0].affine else 0)
+    for link in chain:
+        assert link.affine is not None
+        affine = link.affine.after(affine)
+    return replace(chain[0], op="BatchNormalization", outputs=chain[-1].outputs, affine=affine.collapse())
+
+
+def _kind(picture: Picture, chain: list[Node]) -> str:
+    """ "strong" for what can only be a BatchNorm, "weak" for what may be one, "" for what is none."""
+    affines = [link.affine for link in chain if link.affine is not None]
+    scales = [place for place, affine in enumerate(affines) if np.any(affine.scale != 1)]
+    shifts = [place for place, affine in enumerate(affines) if np.any(affine.shift != 0)]
+    whole = _composed(chain).affine
+    if not scales or not shifts or whole is None or len(whole.axes) > 1 or not _per_channel(picture, chain, whole):
+        return ""
+    centred = shifts[0] < scales[0] and shifts[-1] > scales[0]
+    if centred and len(chain) >= 3 or any(_has_root(picture, link) for link in chain):
+        return "strong"
+    return "" if _normalises(picture, chain[0]) else "weak"
+
+
+def _per_channel(picture: Picture, chain: list[Node], whole: Affine) -> bool:
+    """Whether it is one number per channel, be it that there is only one channel."""
+    shape = picture.graph.shapes.get(chain[0].inputs[0], ())
+    return bool(whole.axes) or (len(shape) > 1 and shape[1] == 1)
+
+
+def _has_root(picture: Picture, link: Node) -> bool:
+    """Whether the constant of a link is computed with a square root."""
+    scene = picture.scene
+    waiting = [v for spot in picture.spots[link.name] for v in spot.inputs if v in scene.constants]
+    seen: set[str] = set()
+    while waiting:
+        value = waiting.pop()
+        maker = scene.whole.makers.get(value)
+        if maker is None or value in seen:
+            continue
+        seen.add(value)
+        if maker.op in ("Sqrt", "Pow"):
+            return True
+        waiting.extend(v for v in maker.inputs if v in scene.constants)
+    return False
+
+
+def _normalises(picture: Picture, node: Node) -> bool:
+    """Whether the value before a chain is divided by something computed, as in a LayerNorm."""
+    producer = picture.graph.producer(node.inputs[0])
+    while producer is not None and producer.op in ("Reshape", "Transpose", "Cast") and producer.inputs:
+        producer = picture.graph.producer(producer.inputs[0])
+    if producer is None:
+        return False
+    return producer.op in ("Mul", "Div", "LayerNormalization", "InstanceNormalization", "unusual Div")

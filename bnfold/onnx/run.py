@@ -1,0 +1,242 @@
+"""Run a model as it stands: in onnxruntime with every optimisation off, or in float64.
+
+onnxruntime folds BatchNorms by itself from its basic level up, so a comparison with optimisations on would compare two
+folds. In float64 a *copy* of the model is run, in which every floating-point type has become float64; onnxruntime has no
+convolution in float64, so it runs in ONNX's reference implementation, with convolutions of our own that are a matrix
+product per tap. Models with random operators get a fixed seed in both copies.
+
+Not covered: operators whose types are fixed (they keep theirs, and a copy that does not hold together is not run).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from bnfold.errors import InputError
+from bnfold.onnx.constants import FLOATS, load
+from bnfold.onnx.inputs import Feed
+from bnfold.onnx.scope import bodies
+
+__all__ = ["Outputs", "Runner", "run", "widen"]
+
+Outputs = dict[str, np.ndarray[Any, Any]]
+
+TOO_LARGE = 1_500_000_000
+"""A model of more bytes than this goes to onnxruntime by way of a file."""
+
+
+def run(model: onnx.ModelProto, inputs: Feed, folder: Path | None = None) -> Outputs:
+    """The outputs of a model, by name, computed in its own types with all optimisations off.
+
+    Raises:
+        InputError: onnxruntime cannot load or run it.
+    """
+    return Runner(model, folder)(inputs)
+
+
+class Runner:
+    """A model (or the file of one) that is ready to run in onnxruntime."""
+
+    def __init__(self, model: onnx.ModelProto | Path, folder: Path | None = None) -> None:
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(4)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4
+        try:
+            self.session = _session(model, folder, options)
+            self.names = [output.name for output in self.session.get_outputs()]
+        except Exception as error:
+            raise InputError(f"onnxruntime cannot load the model: {brief(error)}") from error
+
+    def __call__(self, inputs: Feed) -> Outputs:
+        """Run on one feed.
+
+        Raises:
+            InputError: onnxruntime refuses.
+        """
+        try:
+            return flatten(self.names, self.session.run(None, inputs))
+        except Exception as error:
+            raise InputError(f"onnxruntime cannot run the model: {brief(error)}") from error
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, without the address of its source."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _session(model: onnx.ModelProto | Path, folder: Path | None, options: Any) -> Any:
+    import onnxruntime
+
+    if isinstance(model, Path):
+        seeded = onnx.load_model(model, load_external_data=False)
+        if not _draws(seeded):
+            return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        model, folder = seeded, model.parent
+    seeded = seed(model)
+    if seeded.ByteSize() < TOO_LARGE:
+        if folder is not None:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(folder.resolve())
+            )
+        return onnxruntime.InferenceSession(seeded.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with TemporaryDirectory(prefix="bnfold-") as scratch:
+        path = Path(scratch) / "model.onnx"
+        onnx.save_model(seeded, path, save_as_external_data=True)
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def flatten(names: Sequence[str], results: Sequence[Any]) -> Outputs:
+    """Outputs by name; the members of a sequence or a map by name and place."""
+    found: Outputs = {}
+    for name, result in zip(names, results, strict=True):
+        if isinstance(result, dict):
+            found.update(flatten([f"{name}.{key}" for key in result], list(result.values())))
+        elif isinstance(result, list):
+            found.update(flatten([f"{name}[{place}]" for place in range(len(result))], result))
+        elif result is not None:
+            found[name] = np.asarray(result)
+    return found
+
+
+def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph and every body in it."""
+    waiting = [model.graph]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        waiting += [body for node in graph.node for body in bodies(node)]
+
+
+_RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
+
+
+def seed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, or where it draws random numbers a copy that draws the same ones every time."""
+    if not _draws(model):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    number = itertools.count(1)
+    for graph in graphs(copy):
+        for node in graph.node:
+            if node.op_type in _RANDOM and not any(item.name == "seed" for item in node.attribute):
+                node.attribute.append(onnx.helper.make_attribute("seed", float(next(number))))
+    return copy
+
+
+def _draws(model: onnx.ModelProto) -> bool:
+    return any(node.op_type in _RANDOM for graph in graphs(model) for node in graph.node)
+
+
+# ---------------------------------------------------------------- float64
+
+
+def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed]) -> list[Outputs]:
+    """The outputs of a model that `widen` made, computed in float64, for each feed.
+
+    Raises:
+        InputError: some operator has no float64.
+    """
+    from bnfold.onnx.exact import evaluate
+
+    wide = [{name: _wide(array) for name, array in feed.items()} for feed in feeds]
+    names = [output.name for output in model.graph.output]
+    if not any(node.op_type in ("Conv", "ConvTranspose") for graph in graphs(model) for node in graph.node):
+        try:
+            runner = Runner(model)
+            return [runner(feed) for feed in wide]
+        except InputError:
+            pass
+    return [flatten(names, results) for results in evaluate(seed(model), wide)]
+
+
+def _wide(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return array.astype(np.float64) if array.dtype.kind == "f" or array.dtype.name == "bfloat16" else array
+
+
+def widen(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
+    """A copy of a model in which every floating-point type is float64, external data included."""
+    wide = onnx.ModelProto(ir_version=max(model.ir_version, 3))
+    wide.opset_import.extend(model.opset_import)
+    wide.functions.extend(model.functions)
+    _widen_graph(model.graph, wide.graph, folder)
+    return wide
+
+
+def _widen_graph(graph: onnx.GraphProto, wide: onnx.GraphProto, folder: Path | None) -> None:
+    wide.name = graph.name
+    for name in ("input", "output", "value_info"):
+        for item in getattr(graph, name):
+            copy = getattr(wide, name).add()
+            copy.CopyFrom(item)
+            _widen_type(copy.type)
+    fixed = {node.input[place] for node in graph.node for place in _fixed_inputs(node) if place < len(node.input)}
+    for tensor in graph.initializer:
+        _widen_tensor(tensor, wide.initializer.add(), folder, tensor.name in fixed)
+    for node in graph.node:
+        _widen_node(node, wide.node.add(), folder, bool(fixed.intersection(node.output)))
+
+
+def _fixed_inputs(node: onnx.NodeProto) -> tuple[int, ...]:
+    """The inputs that are float32 whatever the data is."""
+    if node.op_type == "Resize":
+        return (1, 2) if len(node.input) > 2 else (1,)
+    return (1,) if node.op_type == "Upsample" else ()
+
+
+def _widen_type(kind: onnx.TypeProto) -> None:
+    if kind.HasField("sequence_type"):
+        _widen_type(kind.sequence_type.elem_type)
+    elif kind.HasField("optional_type"):
+        _widen_type(kind.optional_type.elem_type)
+    elif kind.tensor_type.elem_type in FLOATS:
+        kind.tensor_type.elem_type = TensorProto.DOUBLE
+
+
+def _widen_tensor(tensor: TensorProto, wide: TensorProto, folder: Path | None, fixed: bool = False) -> None:
+    if tensor.data_type not in FLOATS or fixed:
+        wide.CopyFrom(onnx.numpy_helper.from_array(np.asarray(load(tensor, folder)), tensor.name))
+        return
+    wide.name, wide.data_type = tensor.name, TensorProto.DOUBLE
+    wide.dims.extend(tensor.dims)
+    wide.raw_data = np.asarray(load(tensor, folder), np.float64).tobytes()
+
+
+def _widen_node(node: onnx.NodeProto, wide: onnx.NodeProto, folder: Path | None, fixed: bool) -> None:
+    wide.op_type, wide.domain, wide.name, wide.overload = node.op_type, node.domain, node.name, node.overload
+    wide.input.extend(node.input)
+    wide.output.extend(node.output)
+    for item in node.attribute:
+        copy = wide.attribute.add()
+        if item.type == onnx.AttributeProto.TENSOR:
+            copy.name, copy.type = item.name, item.type
+            _widen_tensor(item.t, copy.t, folder, fixed)
+        elif item.type == onnx.AttributeProto.GRAPH:
+            copy.name, copy.type = item.name, item.type
+            _widen_graph(item.g, copy.g, folder)
+        else:
+            copy.CopyFrom(item)
+            _widen_attribute(node, copy, fixed)
+    if node.op_type == "ConstantOfShape" and not node.attribute and node.domain in ("", "ai.onnx"):
+        zero = onnx.numpy_helper.from_array(np.zeros(1))
+        wide.attribute.append(onnx.helper.make_attribute("value", zero))
+
+
+def _widen_attribute(node: onnx.NodeProto, item: onnx.AttributeProto, fixed: bool) -> None:
+    if item.name in ("to", "dtype", "output_dtype") and item.i in FLOATS:
+        item.i = TensorProto.DOUBLE
+    if node.op_type == "Constant" and item.name in ("value_float", "value_floats") and not fixed:
+        values = np.asarray(item.f if item.name == "value_float" else list(item.floats), np.float64)
+        item.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(values)))
