@@ -27,7 +27,7 @@ from bnfold import checkpoint as checkpoints
 from bnfold.checkpoint import Checkpoint
 from bnfold.errors import InputError, run_command
 from bnfold.report import Report
-from export.convert import Exported, export, has_batchnorm, locate_output
+from export.convert import Exported, export, has_batchnorm
 from export.latency import Timing, compare_latencies
 from export.write import Batch
 
@@ -50,17 +50,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Export, then print what was folded, how it was proven, and what it costs to run."""
-    path = options.output or locate_output(options.checkpoint)
-    exported = export(options.checkpoint, path, _batch(options.batch))
+    exported = export(options.checkpoint, options.output, _batch(options.batch))
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
-    for part in Report(exported.verdicts, (exported.evidence,)).renderables():
+    *tables, summary = Report(exported.verdicts, (exported.evidence,)).renderables()
+    for part in [*tables, summary] if exported.verdicts else tables:
         console.print(part)
     if options.timing:
         console.print(tabulate(_time(options.checkpoint, exported)))
     print(f"nodes: {exported.counts}")
-    print(f"wrote {path}")
+    print(f"wrote {exported.path}")
     if checkpoints.load(options.checkpoint).vocabulary:
-        print(f"next: python -m export.sample {path} --count 20 --seed 1")
+        print(f"next: python -m export.sample {exported.path} --count 20 --seed 1")
 
 
 def tabulate(timings: Sequence[Timing]) -> Table:

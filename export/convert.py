@@ -1,7 +1,7 @@
 """From a checkpoint, or any module, to a proven ONNX file: fold, write, prove, then put the file in its place.
 
 A file is held to the net as it was given, BatchNorms and all, so that one comparison covers the fold and the export.
-Its `metadata_props` say where it came from, each value JSON:
+Its `metadata_props` say where it came from, in JSON but for the hashes:
 
     vocabulary      the character of every index (of a net over characters)
     input           shape, dtype and alphabet of one example
@@ -130,10 +130,11 @@ def _convert(
     metadata: dict[str, Any],
     folded_before: Any,
 ) -> Exported:
+    axis = _axis(batch)
     with replacing(path) as temporary:
         folded, verdicts = _fold(model, examples.inputs, folded_before)
         metadata["verdicts"] = [asdict(verdict) for verdict in verdicts]
-        proto = write(folded, _pair(examples.inputs), _axis(batch), names, _encode(metadata))
+        proto = write(folded, _pair(examples.inputs), axis, names, _encode(metadata))
         content = proto.SerializeToString(deterministic=True)
         evidence = prove(content, model, examples)
         temporary.write_bytes(content)
@@ -143,7 +144,7 @@ def _convert(
 
 def _fold(model: nn.Module, inputs: Tensor, before: Any) -> tuple[nn.Module, tuple[Verdict, ...]]:
     """Return the net without its BatchNorms, and the verdicts, those of an earlier fold first."""
-    verdicts = tuple(_recall(entry) for entry in (before or {}).get("verdicts", ()))
+    verdicts = _recall(before or {})
     if not has_batchnorm(model):
         return model, verdicts
     folded, report = bnfold.fold(model, inputs)
@@ -152,11 +153,12 @@ def _fold(model: nn.Module, inputs: Tensor, before: Any) -> tuple[nn.Module, tup
     return drop_identities(folded) if type(folded) is nn.Sequential else folded, verdicts
 
 
-def _recall(entry: Any) -> Verdict:
-    """Return a verdict from the record of an earlier fold."""
+def _recall(record: Any) -> tuple[Verdict, ...]:
+    """Return the verdicts in the record of an earlier fold."""
     try:
-        return Verdict(
-            str(entry["name"]), entry["outcome"], tuple(map(str, entry["into"])), str(entry["reason"])
+        return tuple(
+            Verdict(str(one["name"]), one["outcome"], tuple(map(str, one["into"])), str(one["reason"]))
+            for one in record.get("verdicts", ())
         )
     except (KeyError, TypeError) as error:
         raise InputError("the checkpoint's record of its fold has a verdict that cannot be read") from error
@@ -184,7 +186,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.vocabulary:
         metadata["vocabulary"] = checkpoint.vocabulary
     if checkpoint.folded:
-        metadata["unfolded_sha256"] = checkpoint.folded.get("source")
+        metadata["unfolded_sha256"] = str(checkpoint.folded.get("source"))
     return metadata
 
 

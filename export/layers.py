@@ -98,11 +98,11 @@ def draw(model: nn.Sequential, example: Tensor, sketch: Sketch, x: str) -> str:
     """
     for name, layer in model.named_children():
         sketch.layer, sketch.before = name, tuple(example.shape)
-        example = layer(example)
-        sketch.after, sketch.dtype = tuple(example.shape), example.dtype
         row = ROWS.get(type(layer))
         if row is None:
             raise sketch.refuse(f"is a {type(layer).__name__}, which has no row in export/layers.py")
+        example = layer(example)
+        sketch.after, sketch.dtype = tuple(example.shape), example.dtype
         if sketch.after[:1] != (2,):
             raise sketch.refuse("mixes the examples of a batch")
         x = row(sketch, x, layer)

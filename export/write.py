@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from itertools import chain
 
 import onnx
@@ -55,9 +57,12 @@ def write(
         InputError: the net cannot be written; the message names the layer or the tensor.
     """
     _check(model)
+    with torch.inference_mode():
+        result = model(example.clone())
+    if not isinstance(result, Tensor):
+        raise InputError(f"{type(model).__name__} returns a {type(result).__name__} and no tensor")
     try:
-        with torch.inference_mode():
-            proto = _draw(model, example, batch, names)
+        proto = _draw(model, (example, result), batch, names)
     except NoRow as reason:
         proto = _trace(model, example, batch, names, optimise, reason)
     proto.producer_name, proto.producer_version = "bnfold", __version__
@@ -80,16 +85,18 @@ def _check(model: nn.Module) -> None:
         raise InputError(f"`{training or type(model).__name__}` is in training mode; call model.eval() first")
 
 
-def _draw(model: nn.Module, example: Tensor, batch: Batch, names: tuple[str, str]) -> onnx.ModelProto:
+def _draw(
+    model: nn.Module, values: tuple[Tensor, Tensor], batch: Batch, names: tuple[str, str]
+) -> onnx.ModelProto:
     if type(model) is not nn.Sequential:
         raise NoRow(f"{type(model).__name__} is no nn.Sequential")
     sketch = Sketch(batch, set(names))
-    draw(model, example.clone(), sketch, names[0])
+    with torch.inference_mode():
+        draw(model, values[0].clone(), sketch, names[0])
     if not sketch.nodes:
         sketch.node("Identity", names[0])
     sketch.nodes[-1].output[0] = names[1]
-    after = model(example.clone())
-    ends = [_declare(name, value, batch) for name, value in zip(names, (example, after), strict=True)]
+    ends = [_declare(name, value, batch) for name, value in zip(names, values, strict=True)]
     graph = helper.make_graph(sketch.nodes, "net", ends[:1], ends[1:], sketch.initializers)
     opset = [helper.make_opsetid("", OPSET)]
     return helper.make_model(graph, opset_imports=opset, ir_version=helper.find_min_ir_version_for(opset))
@@ -121,13 +128,16 @@ def _trace(
             f"{reason}, and torch.onnx.export needs {error.name}; pip install onnxscript"
         ) from error
     except Exception as error:  # whatever its many stages make of a net
-        raise InputError(f"{reason}, and torch.onnx.export cannot write it: {_first_line(error)}") from error
+        raise InputError(f"{reason}, and torch.onnx.export cannot write it: {_explain(error)}") from error
     assert program is not None
     return _strip(program.model_proto)
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _explain(error: BaseException) -> str:
+    """Return the first line of what went wrong at the root, which the exporter buries under advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", str(error)).splitlines() if line.strip()]
     return f"{lines[0] if lines else type(error).__name__:.200}"
 
 
@@ -151,13 +161,12 @@ def _strip(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and its log of optional packages off the terminal."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Keep the exporter's warnings, its log of optional packages and its dumps of a failed trace off the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        logging.disable(level)
