@@ -1,20 +1,21 @@
 """Minibatches: examples as the lecture draws them, or different contexts with all that follows them.
 
-Both are endless, take their chances from one generator, and give an unbiased estimate of the training loss:
+Both are endless and take their chances from one generator. Each estimates the training loss by
 
-    loss = sum_b sum_t w[b, t] * -log p(t | x[b])
+    loss = sum_b sum_t w[b, t] * -log p(t | x[b]),        sum w = 1
 
 `draw_examples` takes `size` examples with replacement; w is 1 / size at the example's own character.
 
-`draw_contexts` takes `size` different contexts. Context c is in a batch with probability pi(c), the square root of
-its frequency times a constant, at most 1; then w[c, t] = n(c, t) / (N pi(c)). The most frequent ones are in every
-batch with the exact counts of what follows, so the gradient has less noise than thousands of examples give, at the
-cost of a few hundred. The draw is systematic (Madow 1949): contexts in random order, laid end to end by their
-probability, and `size` equidistant points; `ROUND` batches share one order, their points evenly interleaved, so that
-each context turns up as often as it should.
+`draw_contexts` takes `size` different contexts. Context c is in a batch with probability pi(c), the square root of its
+frequency times a constant, at most 1; then w[c, t] is n(c, t) / pi(c), divided by the sum of all (Hajek 1971), which
+is steadier than the unbiased estimate with N instead. The most frequent contexts are in every batch with the exact
+counts of what follows, so that a few hundred rows give a gradient with less noise than thousands of examples do. The
+draw is systematic (Madow 1949): contexts in random order, laid end to end by their probability, and `size` equidistant
+points; `ROUND` batches share one order, their points evenly interleaved, so that each context turns up as often as it
+should.
 
-The square root was the best of the powers 0, 1/4, 1/2, 3/4, 1: rare contexts get their share of the noise. It means
-that a BatchNorm sees, and tracks the statistics of, the contexts as they are drawn and not as they occur.
+Of the powers tried, 1/4, 1/2 and 3/4 do equally well, 1 a little and 0 much worse. Rare contexts are seen more often
+than they occur; so a BatchNorm sees, and tracks the statistics of, the contexts as they are drawn.
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ def draw_contexts(material: Material, size: int, generator: Generator) -> Iterat
     table, characters = material.train, len(material.vocabulary)
     probabilities = inclusion(table.frequencies, size)
     lengths = table.starts.diff()
-    weights = table.counts / (table.examples * probabilities.repeat_interleave(lengths))
-    weights = weights.to(torch.float32)
+    weights = (table.counts / probabilities.repeat_interleave(lengths)).to(torch.float32)
     for chosen in _systematic(probabilities, min(size, len(table)), generator):
         lasting = lengths[chosen]
         ends = lasting.cumsum(0)
@@ -57,7 +57,7 @@ def draw_contexts(material: Material, size: int, generator: Generator) -> Iterat
         targets = torch.zeros(len(chosen) * characters)
         rows = torch.arange(0, len(targets), characters).repeat_interleave(lasting)
         targets[rows + table.targets[pairs]] = weights[pairs]
-        yield table.contexts[chosen], targets.view(-1, characters)
+        yield table.contexts[chosen], (targets / targets.sum()).view(-1, characters)
 
 
 def inclusion(frequencies: Tensor, size: int) -> Tensor:
