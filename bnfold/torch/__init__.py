@@ -1,0 +1,18 @@
+"""The PyTorch frontend: any `nn.Module`, as it is, folded into a module of the same class.
+
+    recording    one forward pass, call by call              constants   a model's constants again, in float64
+    functions    what is known of torch's functions          rows        how each function is drawn as a node
+    read         calls -> Graph, and where numbers are kept  write       the difference of two Graphs -> module
+    modules      what stands where a BatchNorm was           fold        read, travel, write, compare
+
+`example_inputs` is everywhere a tensor, a tuple of positional arguments, a dict of keyword arguments, or a pair of a
+tuple and a dict.
+"""
+
+from __future__ import annotations
+
+from bnfold.torch.fold import fold, run
+from bnfold.torch.read import Reading, read
+from bnfold.torch.write import write
+
+__all__ = ["Reading", "fold", "read", "run", "write"]

@@ -1,0 +1,102 @@
+"""Compute constants again in float64: what a model works out of its parameters and buffers on every pass.
+
+A hand-written BatchNorm computes `(x - mean.view(1, -1, 1, 1)) / torch.sqrt(var + eps)`; the numbers that an affine
+needs are those of `mean.view(...)` and `torch.sqrt(...)`. They are computed here from the stored tensors, widened to
+float64 first, so that nothing is rounded on the way: a conversion to another float dtype is left out. Tensors on the
+`meta` device have no numbers; ones stand in for them, so that decisions can be looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnfold.algebra import Array
+from bnfold.torch.functions import variants
+from bnfold.torch.recording import Call, Like, Value
+
+__all__ = ["Evaluator", "numbers", "slots_of"]
+
+
+def slots_of(value: Value, found: dict[int, Value] | None = None) -> dict[int, Value]:
+    """The parameters, buffers and attributes that a constant is computed from, by identity of the value."""
+    found = {} if found is None else found
+    if value.slots:
+        found[id(value)] = value
+    elif value.constant and value.call is not None:
+        for part in value.call.reads.values():
+            slots_of(part, found)
+    return found
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """The numbers of a stored tensor on the CPU, float64 where they are floats."""
+    tensor = tensor.detach()
+    if tensor.device.type == "meta":
+        return torch.ones(tensor.shape, dtype=torch.float64 if tensor.is_floating_point() else tensor.dtype)
+    tensor = tensor.cpu()
+    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+
+
+_CASTS = frozenset(f for name in ("float", "half", "bfloat16", "double", "type", "cuda", "cpu") for f in variants(name))
+
+
+class Evaluator:
+    """Values that were computed already, by identity."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, Any] = {}
+
+    def array(self, value: Value) -> Array:
+        """The numbers of a constant as float64."""
+        return np.asarray(self.tensor(value).double().numpy())
+
+    def tensor(self, value: Value) -> Tensor:
+        """The numbers of a constant.
+
+        Raises:
+            Exception: whatever torch raises where a computation cannot be repeated in float64.
+        """
+        if id(value) not in self.known:
+            if value.tensor is not None:
+                self.known[id(value)] = numbers(value.tensor)
+            else:
+                assert value.call is not None
+                self._run(value.call)
+        found: Tensor = self.known[id(value)]
+        return found
+
+    def _run(self, call: Call) -> None:
+        args, kwargs = self._thaw(call.args), self._thaw(call.kwargs)
+        with torch.no_grad():
+            cast = call.function in _CASTS and args[0].is_floating_point()
+            result = args[0] if cast else call.function(*args, **kwargs)
+        for value, tensor in zip(call.made, _flatten(result), strict=True):
+            self.known[id(value)] = tensor
+
+    def _thaw(self, thing: Any) -> Any:
+        """Arguments with tensors in the place of values, on the CPU and without narrowing."""
+        if isinstance(thing, Value):
+            return self.tensor(thing)
+        if isinstance(thing, Like):
+            return torch.empty(thing.shape, dtype=self._thaw(thing.dtype))
+        if isinstance(thing, torch.dtype):
+            return torch.float64 if thing.is_floating_point else thing
+        if isinstance(thing, torch.device):
+            return torch.device("cpu")
+        if isinstance(thing, tuple):
+            return tuple(self._thaw(part) for part in thing)
+        if isinstance(thing, dict):
+            return {key: self._thaw(part) for key, part in thing.items()}
+        if isinstance(thing, slice):
+            return slice(*(self._thaw(part) for part in (thing.start, thing.stop, thing.step)))
+        return thing
+
+
+def _flatten(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in _flatten(part)] if isinstance(result, list | tuple) else []

@@ -1,0 +1,209 @@
+"""Fold a module and prove it: read, travel, write, compare.
+
+The comparison runs both models on the example inputs and on perturbed ones, in float64 and in the model's own dtype
+(`equivalence`). It leaves the model's buffers and every random state as they were; a model that draws random numbers
+is run with the same seed each time. What cannot be compared (a model on the `meta` device, one that fixes its own
+dtypes and so cannot run in float64) is said in the report's notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, judge
+from bnfold.errors import NotEquivalent, UnreadableModel
+from bnfold.report import Evidence, Report
+from bnfold.torch.read import _first_line, _restored, arrange, read, undisturbed
+from bnfold.torch.recording import leaves
+from bnfold.torch.write import check_fit, widen, write
+from bnfold.travel import Journey, Options, travel
+
+__all__ = ["fold", "run"]
+
+
+def fold(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    inplace: bool = False,
+    verify: bool = True,
+    options: Options | None = None,
+) -> tuple[nn.Module, Report]:
+    """Fold every BatchNorm of a module that can be folded.
+
+    Args:
+        model: any module, in eval mode (a BatchNorm in training mode is kept, with that reason).
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a pair of a tuple
+            and a dict. Their values matter only to models that branch on them.
+        inplace: edit the module itself instead of a copy.
+        verify: compare the outputs before and after.
+        options: see `travel.Options`.
+
+    Returns:
+        The folded module, of the same class, and a report with a verdict for every BatchNorm.
+
+    Raises:
+        UnreadableModel: the module cannot be run on the example inputs, or not copied.
+        NotEquivalent: the folded module computes something else. With `inplace` it has been edited by then.
+    """
+    reading = read(model, example_inputs)
+    journey = travel(reading.graph, options, check_fit(model, reading))
+    size = _count(model)
+    comparison = _Comparison(model, example_inputs, journey) if verify else None
+    if comparison is not None:
+        comparison.run_before(model)
+        comparison.run_exact(model, lambda twin: write(twin, reading, journey, inplace=True))
+    folded = write(model, reading, journey, inplace)
+    evidence, notes = ((), ["unverified: verification was switched off"]) if comparison is None else comparison.judge(folded)
+    return folded, Report(journey.verdicts, tuple(evidence), tuple(notes), (size, _count(folded)))
+
+
+def _count(model: nn.Module) -> int:
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    lazy = nn.parameter.is_lazy
+    return sum(t.numel() for t in tensors.values() if not lazy(t))
+
+
+def run(model: nn.Module, example_inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The outputs of a module as arrays, by their path in what it returns.
+
+    No gradient, no change of the module's buffers, no use of the global random state; a fixed seed.
+    """
+    args, kwargs = arrange(example_inputs)
+    with undisturbed(), _restored(model), torch.no_grad():
+        torch.manual_seed(0)
+        result = model(*args, **kwargs)
+        return {path: _array(tensor) for path, tensor in leaves(result)}
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu()
+    narrow = tensor.is_floating_point() and tensor.dtype not in (torch.float64, torch.float32, torch.float16)
+    array: np.ndarray[Any, Any] = (tensor.float() if narrow else tensor).numpy()
+    return array
+
+
+class _Narrow(TorchDispatchMode):
+    """Watches whether a model that should compute in float64 computes in less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64:
+            self.seen = True
+        return result
+
+
+@contextmanager
+def _double() -> Iterator[None]:
+    """New tensors are float64, as the model's are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Comparison:
+    """The outputs before and after, in two precisions."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, journey: Journey) -> None:
+        self.inputs = [example_inputs, *_perturbed(example_inputs)]
+        self.dtype = _coarsest(model)
+        self.changed = sum(node.linear is not None and node.linear.changed for node in journey.graph.nodes)
+        self.before: list[Outputs] | None = None
+        self.exact: tuple[list[Outputs], list[Outputs]] | None = None
+        self.narrow = False
+        self.notes: list[str] = []
+        tensors = [tensor for _, tensor in leaves(example_inputs)]
+        self.possible = not any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers(), *tensors))
+        if not self.possible:
+            self.notes.append("unverified: tensors on the meta device have no numbers")
+
+    def run_before(self, model: nn.Module) -> None:
+        if self.possible:
+            try:
+                self.before = [run(model, each) for each in self.inputs]
+            except Exception as error:
+                self.notes.append(f"not compared in {self.dtype}: the model does not run in it: {_first_line(error)}")
+
+    def run_exact(self, model: nn.Module, edit: Any) -> None:
+        if not self.possible:
+            return
+        try:
+            twin = widen(model)
+            wide = [torch.utils._pytree.tree_map_only(Tensor, _wide, each) for each in self.inputs]
+            with _double(), _Narrow() as watch:
+                before: list[Outputs] = [run(twin, each) for each in wide]
+        except Exception as error:
+            self.notes.append(f"not compared in float64: the model does not run in it: {_first_line(error)}")
+            return
+        self.narrow = watch.seen
+        edit(twin)
+        with _double():
+            self.exact = (before, self._run_folded(twin, wide))
+
+    def _run_folded(self, model: nn.Module, inputs: Sequence[Any]) -> list[Outputs]:
+        try:
+            return [run(model, each) for each in inputs]
+        except Exception as error:
+            raise UnreadableModel(
+                f"the folded model does not run: {type(error).__name__}: {_first_line(error)}; "
+                "some code uses a BatchNorm otherwise than by calling it"
+            ) from error
+
+    def judge(self, folded: nn.Module) -> tuple[Sequence[Evidence], Sequence[str]]:
+        if not self.possible or (self.before is None and self.exact is None):
+            return (), self.notes or ["unverified"]
+        count = len(self.inputs)
+        if self.before is None:
+            assert self.exact is not None
+            return judge(self.exact, self.exact, "float64", self.changed, count), self.notes
+        own = (self.before, self._run_folded(folded, self.inputs))
+        try:
+            return judge(own, self.exact, self.dtype, self.changed, count), self.notes
+        except NotEquivalent:
+            if not self.narrow or self.exact is None:
+                raise
+        self.notes.append("not compared in float64: the model fixes a narrower dtype by itself")
+        return judge(own, None, self.dtype, self.changed, count), self.notes
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _coarsest(model: nn.Module) -> str:
+    names = {str(t.dtype).removeprefix("torch.") for t in (*model.parameters(), *model.buffers())} & set(UNIT_ROUNDOFF)
+    return max(names, key=UNIT_ROUNDOFF.__getitem__, default="float32")
+
+
+def _perturbed(example_inputs: Any) -> list[Any]:
+    """The example inputs with some noise, where they hold floats."""
+    generator = torch.Generator().manual_seed(0)
+    floats = 0
+
+    def shake(tensor: Tensor) -> Tensor:
+        nonlocal floats
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
+            return tensor
+        floats += 1
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        spread = float(tensor.double().std()) if tensor.numel() > 1 else 1.0
+        return tensor + (0.5 * spread * noise).to(tensor.device, tensor.dtype)
+
+    shaken = torch.utils._pytree.tree_map_only(Tensor, shake, example_inputs)
+    return [shaken] if floats else []

@@ -1,0 +1,83 @@
+"""The modules that folding leaves behind where a BatchNorm was: as little as there is left to compute.
+
+`nn.Identity` stands where nothing is left. These are ordinary modules: they have a state dict, move between devices and
+dtypes, can be pickled, exported and compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["TAILS", "ChannelAdd", "ChannelMulAdd", "Tail"]
+
+
+class ChannelAdd(nn.Module):
+    """`x + bias`, with one number per channel; what is left of a BatchNorm whose scale was folded.
+
+    `bias` has the rank of the input without its first axis, with 1 along every axis but that of the channels:
+    `(channels, 1, 1)` for images.
+    """
+
+    def __init__(self, bias: Tensor, requires_grad: bool = False) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias, requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+class ChannelMulAdd(nn.Module):
+    """`x * weight + bias`, with one number of each per channel; a BatchNorm that was lowered.
+
+    Both have the rank of the input without its first axis, as in `ChannelAdd`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, requires_grad: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad)
+        self.bias = nn.Parameter(bias, requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, x, self.weight)
+
+
+class Tail(nn.Module):
+    """What a BatchNorm with a built-in activation does after its affine map.
+
+    Holds the children of the module that it replaces under their own names, so that names in state dicts stay, and
+    runs `steps` of them one after another.
+    """
+
+    def __init__(self, children: dict[str, nn.Module], steps: Sequence[str]) -> None:
+        super().__init__()
+        self.steps = tuple(steps)
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.steps:
+            x = self._modules[name](x)  # type: ignore[misc]
+        return x
+
+
+TAILS: dict[str, Callable[..., nn.Module]] = {
+    "relu": lambda inplace=False: nn.ReLU(),
+    "relu6": lambda inplace=False: nn.ReLU6(),
+    "leaky_relu": lambda negative_slope=0.01, inplace=False: nn.LeakyReLU(negative_slope),
+    "elu": lambda alpha=1.0, inplace=False: nn.ELU(alpha),
+    "celu": lambda alpha=1.0, inplace=False: nn.CELU(alpha),
+    "selu": lambda inplace=False: nn.SELU(),
+    "silu": lambda inplace=False: nn.SiLU(),
+    "mish": lambda inplace=False: nn.Mish(),
+    "hardswish": lambda inplace=False: nn.Hardswish(),
+    "hardsigmoid": lambda inplace=False: nn.Hardsigmoid(),
+    "hardtanh": lambda min_val=-1.0, max_val=1.0, inplace=False: nn.Hardtanh(min_val, max_val),
+    "gelu": lambda approximate="none": nn.GELU(approximate),
+    "softplus": lambda beta=1.0, threshold=20.0: nn.Softplus(beta, threshold),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+"""Activations that can stand as a module, by the name of the function."""

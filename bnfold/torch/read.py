@@ -1,0 +1,934 @@
+"""Read a module: draw what one forward pass computes as a `Graph`, with a note of where each number is stored.
+
+    record the calls -> draw each by its row -> find the BatchNorms -> settle who shares a parameter with whom -> Graph
+
+**Sizes.** The pass is recorded again with another batch size. A size that differs between the two becomes a symbol, a
+setting that differs makes its node opaque: nothing is decided that holds for the example's batch size alone.
+
+**BatchNorms** are found by what runs, not by class. A module call whose whole work is one affine map of its input is a
+BatchNorm if its numbers come from its buffers: `nn.BatchNorm*`, frozen and hand-written ones alike. One that goes on
+with an activation is a BatchNorm with a tail, which stays. `F.batch_norm` in the middle of other code is owed a
+verdict, but cannot be taken out of it.
+
+**Sharing** is counted by parameter. A linear operator is bound to the place its weight is stored at. Two modules that
+hold one Parameter are two places, since each can be given its own; two calls of one module are one place; a parameter
+that is read in any other way belongs to whoever reads it, and stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnfold.algebra import Affine, Array, Linear, batchnorm
+from bnfold.errors import UnreadableModel
+from bnfold.graph import Dim, Graph, Node, Shape
+from bnfold.torch.constants import Evaluator, slots_of
+from bnfold.torch.modules import TAILS
+from bnfold.torch.recording import Call, Frame, Recording, Slot, Value, computes_weight, leaves, record
+from bnfold.torch.rows import draw
+
+__all__ = ["LinearPlace", "NormPlace", "Reading", "arrange", "copy_structure", "read"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPlace:
+    """Where a linear operator keeps its numbers.
+
+    Attributes:
+        weight: the slot of its weight; `transposed` where the operator uses the transpose of what is stored.
+        bias: the slot of its bias, or where one can be added; None where none can.
+        computed: how the weight is computed, "parametrization" or "hook"; empty where it is stored as it is.
+    """
+
+    weight: Slot
+    transposed: bool
+    bias: Slot | None
+    computed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NormPlace:
+    """The module that a BatchNorm is, and what that module does afterwards.
+
+    Attributes:
+        path: its qualified name.
+        tail: what follows the affine map: names of its own children, or modules that stand for a function.
+        channels: how many; `axis` is counted from the front, `rank` is that of its input.
+    """
+
+    path: str
+    tail: tuple[tuple[str, nn.Module | None], ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A graph and the places of its numbers, by node name; valid for every copy of the module.
+
+    Attributes:
+        fake: whether it was read without arithmetic.
+    """
+
+    graph: Graph
+    linears: Mapping[str, LinearPlace]
+    norms: Mapping[str, NormPlace]
+    fake: bool
+
+
+@dataclass(eq=False, slots=True)
+class _Item:
+    """A node as it is being drawn."""
+
+    op: str
+    inputs: list[str]
+    outputs: list[str]
+    call: Call
+    attributes: dict[str, Any] = field(default_factory=dict)
+    affine: Affine | None = None
+    linear: Linear | None = None
+    weight: Value | None = None
+    bias: Value | None = None
+    statistics: dict[str, Value | None] = field(default_factory=dict)
+    name: str = ""
+    site: str = ""
+    place: LinearPlace | NormPlace | None = None
+
+    @property
+    def is_batchnorm(self) -> bool:
+        return self.op == "BatchNormalization"
+
+    def become_opaque(self, op: str) -> None:
+        self.op, self.affine, self.linear, self.weight, self.bias = op, None, None, None, None
+
+    def refuse(self, reason: str) -> None:
+        self.affine = self.linear = None
+        self.attributes = {"reason": reason}
+
+
+class _Draft:
+    """Takes nodes for one recording."""
+
+    def __init__(self, recording: Recording, evaluator: Evaluator) -> None:
+        self.recording, self.evaluator = recording, evaluator
+        self.items: list[_Item] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.call: Call = recording.calls[0] if recording.calls else None  # type: ignore[assignment]
+        self.count = 0
+        read = {id(value) for call in recording.calls for value in call.reads.values()}
+        for call in recording.calls:
+            if not call.constant:
+                self._draw(call, any(id(value) in read for value in call.written))
+        for value in recording.inputs.values():
+            self.shapes[value.name] = value.shape
+
+    def _draw(self, call: Call, aliased: bool) -> None:
+        self.call = call
+        before, shapes = len(self.items), dict(self.shapes) if False else None
+        drawn = not aliased and draw(self, call)
+        taken = {name for item in self.items[before:] for name in item.inputs}
+        missed = any(not v.constant and not v.slots and v.name not in taken for v in call.reads.values())
+        if not drawn or missed:
+            del self.items[before:]
+            self._draw_opaque(call)
+        for value in (*call.made, *call.written):
+            self.shapes[value.name] = value.shape
+
+    def _draw_opaque(self, call: Call) -> None:
+        inputs = [v.name for v in call.reads.values() if not v.constant and not v.slots]
+        outputs = [v.name for v in (*call.made, *call.written) if not v.slots]
+        self.items.append(_Item(call.label, inputs, outputs, call))
+
+    # -- what rows call
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[Value | str],
+        outputs: Sequence[Value | str],
+        affine: Affine | None = None,
+        **attributes: Any,
+    ) -> None:
+        names = [[value if isinstance(value, str) else value.name for value in side] for side in (inputs, outputs)]
+        self.items.append(_Item(op, *names, self.call, attributes, affine))
+
+    def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None:
+        item = _Item(op, [x.name], [y.name], self.call, linear=linear, weight=weight, bias=bias)
+        item.inputs += [v.name for v in (weight, bias) if v is not None and not v.constant and not v.slots]
+        self.items.append(item)
+
+    def batchnorm(self, x: Value, y: Value, statistics: dict[str, Value | None], eps: float, reason: str) -> None:
+        item = _Item("BatchNormalization", [x.name], [y.name], self.call, statistics=statistics)
+        given = [v for v in statistics.values() if v is not None]
+        item.inputs += [v.name for v in given if not v.constant and not v.slots]
+        if not reason and not all(v.constant for v in given):
+            reason = "its statistics are computed or changed while the model runs"
+        if not reason:
+            arrays = {name: self.array(v) for name, v in statistics.items() if v is not None}
+            reason = _fault(arrays)
+            if not reason:
+                rest = {"gamma": arrays.get("weight", 1.0), "beta": arrays.get("bias", 0.0), "eps": eps}
+                scale, shift = batchnorm(arrays["running_mean"], arrays["running_var"], **rest)  # type: ignore[arg-type]
+                item.affine = Affine.along(1, x.rank, *_tiled(scale, shift, x.shape[1]))
+                if not item.affine.is_finite:
+                    reason = "its running variance plus eps is not positive somewhere, or a number overflows"
+        if reason:
+            item.refuse(reason)
+        self.items.append(item)
+
+    def between(self, shape: Sequence[int]) -> str:
+        self.count += 1
+        name = f"between {self.count}"
+        self.shapes[name] = tuple(shape)
+        return name
+
+    def array(self, constant: Any) -> Array | None:
+        """The numbers of a constant; None where it is none, or cannot be computed."""
+        if isinstance(constant, bool | int | float):
+            return np.asarray(float(constant))
+        if not isinstance(constant, Value) or not constant.constant:
+            return None
+        try:
+            return self.evaluator.array(constant)
+        except Exception:  # whatever torch says of what cannot be repeated in float64
+            return None
+
+
+def _tiled(scale: Array, shift: Array, channels: int) -> tuple[Array, Array]:
+    return np.broadcast_to(scale, channels), np.broadcast_to(shift, channels)
+
+
+def _fault(arrays: Mapping[str, Array | None]) -> str:
+    """What is wrong with a BatchNorm's numbers, or nothing."""
+    for name, array in arrays.items():
+        if array is None:
+            return f"its {name} cannot be computed ahead"
+        if not np.isfinite(array).all():
+            return f"its {name} holds a number that is not finite"
+    variance = arrays["running_var"]
+    return "its running variance is negative somewhere" if variance is not None and (variance < 0).any() else ""
+
+
+# ---------------------------------------------------------------- running a model without leaving a trace
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """A copy of a module whose tensors are those of the module itself.
+
+    Raises:
+        UnreadableModel: something in it cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for _, tensor in leaves([module._parameters, module._buffers, vars(module)]):
+            memo[id(tensor)] = tensor
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise UnreadableModel(f"the model cannot be copied: {_first_line(error)}; try inplace=True") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def arrange(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments.
+
+    A tensor is the only argument, a dict holds keyword arguments, a tuple of a tuple (or list) and a dict holds both,
+    any other tuple or list holds positional ones.
+    """
+    if isinstance(example_inputs, dict) and all(isinstance(key, str) for key in example_inputs):
+        return (), dict(example_inputs)
+    if not isinstance(example_inputs, tuple | list):
+        return (example_inputs,), {}
+    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and _is_keywords(example_inputs[1]):
+        return tuple(example_inputs[0]), dict(example_inputs[1])
+    return tuple(example_inputs), {}
+
+
+def _is_keywords(thing: Any) -> bool:
+    return isinstance(thing, dict) and all(isinstance(key, str) for key in thing)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave every global random state as it was."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put back every attribute, container and buffer that a pass with real tensors changes."""
+    kept = [(module, dict(vars(module)), _containers(vars(module))) for module in model.modules()]
+    tensors = [(tensor, tensor._version, tensor.detach().clone()) for tensor in model.buffers() if not tensor.is_inference()]
+    try:
+        yield
+    finally:
+        for module, attributes, containers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in containers.items():
+                container = attributes[name]
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        with torch.no_grad():
+            for tensor, version, content in tensors:
+                if tensor._version != version:
+                    tensor.copy_(content)
+
+
+def _containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: copy.copy(thing) for name, thing in attributes.items() if isinstance(thing, list | dict | set)}
+
+
+def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Recording:
+    with undisturbed(), _restored(model):
+        return record(model, args, kwargs, fake)
+
+
+def _record_somehow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+    """Record without arithmetic, or with it where the model needs numbers."""
+    try:
+        return _record(model, args, kwargs, True)
+    except Exception as error:
+        if any(tensor.device.type == "meta" for tensor in model.parameters()):
+            raise _unreadable(model, error) from error
+    try:
+        return _record(model, args, kwargs, False)
+    except Exception as error:
+        raise _unreadable(model, error) from error
+
+
+def _unreadable(model: nn.Module, error: BaseException) -> UnreadableModel:
+    where = getattr(error, "bnfold_frame", "")
+    place = f"`{where}`" if where else f"`{type(model).__name__}`"
+    return UnreadableModel(f"{place} could not be run on the example inputs: {type(error).__name__}: {_first_line(error)}")
+
+
+def _rebatched(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """The same inputs with another size along axis 0; None where they have no batch in common."""
+    tensors = [tensor for _, tensor in leaves((args, kwargs)) if tensor.dim()]
+    sizes = {tensor.shape[0] for tensor in tensors}
+    if len(sizes) != 1 or 0 in sizes:
+        return None
+    size = sizes.pop()
+    wide = 2 * size + 3
+
+    def stretch(tensor: Tensor) -> Tensor:
+        return tensor[torch.arange(wide, device=tensor.device) % size] if tensor.dim() else tensor
+
+    stretched = torch.utils._pytree.tree_map_only(Tensor, stretch, (args, kwargs))
+    return stretched if all(t.shape[0] == wide for _, t in leaves(stretched) if t.dim()) else None
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(model: nn.Module, example_inputs: Any) -> Reading:
+    """Draw what a module computes from some inputs. The module is left exactly as it is.
+
+    Args:
+        model: any module, in any mode; what is in training mode is drawn as such.
+        example_inputs: see `arrange`.
+
+    Raises:
+        UnreadableModel: it cannot be run on these inputs, or not copied; the message names the module in the way.
+    """
+    if lazy := _find_uninitialised(model):
+        return _read_uninitialised(model, lazy)
+    args, kwargs = arrange(example_inputs)
+    try:
+        twin = copy_structure(model)
+    except UnreadableModel:
+        twin = model
+    recording = _record_somehow(twin, args, kwargs)
+    evaluator = Evaluator()
+    draft = _Draft(recording, evaluator)
+    shapes = _settle_sizes(twin, draft, _second(twin, args, kwargs, recording.fake))
+    return _Reader(twin, draft, shapes).read()
+
+
+def _second(twin: nn.Module, args: Any, kwargs: Any, fake: bool) -> _Draft | None:
+    """The same pass with another batch size, where it can be made."""
+    try:
+        other = _rebatched(args, kwargs)
+        return None if other is None else _Draft(_record(twin, *other, fake), Evaluator())
+    except Exception:  # a batch size that the model does not take
+        return None
+
+
+def _settle_sizes(twin: nn.Module, draft: _Draft, other: _Draft | None) -> dict[str, Shape]:
+    """Shapes with a symbol for each size that goes with the batch; settings that do, make a node opaque."""
+    shapes: dict[str, Shape] = dict(draft.shapes)
+    if other is None or not _alike(draft, other):
+        return shapes
+    for mine, theirs in zip(draft.items, other.items, strict=True):
+        for name, twin_name in zip((*mine.inputs, *mine.outputs), (*theirs.inputs, *theirs.outputs), strict=True):
+            if name in draft.shapes and twin_name in other.shapes:
+                shapes[name] = _symbolic(draft.shapes[name], other.shapes[twin_name])
+        if not _same_settings(mine, theirs):
+            mine.become_opaque(mine.call.label)
+    return shapes
+
+
+def _alike(draft: _Draft, other: _Draft) -> bool:
+    return [(i.op, len(i.inputs), len(i.outputs)) for i in draft.items] == [
+        (i.op, len(i.inputs), len(i.outputs)) for i in other.items
+    ]
+
+
+def _symbolic(mine: tuple[int, ...], theirs: tuple[int, ...]) -> Shape:
+    if len(mine) != len(theirs):
+        return (None,) * len(mine)
+    one: Callable[[int, int], Dim] = lambda a, b: a if a == b else f"{a}|{b}"
+    return tuple(map(one, mine, theirs))
+
+
+def _same_settings(mine: _Item, theirs: _Item) -> bool:
+    if (mine.affine is None) != (theirs.affine is None):
+        return False
+    if mine.affine is not None and theirs.affine is not None and mine.affine.scale.shape != theirs.affine.scale.shape:
+        return False
+    return all(np.array_equal(mine.attributes[key], theirs.attributes[key]) for key in mine.attributes)
+
+
+class _Reader:
+    """From a draft to a reading."""
+
+    def __init__(self, model: nn.Module, draft: _Draft, shapes: dict[str, Shape]) -> None:
+        self.model, self.draft, self.shapes = model, draft, shapes
+        self.recording = draft.recording
+        self.items = draft.items
+        self.modules = dict(model.named_modules())
+        self.outputs = [v.name for v in self.recording.outputs.values() if not v.constant and not v.slots]
+
+    def read(self) -> Reading:
+        self._find_norms()
+        self._name()
+        self._guard_changes()
+        self._bind_linears()
+        self._add_absent()
+        self._part_twins()
+        nodes = tuple(self._node(item) for item in self.items)
+        inputs = tuple(v.name for v in self.recording.inputs.values() if not v.slots)
+        graph = Graph(nodes, inputs, tuple(dict.fromkeys(self.outputs)), self.shapes)
+        linears = {i.name: i.place for i in self.items if isinstance(i.place, LinearPlace) and i.linear is not None}
+        norms = {i.name: i.place for i in self.items if isinstance(i.place, NormPlace)}
+        return Reading(graph, linears, norms, self.recording.fake)
+
+    def _node(self, item: _Item) -> Node:
+        return Node(
+            item.name,
+            item.op,
+            tuple(item.inputs),
+            tuple(item.outputs),
+            item.attributes,
+            site=item.site,
+            linear=item.linear,
+            affine=item.affine,
+        )
+
+    def _readers(self) -> dict[str, list[_Item]]:
+        readers: dict[str, list[_Item]] = {}
+        for item in self.items:
+            for name in dict.fromkeys(item.inputs):
+                readers.setdefault(name, []).append(item)
+        return readers
+
+    # -- BatchNorms
+
+    def _find_norms(self) -> None:
+        for frame in self.recording.frames:
+            if frame.module is not None and frame.path and frame.plain:
+                self._find_norm(frame)
+        for item in self.items:
+            if item.is_batchnorm and item.place is None:
+                self._leave_functional(item)
+
+    def _within(self, frame: Frame) -> list[_Item]:
+        calls = {id(call) for call in self.recording.calls[frame.start : frame.stop]}
+        return [item for item in self.items if id(item.call) in calls]
+
+    def _find_norm(self, frame: Frame) -> None:
+        """Make one BatchNormalization of what a module call does first, if that is one affine map."""
+        within = self._within(frame)
+        head: list[_Item] = []
+        value = frame.given[0].name
+        for item in within:
+            if item.call.frame is not frame or item.inputs != [value] or len(item.outputs) != 1 or item.place is not None:
+                break
+            if item.op not in ("BatchNormalization", "Affine", "Identity", "Dropout", "Cast"):
+                break
+            head.append(item)
+            value = item.outputs[0]
+        while head and head[-1].op not in ("BatchNormalization", "Affine"):
+            value = head.pop().inputs[0]
+        if not head or not self._is_norm(frame, head):
+            return
+        tail = self._find_tail(frame, within[len(head) :], value)
+        if tail is None or not self._is_private(head):
+            return
+        self._merge(frame, head, tail)
+
+    def _is_norm(self, frame: Frame, head: list[_Item]) -> bool:
+        if any(item.is_batchnorm for item in head):
+            return True
+        constants = (value for item in head for value in item.call.reads.values())
+        slots = [slot for value in constants for root in slots_of(value).values() for slot in root.slots]
+        return any(slot.kind != "parameter" and _inside(slot.module, frame.path or "") for slot in slots)
+
+    def _is_private(self, head: list[_Item]) -> bool:
+        """Whether nobody else reads what lies between the parts of an affine map."""
+        readers = self._readers()
+        between = [item.outputs[0] for item in head[:-1]]
+        return all(len(readers.get(name, ())) == 1 and name not in self.outputs for name in between)
+
+    def _find_tail(
+        self, frame: Frame, rest: list[_Item], value: str
+    ) -> tuple[tuple[str, nn.Module | None], ...] | None:
+        """What a module does after its affine map: its own children and plain activations, one after another."""
+        assert frame.module is not None
+        steps: list[tuple[str, nn.Module | None]] = []
+        children = [f for f in self.recording.frames if f.parent is frame]
+        while rest or children:
+            inner = self._within(children[0]) if children else []
+            if children and (not rest or not inner or inner[0] is rest[0]):
+                child, children = children[0], children[1:]
+                name = (child.path or "").rpartition(".")[2]
+                direct = child.path == (f"{frame.path}.{name}") and child.module is frame.module._modules.get(name)
+                if not direct or not child.plain or child.given[0].name != value or rest[: len(inner)] != inner:
+                    return None
+                steps.append((name, None))
+                value, rest = child.made[0].name, rest[len(inner) :]
+                continue
+            if not rest:
+                return None
+            step = _stand_in(rest[0], value)
+            if step is None:
+                return None
+            steps.append((f"step{len(steps)}", step))
+            value, rest = rest[0].outputs[0], rest[1:]
+        return tuple(steps) if value == frame.made[0].name else None
+
+    def _merge(self, frame: Frame, head: list[_Item], tail: tuple[tuple[str, nn.Module | None], ...]) -> None:
+        first = next((item for item in head if item.attributes.get("reason")), head[0])
+        whole: Affine | None = None
+        for item in head:
+            if item.affine is not None:
+                whole = item.affine if whole is None else item.affine.after(whole)
+        one = replace_item(first, head)
+        one.affine = whole if "reason" not in first.attributes else None
+        narrowing = frame.given[0].dtype != (head[-1].call.made[0].dtype if head[-1].call.made else frame.given[0].dtype)
+        one.place = NormPlace(frame.path or "", tail, frame.given[0].dtype)
+        one.site = frame.path or ""
+        if narrowing:
+            one.refuse(f"it also changes the type of its input, from {frame.given[0].dtype}")
+        self._refuse_borrowed(one, frame)
+        at = self.items.index(head[0])
+        gone = {id(item) for item in head}
+        self.items[:] = [item for item in self.items[:at] if id(item) not in gone] + [
+            one, *(item for item in self.items[at:] if id(item) not in gone)
+        ]
+
+    def _refuse_borrowed(self, item: _Item, frame: Frame) -> None:
+        """A module whose tensors are fetched by other code cannot be taken out."""
+        for (path, attribute), who in self.recording.borrowed.items():
+            if path == frame.path and item.affine is not None:
+                item.refuse(f"its `{attribute}` is used by the code of `{who or type(self.model).__name__}` as well")
+
+    def _leave_functional(self, item: _Item) -> None:
+        mean = item.statistics.get("running_mean")
+        owner = mean.slots[0].module if mean is not None and mean.slots else None
+        path = item.call.frame.path or ""
+        item.site = owner or (f"{path}.{item.call.label}" if path else item.call.label)
+        if item.affine is not None:
+            item.refuse(
+                f"it is called as a function in the code of `{path or type(self.model).__name__}`; "
+                "make it an nn.BatchNorm module of its own"
+            )
+
+    # -- names
+
+    def _name(self) -> None:
+        """Give every node a name that a reader of the report will recognise, each once."""
+        alone: dict[str, int] = {}
+        for item in self.items:
+            path = item.call.frame.path or ""
+            alone[path] = alone.get(path, 0) + 1
+        taken: set[str] = set()
+        for item in self.items:
+            name = item.site or self._natural_name(item, alone)
+            unique, count = name, 1
+            while unique in taken:
+                count += 1
+                unique = f"{name} (call {count})"
+            taken.add(unique)
+            item.name = unique
+
+    def _natural_name(self, item: _Item, alone: Mapping[str, int]) -> str:
+        path = item.call.frame.path or ""
+        if item.op == "Hook":
+            return f"a hook on {path}"
+        if item.op == "If":
+            return f"a branch in {path or type(self.model).__name__}"
+        if item.weight is not None and any(slot.module == path for slot in item.weight.slots):
+            return path or item.call.label
+        if path and alone[path] == 1:
+            return path
+        return f"{path}.{item.call.label}" if path else item.call.label
+
+    # -- changes in place
+
+    def _guard_changes(self) -> None:
+        """Keep a BatchNorm where its output is changed in place, and its input is read by somebody else.
+
+        Without it, what is changed would be its input.
+        """
+        readers = self._readers()
+        producers = {name: item for item in self.items for name in item.outputs}
+        for item in self.items:
+            if item.call.written:
+                for name in item.inputs:
+                    self._guard(item, name, readers, producers)
+
+    def _guard(self, item: _Item, name: str, readers: dict[str, list[_Item]], producers: dict[str, _Item]) -> None:
+        passed: list[_Item] = []
+        while (producer := producers.get(name)) is not None and producer.op in _SHARING and producer.inputs:
+            name = producer.inputs[0]
+            passed += [producer] if producer.is_batchnorm else []
+            if len(readers.get(name, ())) > 1 or name in self.outputs:
+                break
+        else:
+            if producer is not None:
+                return
+        for norm in passed:
+            if norm.affine is not None:
+                norm.refuse(f"`{item.name}` changes its output in place, and without it would change its input")
+
+    # -- linear operators
+
+    def _bind_linears(self) -> None:
+        linears = [item for item in self.items if item.linear is not None]
+        for item in linears:
+            self._bind(item)
+        used = self._other_reads()
+        for item in linears:
+            self._check_reads(item, used)
+        self._check_sharing([item for item in linears if item.linear is not None])
+
+    def _bind(self, item: _Item) -> None:
+        """Find where a linear operator keeps its numbers."""
+        assert item.weight is not None and item.linear is not None
+        frame = item.call.frame
+        origin, transposed = _origin(item.weight)
+        computed = ""
+        if not origin.slots:
+            computed = self._how_computed(item, origin)
+            if not computed:
+                return item.refuse("its weight is computed while the model runs")
+        if not item.weight.constant and not computed:
+            return item.refuse("its weight changes while the model runs")
+        if frame.module is not None and frame.path is None:
+            return item.refuse("its module is not held by the model")
+        slot = Slot(frame.path or "", "weight", "parameter") if computed else _choose(origin, frame)
+        if slot is None:
+            names = " and ".join(f"`{s.name}`" for s in origin.slots[:3])
+            return item.refuse(f"its weight is held by {names} at once, and its code does not tell which is meant")
+        bias = self._bind_bias(item, slot)
+        if isinstance(bias, str):
+            if item.bias is not None:
+                return item.refuse(bias)
+            item.linear, bias = replace(item.linear, biasless=item.linear.biasless or bias), None
+        if transposed:
+            item.linear = replace(item.linear)
+        item.place = LinearPlace(slot, transposed, bias, computed)
+        item.site = slot.module if slot.attribute == "weight" and slot.module else slot.name
+        return None
+
+    def _how_computed(self, item: _Item, origin: Value) -> str:
+        """Whether torch's parametrizations or hooks compute the weight of the module that runs, and from it alone."""
+        module, path = item.call.frame.module, item.call.frame.path
+        if module is None or not path or origin.data:
+            return ""
+        if any(not _inside(slot.module, path) for root in _roots(origin).values() for slot in root.slots):
+            return ""
+        if nn.utils.parametrize.is_parametrized(module, "weight"):
+            made = origin.frame.path if origin.frame is not None else None
+            return "parametrization" if made and made.startswith(f"{path}.parametrizations.weight") else ""
+        hooks = [h for h in module._forward_pre_hooks.values() if computes_weight(h)]
+        names = {getattr(h, "name", getattr(h, "_tensor_name", "")) for h in hooks}
+        return "hook" if len(hooks) == 1 and names == {"weight"} and origin.constant else ""
+
+    def _bind_bias(self, item: _Item, weight: Slot) -> Slot | str | None:
+        """The slot of the bias, or why there is none."""
+        frame = item.call.frame
+        if item.op == "Embedding":
+            return None
+        if item.bias is not None:
+            if not item.bias.constant or not item.bias.slots:
+                return "its bias is computed while the model runs"
+            return _choose(item.bias, frame) or "its bias is held by several modules at once"
+        assert item.linear is not None
+        if item.linear.biasless:
+            return item.linear.biasless
+        module = frame.module
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and weight.module == frame.path:
+            if module._parameters.get("bias", 0) is None and _takes_bias(module):
+                return Slot(weight.module, "bias", "parameter")
+        return f"the code of `{frame.path or type(self.model).__name__}` gives it no bias"
+
+    def _other_reads(self) -> dict[int, str]:
+        """Parameters that are read otherwise than as the weight or bias of a linear operator, and by whom."""
+        reads: dict[int, str] = {}
+        for item in self.items:
+            own = {id(item.weight), id(item.bias)} if item.place is not None and item.linear is not None else set()
+            for value in item.call.reads.values():
+                if id(value) not in own:
+                    reads.update(dict.fromkeys(_roots(value), item.name))
+        for value in self.recording.outputs.values():
+            reads.update(dict.fromkeys(_roots(value), "the output of the model"))
+        return reads
+
+    def _check_reads(self, item: _Item, used: Mapping[int, str]) -> None:
+        if item.linear is None or item.weight is None:
+            return
+        for what, value in (("weight", item.weight), ("bias", item.bias)):
+            for root in _roots(value) if value is not None else ():
+                if root in used:
+                    return item.refuse(f"its {what} is read by `{used[root]}` as well")
+                if id(self.recording.slots) and self._changes(root):
+                    return item.refuse(f"its {what} changes while the model runs")
+
+    def _changes(self, root: int) -> bool:
+        return any(id(v) == root and id(v.tensor) in self.recording.changed_slots for v in self.recording.slots.values())
+
+    def _check_sharing(self, linears: list[_Item]) -> None:
+        """Refuse operators that store one parameter in different ways."""
+        uses: dict[str, list[_Item]] = {}
+        for item in linears:
+            assert isinstance(item.place, LinearPlace)
+            for slot in (item.place.weight, item.place.bias):
+                if slot is not None:
+                    uses.setdefault(slot.name, []).append(item)
+        for name, items in uses.items():
+            kinds = {_kind(item) for item in items}
+            if len(kinds) > 1:
+                for item in items:
+                    others = [other.name for other in items if other is not item]
+                    item.refuse(f"`{name}` is used in another way by `{others[0]}`")
+
+    # -- the rest
+
+    def _add_absent(self) -> None:
+        """A verdict for every module that calls itself a BatchNorm and was not met as one."""
+        met = {item.site for item in self.items if item.is_batchnorm}
+        ran = {frame.path for frame in self.recording.frames}
+        taken = {item.name for item in self.items}
+        for path, module in self.modules.items():
+            if path in met or path in taken or not _calls_itself_batchnorm(module):
+                continue
+            if any(one.startswith(f"{path}.") for one in met):
+                continue
+            inside = next((p for p in _parents(path) if isinstance(self.modules[p], torch.jit.ScriptModule)), None)
+            if inside is not None or isinstance(module, torch.jit.ScriptModule):
+                reason = f"it is compiled into the ScriptModule `{inside or path}`; fold before scripting"
+            elif path not in ran:
+                reason = "it did not run on the example inputs"
+            elif module.training:
+                reason = "it is in training mode and would normalise by the batch; call model.eval() first"
+            else:
+                reason = "what it computes is not one affine map per channel"
+            self.items.append(_absent(path, reason))
+
+    def _part_twins(self) -> None:
+        """Let no operator read one value twice: a copy stands between."""
+        count = 0
+        parted: list[_Item] = []
+        for item in self.items:
+            if len(set(item.inputs)) < len(item.inputs):
+                seen: set[str] = set()
+                for place, name in enumerate(item.inputs):
+                    if name in seen:
+                        count += 1
+                        again = f"{name} again {count}"
+                        self.shapes[again] = self.shapes.get(name, ())
+                        if name not in self.shapes:
+                            del self.shapes[again]
+                        parted.append(_Item("Identity", [name], [again], item.call, name=f"{item.name} again {count}"))
+                        item.inputs[place] = again
+                    seen.add(name)
+            parted.append(item)
+        self.items = parted
+
+
+_SHARING = frozenset(
+    "BatchNormalization Identity Dropout Reshape Squeeze Unsqueeze Flatten Transpose Slice Split Gather Expand Cast Alias".split()
+)
+"""Operators whose output may lie in the memory of their input, or will, once they are gone."""
+
+
+def replace_item(first: _Item, head: list[_Item]) -> _Item:
+    """One BatchNormalization in the place of the parts of an affine map."""
+    one = _Item("BatchNormalization", list(head[0].inputs), list(head[-1].outputs), first.call)
+    one.attributes = {k: v for k, v in first.attributes.items() if k == "reason"}
+    one.statistics = first.statistics
+    return one
+
+
+def _absent(path: str, reason: str) -> _Item:
+    call = Call(-1, "batch_norm", (), {}, Frame(None, path, None))
+    item = _Item("BatchNormalization", [f"input of {path}"], [f"output of {path}"], call, name=path, site=path)
+    item.refuse(reason)
+    return item
+
+
+def _calls_itself_batchnorm(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "batchnorm" in str(getattr(module, "original_name", "")).lower()
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "batchnorm" in type(module).__name__.lower()
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path == outer or not outer or path.startswith(f"{outer}.")
+
+
+def _roots(value: Value) -> dict[int, Value]:
+    """The slots behind a value that does not depend on the inputs, constant or not."""
+    if value.slots:
+        return {id(value): value}
+    if value.constant:
+        return slots_of(value)
+    if value.data or value.call is None:
+        return {}
+    found: dict[int, Value] = {}
+    for part in value.call.reads.values():
+        found.update(_roots(part))
+    return found
+
+
+_TURNS = {"t", "T", "mT", "numpy_T"}
+_PLAIN_STEPS = {"detach", "data", "contiguous", "to", "type_as", "float", "half", "bfloat16", "double", "cuda", "cpu", "clone"}
+
+
+def _origin(weight: Value) -> tuple[Value, bool]:
+    """The slot that a weight is, through casts and transposes; and whether it was transposed."""
+    transposed = False
+    value = weight
+    while not value.slots and value.constant and value.call is not None and len(value.call.reads) == 1:
+        label, args = value.call.label, value.call.args
+        if label in _TURNS and value.rank == 2:
+            transposed = not transposed
+        elif label in ("transpose", "permute", "swapaxes") and value.rank == 2 and _is_turn(args[1:]):
+            transposed = not transposed
+        elif label not in _PLAIN_STEPS:
+            break
+        value = next(iter(value.call.reads.values()))
+    return (value, transposed) if value.slots else (weight, False)
+
+
+def _is_turn(dims: Any) -> bool:
+    flat = [d % 2 for d in (dims[0] if len(dims) == 1 else dims)]
+    return flat in ([1, 0], [0, 1]) if len(dims) == 2 else flat == [1, 0]
+
+
+def _choose(value: Value, frame: Frame) -> Slot | None:
+    """The slot of a parameter that the code of a frame means; None where that cannot be told."""
+    own = [slot for slot in value.slots if slot.module == frame.path]
+    if len(own) == 1:
+        return own[0]
+    return value.slots[0] if len(value.slots) == 1 else None
+
+
+def _kind(item: _Item) -> Any:
+    assert item.linear is not None and isinstance(item.place, LinearPlace)
+    linear = item.linear
+    bias = item.place.bias.name if item.place.bias is not None else ""
+    form = (linear.order, linear.groups, linear.inputs, linear.outputs, item.op == "Embedding", item.op == "Conv")
+    return (item.place.weight.name, bias, item.place.transposed, item.bias is None, *form)
+
+
+_STANDARD = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _takes_bias(module: nn.Module) -> bool:
+    """Whether a module's forward uses the bias that it is given, if it had none before."""
+    if "forward" in vars(module) or "_conv_forward" in vars(module):
+        return False
+    kind = type(module)
+    for standard in _STANDARD:
+        if isinstance(module, standard):
+            same = [getattr(kind, name) is getattr(standard, name) for name in ("forward", "_conv_forward") if hasattr(standard, name)]
+            if all(same):
+                return True
+    return "self.bias" in _source(kind)
+
+
+def _source(kind: type) -> str:
+    import inspect
+
+    try:
+        return inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+    except (OSError, TypeError):
+        return ""
+
+
+def _stand_in(item: _Item, value: str) -> nn.Module | None:
+    """A module that computes what a call does after an affine map, where that is a plain activation."""
+    make = TAILS.get(item.call.label)
+    if make is None or item.inputs != [value] or len(item.outputs) != 1 or len(item.call.reads) != 1:
+        return None
+    settings = [part for part in item.call.args[1:]]
+    try:
+        return make(*settings, **{k: v for k, v in item.call.kwargs.items() if k != "inplace"})
+    except TypeError:
+        return None
+
+
+# ---------------------------------------------------------------- models without numbers yet
+
+
+def _find_uninitialised(model: nn.Module) -> str:
+    """The path of a lazy module that has not run yet."""
+    for path, module in model.named_modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(nn.parameter.is_lazy(tensor) for tensor in tensors if tensor is not None):
+            return path or type(module).__name__
+    return ""
+
+
+def _read_uninitialised(model: nn.Module, lazy: str) -> Reading:
+    """A graph of verdicts alone."""
+    reader_items = []
+    for path, module in model.named_modules():
+        if _calls_itself_batchnorm(module):
+            reader_items.append(_absent(path, f"`{lazy}` has no numbers yet; run the model once before folding"))
+    if not reader_items:
+        raise UnreadableModel(f"`{lazy}` has no numbers yet; run the model once before folding")
+    nodes = tuple(
+        Node(i.name, i.op, tuple(i.inputs), tuple(i.outputs), i.attributes, site=i.site) for i in reader_items
+    )
+    return Reading(Graph(nodes, (), (), {}), {}, {}, True)

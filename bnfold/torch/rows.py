@@ -1,0 +1,885 @@
+"""One row per torch function: how a recorded call is drawn as nodes in the vocabulary of `graph`.
+
+A row is given the call's arguments by name, with `Value` in the place of each tensor, and a `Draft` that takes nodes.
+It returns whether it has drawn the call; where it has not (another dtype, a tensor among the settings), and for every
+function without a row, the call becomes an opaque node, through which nothing travels.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from bnfold.algebra import Affine, Array, Linear
+from bnfold.torch.functions import getter, variants
+from bnfold.torch.recording import Call, Value
+
+__all__ = ["ROWS", "Draft", "draw"]
+
+
+class Draft(Protocol):
+    """What a row may ask for and do."""
+
+    def node(
+        self, op: str, inputs: Sequence[Value | str], outputs: Sequence[Value | str], affine: Affine | None = None, **attributes: Any
+    ) -> None: ...
+
+    def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None: ...
+
+    def batchnorm(self, x: Value, y: Value, statistics: dict[str, Value | None], eps: float, reason: str) -> None: ...
+
+    def between(self, shape: Sequence[int]) -> str: ...
+
+    def array(self, constant: Any) -> Array | None: ...
+
+
+Rows = dict[Any, tuple["_Signature", Callable[..., bool]]]
+
+
+_SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "axis0": "dim0", "axis1": "dim1"}
+
+
+class _Signature:
+    """The names of a function's arguments, with defaults: ``"input dim=0"``; ``*dims`` takes all that follow."""
+
+    def __init__(self, text: str) -> None:
+        self.names: list[str] = []
+        self.defaults: dict[str, Any] = {}
+        self.rest = ""
+        for part in text.split():
+            name, _, default = part.partition("=")
+            if name.startswith("*"):
+                self.rest = name = name[1:]
+            self.names.append(name)
+            if default:
+                self.defaults[name] = ast.literal_eval(default)
+
+    def bind(self, call: Call) -> dict[str, Any] | None:
+        """The arguments by name; None where they are others than these."""
+        args, found = list(call.args), dict(self.defaults)
+        if self.rest:
+            place = self.names.index(self.rest)
+            many = args[place:]
+            if many:
+                args[place:] = [many[0] if len(many) == 1 and isinstance(many[0], tuple) else tuple(many)]
+        kwargs = {_SYNONYMS.get(name, name): thing for name, thing in call.kwargs.items()}
+        if len(args) > len(self.names) or any(name not in self.names for name in kwargs):
+            return None
+        found.update(zip(self.names, args, strict=False))
+        found.update(kwargs)
+        return found if all(name in found for name in self.names) else None
+
+
+ROWS: Rows = {}
+"""Every function that can be drawn, with the names of its arguments and its row."""
+
+
+def row(names: str, arguments: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
+    """Register a row for every variant of some functions."""
+
+    def register(draw: Callable[..., bool]) -> Callable[..., bool]:
+        for name in names.split():
+            found = [getter(name)] if name in ("T", "mT", "data") else list(variants(name))
+            ROWS.update((function, (_Signature(arguments), draw)) for function in found)
+        return draw
+
+    return register
+
+
+def draw(draft: Draft, call: Call) -> bool:
+    """Draw a call by its row; False where there is none for it."""
+    try:
+        found = ROWS.get(call.function)
+    except TypeError:
+        return False
+    if found is None or not call.made or not all(value.data or not value.constant for value in call.made):
+        return False
+    arguments = found[0].bind(call)
+    return arguments is not None and found[1](draft, call, **arguments)
+
+
+# ---------------------------------------------------------------- small questions
+
+
+def _computed(value: Any) -> bool:
+    return isinstance(value, Value) and not value.constant
+
+
+def _floating(*values: Value) -> bool:
+    return all(value.dtype.is_floating_point for value in values)
+
+
+def _axis(axis: int, rank: int) -> int:
+    return axis + rank if axis < 0 else axis
+
+
+def _axes(axes: Any, rank: int) -> tuple[int, ...]:
+    """Axes as a sorted tuple of numbers that are not negative; None and () are all of them."""
+    if axes is None or axes == ():
+        return tuple(range(rank))
+    return tuple(sorted(_axis(a, rank) for a in (axes if isinstance(axes, tuple) else (axes,))))
+
+
+def _tuple(setting: Any, count: int) -> tuple[Any, ...]:
+    if isinstance(setting, tuple):
+        return setting * count if len(setting) == 1 else setting
+    return (setting,) * count
+
+
+def _plain(thing: Any) -> bool:
+    """Whether a setting is numbers only."""
+    if isinstance(thing, tuple):
+        return all(_plain(part) for part in thing)
+    return isinstance(thing, int | float | str | type(None)) or isinstance(thing, np.ndarray)
+
+
+# ---------------------------------------------------------------- linear operators
+
+
+@row("conv1d conv2d conv3d", "input weight bias=None stride=1 padding=0 dilation=1 groups=1")
+def _conv(draft: Draft, call: Call, input: Value, weight: Value, bias: Value | None, **settings: Any) -> bool:
+    spatial, y = weight.rank - 2, call.made[0]
+    if not _computed(input) or not _plain(tuple(settings.values())) or not _floating(input, y):
+        return False
+    kernel, axis, groups = weight.shape[2:], input.rank - spatial - 1, settings["groups"]
+    stride, dilation = _tuple(settings["stride"], spatial), _tuple(settings["dilation"], spatial)
+    pads = _paddings(settings["padding"], kernel, dilation)
+    centred = all(s == 1 for s in stride) and all(
+        a == b == d * (k // 2) and k % 2 for (a, b), k, d in zip(pads, kernel, dilation, strict=True)
+    )
+    same = weight.shape[0] == input.shape[axis]
+    linear = Linear(
+        order="oi",
+        inputs=input.shape[axis],
+        outputs=weight.shape[0],
+        in_axis=axis,
+        out_axis=axis,
+        groups=groups,
+        centre=tuple(k // 2 for k in kernel) if centred and same else None,
+        partial="it pads with zeros" if any(a or b for a, b in pads) else "",
+    )
+    draft.linear("Conv", input, y, weight, bias, linear)
+    return True
+
+
+def _paddings(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """How much a convolution pads, before and after, along each axis."""
+    if padding == "same":
+        return [((d * (k - 1)) // 2, d * (k - 1) - (d * (k - 1)) // 2) for k, d in zip(kernel, dilation, strict=True)]
+    return [(p, p) for p in _tuple(0 if padding == "valid" else padding, len(kernel))]
+
+
+@row(
+    "conv_transpose1d conv_transpose2d conv_transpose3d",
+    "input weight bias=None stride=1 padding=0 output_padding=0 groups=1 dilation=1",
+)
+def _conv_transpose(draft: Draft, call: Call, input: Value, weight: Value, bias: Value | None, **settings: Any) -> bool:
+    spatial, y = weight.rank - 2, call.made[0]
+    if not _computed(input) or not _plain(tuple(settings.values())) or not _floating(input, y):
+        return False
+    axis = input.rank - spatial - 1
+    whole = prod(weight.shape[2:]) == 1 and not any(np.ravel(settings["padding"]))
+    whole = whole and set(np.ravel(settings["stride"])) == {1} and not any(np.ravel(settings["output_padding"]))
+    linear = Linear(
+        order="io",
+        inputs=input.shape[axis],
+        outputs=weight.shape[1] * settings["groups"],
+        in_axis=axis,
+        out_axis=axis,
+        groups=settings["groups"],
+        partial="" if whole else "not every output of it sums every tap",
+    )
+    draft.linear("ConvTranspose", input, y, weight, bias, linear)
+    return True
+
+
+@row("linear", "input weight bias=None")
+def _matrix(draft: Draft, call: Call, input: Value, weight: Value, bias: Value | None) -> bool:
+    if not _computed(input) or weight.rank != 2 or not _floating(input, call.made[0]):
+        return False
+    outputs, inputs = weight.shape
+    return _product(draft, call, input, weight, bias, ("oi", inputs, outputs, input.rank - 1))
+
+
+def _product(
+    draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None, form: tuple[str, int, int, int], biasless: str = ""
+) -> bool:
+    order, inputs, outputs, axis = form
+    centre = () if inputs == outputs else None
+    linear = Linear(order, inputs, outputs, axis, axis, centre=centre, biasless=biasless)
+    draft.linear("Gemm" if x.rank == 2 else "MatMul", x, call.made[0], weight, bias, linear)
+    return True
+
+
+@row("matmul mm", "input other")
+def _matmul(draft: Draft, call: Call, input: Any, other: Any) -> bool:
+    return _multiply(draft, call, input, other)
+
+
+@row("rmatmul", "other input")
+def _rmatmul(draft: Draft, call: Call, input: Any, other: Any) -> bool:
+    return _multiply(draft, call, input, other)
+
+
+def _multiply(draft: Draft, call: Call, left: Any, right: Any) -> bool:
+    if not isinstance(left, Value) or not isinstance(right, Value) or not _floating(left, right):
+        return False
+    bare = "it is a matrix product without a bias"
+    if _computed(left) and right.rank == 2 and not right.data:
+        inputs, outputs = right.shape
+        return _product(draft, call, left, right, None, ("io", inputs, outputs, left.rank - 1), bare)
+    if _computed(right) and left.rank == 2 and right.rank >= 2 and not left.data:
+        outputs, inputs = left.shape
+        return _product(draft, call, right, left, None, ("oi", inputs, outputs, right.rank - 2), bare)
+    return False
+
+
+@row("addmm", "input mat1 mat2 beta=1 alpha=1")
+def _addmm(draft: Draft, call: Call, input: Value, mat1: Value, mat2: Value, beta: Any, alpha: Any) -> bool:
+    if not (_computed(mat1) and input.constant and mat2.rank == 2 and not mat2.data and beta == alpha == 1):
+        return False
+    inputs, outputs = mat2.shape
+    return input.shape == (outputs,) and _product(draft, call, mat1, mat2, input, ("io", inputs, outputs, 1))
+
+
+@row("embedding", "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False")
+def _embedding(draft: Draft, call: Call, input: Value, weight: Value, max_norm: Any, **rest: Any) -> bool:
+    if not _computed(input) or max_norm is not None or weight.data or weight.rank != 2:
+        return False
+    rows, width = weight.shape
+    sealed = "it looks rows up, by whole numbers"
+    linear = Linear("io", rows, width, 0, input.rank, sealed=sealed)
+    draft.linear("Embedding", input, call.made[0], weight, None, linear)
+    return True
+
+
+# ---------------------------------------------------------------- normalisation
+
+
+@row(
+    "batch_norm",
+    "input running_mean running_var weight=None bias=None training=False momentum=0.1 eps=1e-05 cudnn_enabled=True",
+)
+def _batch_norm(draft: Draft, call: Call, input: Value, training: Any, eps: float, **rest: Any) -> bool:
+    statistics = {name: rest[name] for name in ("running_mean", "running_var", "weight", "bias")}
+    return _normalise(draft, call, input, statistics, bool(training), eps)
+
+
+@row(
+    "instance_norm",
+    "input running_mean=None running_var=None weight=None bias=None use_input_stats=True momentum=0.1 eps=1e-05 cudnn_enabled=True",
+)
+def _instance_norm(draft: Draft, call: Call, input: Value, use_input_stats: Any, eps: float, **rest: Any) -> bool:
+    statistics = {name: rest[name] for name in ("running_mean", "running_var", "weight", "bias")}
+    if statistics["running_mean"] is None:
+        return False
+    return _normalise(draft, call, input, statistics, bool(use_input_stats), eps)
+
+
+def _normalise(
+    draft: Draft, call: Call, x: Value, statistics: dict[str, Value | None], training: bool, eps: float
+) -> bool:
+    if not _computed(x) or x.rank < 2:
+        return False
+    tracked = statistics["running_mean"] is not None and statistics["running_var"] is not None
+    reason = ""
+    if not tracked:
+        reason = "it keeps no running statistics and normalises by the batch even in eval (track_running_stats=False)"
+    elif training:
+        reason = "it is in training mode and would normalise by the batch; call model.eval() first"
+    draft.batchnorm(x, call.made[0], statistics, eps, reason)
+    return True
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+@row("add radd", "input other alpha=1")
+def _add(draft: Draft, call: Call, input: Any, other: Any, alpha: Any) -> bool:
+    return _combine(draft, call, "Add", input, other, alpha)
+
+
+@row("sub subtract", "input other alpha=1")
+def _sub(draft: Draft, call: Call, input: Any, other: Any, alpha: Any) -> bool:
+    return _combine(draft, call, "Sub", input, other, alpha)
+
+
+@row("rsub", "other input alpha=1")
+def _rsub(draft: Draft, call: Call, input: Any, other: Any, alpha: Any) -> bool:
+    return alpha == 1 and _combine(draft, call, "Sub", input, other, 1)
+
+
+@row("mul multiply rmul", "input other")
+def _mul(draft: Draft, call: Call, input: Any, other: Any) -> bool:
+    return _combine(draft, call, "Mul", input, other, 1)
+
+
+@row("div divide true_divide truediv", "input other")
+def _div(draft: Draft, call: Call, input: Any, other: Any) -> bool:
+    return _combine(draft, call, "Div", input, other, 1)
+
+
+@row("rtruediv", "other input")
+def _rtruediv(draft: Draft, call: Call, input: Any, other: Any) -> bool:
+    return _combine(draft, call, "Div", input, other, 1)
+
+
+@row("neg negative", "input")
+def _neg(draft: Draft, call: Call, input: Value) -> bool:
+    return _combine(draft, call, "Mul", input, -1.0, 1)
+
+
+@row("addcmul", "input tensor1 tensor2 value=1")
+def _addcmul(draft: Draft, call: Call, input: Any, tensor1: Any, tensor2: Any, value: Any) -> bool:
+    x, factor = (tensor1, tensor2) if _computed(tensor1) else (tensor2, tensor1)
+    if not _computed(x) or _computed(factor) or _computed(input) or not _floating(x, call.made[0]):
+        return False
+    scale, shift = draft.array(factor), draft.array(input)
+    return scale is not None and shift is not None and _affine(draft, call, x, scale * value, shift)
+
+
+def _combine(draft: Draft, call: Call, op: str, left: Any, right: Any, alpha: Any) -> bool:
+    """`left op alpha right`, where either may be constant."""
+    y = call.made[0]
+    if not _plain(alpha) or not _floating(y) or not _floating(*(v for v in (left, right) if _computed(v))):
+        return False
+    if _computed(left) and _computed(right):
+        return _combine_computed(draft, op, left, right, alpha, y)
+    x, constant = (left, right) if _computed(left) else (right, left)
+    numbers = draft.array(constant)
+    if not _computed(x) or numbers is None:
+        return False
+    form = _affine_of(op, numbers, x is left, float(alpha))
+    return form is not None and _affine(draft, call, x, *form)
+
+
+def _combine_computed(draft: Draft, op: str, left: Value, right: Value, alpha: Any, y: Value) -> bool:
+    if left is right:
+        if op != "Add":
+            return False
+        draft.node("Affine", [left], [y], affine=Affine.of(np.full((1,) * y.rank, 1.0 + alpha), 0.0))
+        return True
+    second: Value | str = right
+    if alpha != 1:
+        second = draft.between(right.shape)
+        draft.node("Affine", [right], [second], affine=Affine.of(np.full((1,) * right.rank, float(alpha)), 0.0))
+    draft.node(op, [left, second], [y])
+    return True
+
+
+def _affine_of(op: str, numbers: Array, first: bool, alpha: float) -> tuple[npt.ArrayLike, npt.ArrayLike] | None:
+    """Scale and shift of `x op alpha c` (where x is first) or `c op alpha x`."""
+    with np.errstate(all="ignore"):
+        if op == "Mul":
+            return numbers, 0.0
+        if op == "Div":
+            return (1.0 / numbers, 0.0) if first else None
+        sign = alpha if op == "Add" else -alpha
+        return (1.0, sign * numbers) if first else (sign, numbers)
+
+
+def _affine(draft: Draft, call: Call, x: Value, scale: npt.ArrayLike, shift: npt.ArrayLike) -> bool:
+    """Draw `scale x + shift`, unless that enlarges the value or is too much to hold."""
+    y, affine = call.made[0], Affine.of(scale, shift)
+    rank = affine.scale.ndim
+    if rank > x.rank or x.shape != y.shape or affine.scale.size > 1 << 22 or not affine.is_finite:
+        return False
+    shape = (1,) * (x.rank - rank) + affine.scale.shape
+    affine = Affine(affine.scale.reshape(shape), affine.shift.reshape(shape)).collapse()
+    draft.node("Identity" if affine.is_identity else "Affine", [x], [y], affine=None if affine.is_identity else affine)
+    return True
+
+
+# ---------------------------------------------------------------- what changes nothing, or only the type
+
+
+_SETTINGS = "input *rest=() dtype=None device=None non_blocking=False copy=False memory_format=None"
+
+
+@row("contiguous clone detach positive resolve_conj resolve_neg alias requires_grad_ cpu cuda data", _SETTINGS)
+def _identity(draft: Draft, call: Call, input: Value, **settings: Any) -> bool:
+    draft.node("Identity", [input], call.made[:1])
+    return _computed(input)
+
+
+@row("to type type_as float double half bfloat16", _SETTINGS)
+def _cast(draft: Draft, call: Call, input: Value, **settings: Any) -> bool:
+    x, y = input, call.made[0]
+    if not _computed(x) or not _floating(x, y):
+        return False
+    if x.dtype == y.dtype:
+        return _identity(draft, call, x)
+    draft.node("Cast", [x], [y], lossless=y.dtype.itemsize > x.dtype.itemsize)
+    return True
+
+
+@row("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout", "input p=0.5 training=True inplace=False")
+def _dropout(draft: Draft, call: Call, input: Value, p: Any, training: Any, inplace: Any) -> bool:
+    if not _computed(input) or (training and p != 0):
+        return False
+    draft.node("Dropout", [input], call.made[:1])
+    return True
+
+
+# ---------------------------------------------------------------- data movement
+
+
+@row("reshape view", "input *shape")
+def _reshape(draft: Draft, call: Call, input: Value, shape: Any) -> bool:
+    return call.made[0].dtype == input.dtype and _move(draft, call, input)
+
+
+@row("view_as reshape_as", "input other")
+def _reshape_as(draft: Draft, call: Call, input: Value, other: Any) -> bool:
+    return _move(draft, call, input)
+
+
+@row("flatten", "input start_dim=0 end_dim=-1")
+def _flatten(draft: Draft, call: Call, input: Value, start_dim: Any, end_dim: Any) -> bool:
+    return _move(draft, call, input)
+
+
+@row("squeeze", "input *dim=()")
+def _squeeze(draft: Draft, call: Call, input: Value, dim: Any) -> bool:
+    return _move(draft, call, input)
+
+
+@row("unsqueeze", "input dim")
+def _unsqueeze(draft: Draft, call: Call, input: Value, dim: Any) -> bool:
+    return _move(draft, call, input)
+
+
+@row("unflatten", "input dim sizes")
+def _unflatten(draft: Draft, call: Call, input: Value, dim: Any, sizes: Any) -> bool:
+    return _move(draft, call, input)
+
+
+def _move(draft: Draft, call: Call, x: Value) -> bool:
+    if _computed(x):
+        draft.node("Reshape", [x], call.made[:1])
+    return _computed(x)
+
+
+@row("permute", "input *dims")
+def _permute(draft: Draft, call: Call, input: Value, dims: Any) -> bool:
+    return _transpose_to(draft, call, input, [_axis(d, input.rank) for d in dims])
+
+
+@row("transpose swapaxes swapdims", "input dim0 dim1")
+def _transpose(draft: Draft, call: Call, input: Value, dim0: int, dim1: int) -> bool:
+    perm = list(range(input.rank))
+    a, b = _axis(dim0, input.rank), _axis(dim1, input.rank)
+    perm[a], perm[b] = b, a
+    return _transpose_to(draft, call, input, perm)
+
+
+@row("t T", "input")
+def _reverse(draft: Draft, call: Call, input: Value) -> bool:
+    return _transpose_to(draft, call, input, list(range(input.rank))[::-1])
+
+
+@row("mT", "input")
+def _matrix_transpose(draft: Draft, call: Call, input: Value) -> bool:
+    return _transpose(draft, call, input, -1, -2)
+
+
+@row("movedim moveaxis", "input source destination")
+def _movedim(draft: Draft, call: Call, input: Value, source: Any, destination: Any) -> bool:
+    marked = np.lib.stride_tricks.as_strided(np.zeros(1), range(input.rank), [0] * input.rank)
+    return _transpose_to(draft, call, input, list(np.moveaxis(marked, source, destination).shape))
+
+
+def _transpose_to(draft: Draft, call: Call, x: Value, perm: list[int]) -> bool:
+    if _computed(x):
+        draft.node("Transpose", [x], call.made[:1], perm=tuple(perm))
+    return _computed(x)
+
+
+@row("expand", "input *sizes implicit=False")
+def _expand(draft: Draft, call: Call, input: Value, sizes: Any, implicit: Any) -> bool:
+    return _stretch(draft, call, input)
+
+
+@row("broadcast_to", "input size")
+def _broadcast_to(draft: Draft, call: Call, input: Value, size: Any) -> bool:
+    return _stretch(draft, call, input)
+
+
+@row("expand_as", "input other")
+def _expand_as(draft: Draft, call: Call, input: Value, other: Any) -> bool:
+    return _stretch(draft, call, input)
+
+
+def _stretch(draft: Draft, call: Call, x: Value) -> bool:
+    if _computed(x):
+        draft.node("Expand", [x], call.made[:1])
+    return _computed(x)
+
+
+@row("repeat tile", "input *repeats")
+def _repeat(draft: Draft, call: Call, input: Value, repeats: Any) -> bool:
+    if not _computed(input) or not _plain(repeats):
+        return False
+    source: Value | str = input
+    rank = max(input.rank, len(repeats))
+    if rank > input.rank:
+        source = draft.between((1,) * (rank - input.rank) + input.shape)
+        draft.node("Reshape", [input], [source])
+    draft.node("Tile", [source], call.made[:1], repeats=(1,) * (rank - len(repeats)) + tuple(repeats))
+    return True
+
+
+@row("cat concat concatenate", "tensors dim=0")
+def _concat(draft: Draft, call: Call, tensors: Any, dim: int) -> bool:
+    tensors = tuple(t for t in tensors if t.shape != (0,))
+    if not all(_computed(t) for t in tensors) or len({t.dtype for t in tensors}) > 1:
+        return False
+    draft.node("Concat", tensors, call.made[:1], axis=_axis(dim, call.made[0].rank))
+    return True
+
+
+@row("stack", "tensors dim=0")
+def _stack(draft: Draft, call: Call, tensors: Any, dim: int) -> bool:
+    if not all(_computed(t) for t in tensors) or len({t.dtype for t in tensors}) > 1:
+        return False
+    axis = _axis(dim, call.made[0].rank)
+    shape = (*tensors[0].shape[:axis], 1, *tensors[0].shape[axis:])
+    raised = [draft.between(shape) for _ in tensors]
+    for tensor, value in zip(tensors, raised, strict=True):
+        draft.node("Unsqueeze", [tensor], [value])
+    draft.node("Concat", raised, call.made[:1], axis=axis)
+    return True
+
+
+@row("chunk tensor_split unsafe_chunk", "input chunks dim=0")
+def _chunk(draft: Draft, call: Call, input: Value, chunks: Any, dim: int) -> bool:
+    return _cut(draft, call, input, dim)
+
+
+@row("split split_with_sizes unsafe_split", "tensor split_size_or_sections dim=0")
+def _split(draft: Draft, call: Call, tensor: Value, split_size_or_sections: Any, dim: int) -> bool:
+    return _cut(draft, call, tensor, dim)
+
+
+def _cut(draft: Draft, call: Call, x: Value, dim: int) -> bool:
+    axis = _axis(dim, x.rank)
+    if _computed(x):
+        draft.node("Split", [x], call.made, axis=axis, sizes=tuple(value.shape[axis] for value in call.made))
+    return _computed(x)
+
+
+@row("unbind", "input dim=0")
+def _unbind(draft: Draft, call: Call, input: Value, dim: int) -> bool:
+    if not _computed(input):
+        return False
+    axis = _axis(dim, input.rank)
+    shape = tuple(1 if place == axis else size for place, size in enumerate(input.shape))
+    pieces = [draft.between(shape) for _ in call.made]
+    draft.node("Split", [input], pieces, axis=axis, sizes=(1,) * len(pieces))
+    for piece, value in zip(pieces, call.made, strict=True):
+        draft.node("Squeeze", [piece], [value])
+    return True
+
+
+@row("narrow", "input dim start length")
+def _narrow(draft: Draft, call: Call, input: Value, dim: int, start: Any, length: Any) -> bool:
+    if not _computed(input) or not _plain((start, length)):
+        return False
+    axis = _axis(dim, input.rank)
+    start = _axis(start, input.shape[axis])
+    return _take(draft, input, call.made[0], {axis: slice(start, start + length)})
+
+
+@row("flip", "input *dims")
+def _flip(draft: Draft, call: Call, input: Value, dims: Any) -> bool:
+    if not _computed(input):
+        return False
+    return _take(draft, input, call.made[0], {axis: slice(None, None, -1) for axis in _axes(dims, input.rank)})
+
+
+def _take(draft: Draft, x: Value, y: Value | str, cuts: dict[int, slice]) -> bool:
+    draft.node("Slice", [x], [y], slices=tuple(_settled(cuts.get(a, slice(None)), size) for a, size in enumerate(x.shape)))
+    return True
+
+
+def _settled(cut: slice, size: int) -> slice:
+    """The same slice with bounds that are not negative; all of an axis is `slice(None)`."""
+    start, stop, step = cut.indices(size)
+    if (start, stop, step) == (0, size, 1):
+        return slice(None)
+    if step < 0:
+        return slice(start if cut.start is not None else None, stop if stop >= 0 else None, step)
+    return slice(start, max(start, stop), step)
+
+
+@row("select", "input dim index")
+def _select(draft: Draft, call: Call, input: Value, dim: int, index: Any) -> bool:
+    if not _computed(input) or not _plain(index):
+        return False
+    axis = _axis(dim, input.rank)
+    draft.node("Gather", [input], call.made[:1], axis=axis, indices=np.asarray(_axis(index, input.shape[axis])))
+    return True
+
+
+@row("index_select", "input dim index")
+def _index_select(draft: Draft, call: Call, input: Value, dim: int, index: Any) -> bool:
+    return _gather(draft, input, call.made[0], _axis(dim, input.rank), index)
+
+
+def _gather(draft: Draft, x: Value, y: Value, axis: int, index: Any) -> bool:
+    numbers = None if _computed(index) else draft.array(index)
+    if not _computed(x) or numbers is None or numbers.ndim != 1:
+        return False
+    places = numbers.astype(np.int64)
+    draft.node("Gather", [x], [y], axis=axis, indices=np.where(places < 0, places + x.shape[axis], places))
+    return True
+
+
+@row("roll", "input shifts dims=None")
+def _roll(draft: Draft, call: Call, input: Value, shifts: Any, dims: Any) -> bool:
+    if not _computed(input) or dims is None or not _plain((shifts, dims)):
+        return False
+    shifts, dims = _tuple(shifts, 1), _tuple(dims, 1)
+    source: Value | str = input
+    for place, (shift, dim) in enumerate(zip(shifts, dims, strict=True)):
+        axis = _axis(dim, input.rank)
+        target = call.made[0] if place == len(dims) - 1 else draft.between(input.shape)
+        indices = np.roll(np.arange(input.shape[axis]), shift)
+        draft.node("Gather", [source], [target], axis=axis, indices=indices)
+        source = target
+    return True
+
+
+@row("getitem", "input index")
+def _getitem(draft: Draft, call: Call, input: Value, index: Any) -> bool:
+    if not _computed(input):
+        return False
+    parts = list(index) if isinstance(index, tuple) else [index]
+    arrays = [part for part in parts if isinstance(part, Value)]
+    if len(arrays) == 1:
+        return _getitem_array(draft, call, input, parts)
+    if not all(part is None or part is Ellipsis or _is_cut(part) for part in parts):
+        return False
+    return _getitem_basic(draft, input, call.made[0], parts)
+
+
+def _is_cut(part: Any) -> bool:
+    if isinstance(part, slice):
+        return _plain((part.start, part.stop, part.step))
+    return isinstance(part, int) and not isinstance(part, bool)
+
+
+def _getitem_array(draft: Draft, call: Call, x: Value, parts: list[Any]) -> bool:
+    """`x[:, indices]`, with nothing else that selects."""
+    place = next(i for i, part in enumerate(parts) if isinstance(part, Value))
+    index = parts[place]
+    if index.dtype.is_floating_point or str(index.dtype) in ("torch.bool", "torch.uint8"):
+        return False
+    if any(part != slice(None) and part is not Ellipsis for i, part in enumerate(parts) if i != place):
+        return False
+    if Ellipsis in [part for part in parts if not isinstance(part, Value)]:
+        dots = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        place = place if place < dots else x.rank - (len(parts) - place)
+    return _gather(draft, x, call.made[0], place, index)
+
+
+def _getitem_basic(draft: Draft, x: Value, y: Value, parts: list[Any]) -> bool:
+    """Slices, then whole numbers as slices of one, then a reshape that drops those axes and adds the new ones."""
+    if Ellipsis in parts:
+        dots = parts.index(Ellipsis)
+        used = sum(part is not None and part is not Ellipsis for part in parts)
+        parts = [*parts[:dots], *[slice(None)] * (x.rank - used), *parts[dots + 1 :]]
+    cuts: dict[int, slice] = {}
+    axis = 0
+    for part in parts:
+        if part is None:
+            continue
+        if isinstance(part, int):
+            start = _axis(part, x.shape[axis])
+            part = slice(start, start + 1)
+        cuts[axis] = part
+        axis += 1
+    reshaped = any(part is None or isinstance(part, int) for part in parts)
+    shape = [len(range(*cuts.get(a, slice(None)).indices(size))) for a, size in enumerate(x.shape)]
+    middle: Value | str = draft.between(shape) if reshaped else y
+    _take(draft, x, middle, cuts)
+    if reshaped:
+        draft.node("Reshape", [middle], [y])
+    return True
+
+
+@row("pixel_shuffle", "input upscale_factor")
+def _pixel_shuffle(draft: Draft, call: Call, input: Value, upscale_factor: int) -> bool:
+    if _computed(input) and input.rank == 4:
+        draft.node("DepthToSpace", [input], call.made[:1], blocksize=upscale_factor, mode="CRD")
+        return True
+    return False
+
+
+@row("pixel_unshuffle", "input downscale_factor")
+def _pixel_unshuffle(draft: Draft, call: Call, input: Value, downscale_factor: int) -> bool:
+    if _computed(input) and input.rank == 4:
+        draft.node("SpaceToDepth", [input], call.made[:1], blocksize=downscale_factor, mode="CRD")
+        return True
+    return False
+
+
+@row("channel_shuffle native_channel_shuffle", "input groups")
+def _channel_shuffle(draft: Draft, call: Call, input: Value, groups: int) -> bool:
+    if not _computed(input) or input.rank < 3:
+        return False
+    channels = np.arange(input.shape[1]).reshape(groups, -1).T.ravel()
+    draft.node("Gather", [input], call.made[:1], axis=1, indices=channels)
+    return True
+
+
+# ---------------------------------------------------------------- pooling, means, resizing, padding
+
+
+def _spatial(x: Value, count: int) -> tuple[int, ...]:
+    return tuple(range(x.rank - count, x.rank))
+
+
+_AVERAGES = "input kernel_size stride=None padding=0 ceil_mode=False count_include_pad=True divisor_override=None"
+
+
+@row("avg_pool2d avg_pool3d", _AVERAGES)
+def _avg_pool(draft: Draft, call: Call, input: Value, padding: Any, count_include_pad: Any, divisor_override: Any, **rest: Any) -> bool:
+    return _average(draft, call, input, padding, count_include_pad, divisor_override)
+
+
+@row("avg_pool1d", _AVERAGES.rsplit(" ", 1)[0])
+def _avg_pool1d(draft: Draft, call: Call, input: Value, padding: Any, count_include_pad: Any, **rest: Any) -> bool:
+    return _average(draft, call, input, padding, count_include_pad, None)
+
+
+def _average(draft: Draft, call: Call, x: Value, padding: Any, counted: Any, divisor: Any) -> bool:
+    count = int("3" in call.label) * 3 or int("2" in call.label) * 2 or 1
+    partial = "it counts zero padding" if counted and any(np.ravel(padding)) else ""
+    partial = "it divides by another number than it sums" if divisor else partial
+    if _computed(x):
+        draft.node("AveragePool", [x], call.made[:1], axes=_spatial(x, count), keepdims=True, partial=partial)
+    return _computed(x)
+
+
+@row("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", "input output_size")
+def _adaptive(draft: Draft, call: Call, input: Value, output_size: Any) -> bool:
+    return _average(draft, call, input, 0, False, None)
+
+
+_MAXIMA = "input kernel_size stride=None padding=0 dilation=1 ceil_mode=False return_indices=False"
+
+
+@row("max_pool1d max_pool2d max_pool3d", _MAXIMA)
+def _max_pool(draft: Draft, call: Call, input: Value, return_indices: Any, **rest: Any) -> bool:
+    return not return_indices and _maximum(draft, call, input)
+
+
+@row("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", "input output_size return_indices=False")
+def _adaptive_max(draft: Draft, call: Call, input: Value, output_size: Any, return_indices: Any) -> bool:
+    return not return_indices and _maximum(draft, call, input)
+
+
+def _maximum(draft: Draft, call: Call, x: Value) -> bool:
+    if not _computed(x) or len(call.made) != 1:
+        return False
+    count = int("3" in call.label) * 3 or int("2" in call.label) * 2 or 1
+    draft.node("MaxPool", [x], call.made[:1], axes=_spatial(x, count), keepdims=True)
+    return True
+
+
+@row("mean", "input dim=None keepdim=False dtype=None")
+def _mean(draft: Draft, call: Call, input: Value, dim: Any, keepdim: Any, dtype: Any) -> bool:
+    return _reduce(draft, call, input, "ReduceMean", dim, keepdim)
+
+
+@row("sum", "input dim=None keepdim=False dtype=None")
+def _sum(draft: Draft, call: Call, input: Value, dim: Any, keepdim: Any, dtype: Any) -> bool:
+    return _reduce(draft, call, input, "ReduceSum", dim, keepdim)
+
+
+@row("amax", "input dim=() keepdim=False")
+def _amax(draft: Draft, call: Call, input: Value, dim: Any, keepdim: Any) -> bool:
+    return _reduce(draft, call, input, "ReduceMax", dim, keepdim)
+
+
+@row("max", "input dim keepdim=False")
+def _max(draft: Draft, call: Call, input: Value, dim: Any, keepdim: Any) -> bool:
+    if not _computed(input) or not _plain(dim) or len(call.made) != 2:
+        return False
+    axes = _axes(dim, input.rank)
+    draft.node("ReduceMax", [input], call.made[:1], axes=axes, keepdims=bool(keepdim))
+    draft.node("ArgMax", [input], call.made[1:])
+    return True
+
+
+def _reduce(draft: Draft, call: Call, x: Value, op: str, dim: Any, keepdim: Any) -> bool:
+    y = call.made[0]
+    if not _computed(x) or not _floating(x, y) or x.dtype != y.dtype or not _plain(dim):
+        return False
+    draft.node(op, [x], [y], axes=_axes(dim, x.rank), keepdims=bool(keepdim))
+    return True
+
+
+@row("relu", "input inplace=False")
+def _relu(draft: Draft, call: Call, input: Value, inplace: Any) -> bool:
+    return _activate(draft, call, input, "Relu")
+
+
+@row("leaky_relu", "input negative_slope=0.01 inplace=False")
+def _leaky_relu(draft: Draft, call: Call, input: Value, negative_slope: Any, inplace: Any) -> bool:
+    return _activate(draft, call, input, "LeakyRelu")
+
+
+@row("rrelu", "input lower=0.125 upper=0.3333333333333333 training=False inplace=False")
+def _rrelu(draft: Draft, call: Call, input: Value, training: Any, **rest: Any) -> bool:
+    return not training and _activate(draft, call, input, "LeakyRelu")
+
+
+@row("prelu", "input weight")
+def _prelu(draft: Draft, call: Call, input: Value, weight: Value) -> bool:
+    return not weight.data and _activate(draft, call, input, "PRelu")
+
+
+@row("abs absolute", "input")
+def _abs(draft: Draft, call: Call, input: Value) -> bool:
+    return _activate(draft, call, input, "Abs")
+
+
+def _activate(draft: Draft, call: Call, x: Value, op: str) -> bool:
+    if _computed(x) and _floating(x):
+        draft.node(op, [x], call.made[:1])
+        return True
+    return False
+
+
+@row(
+    "interpolate upsample upsample_nearest upsample_bilinear",
+    "input size=None scale_factor=None mode='nearest' align_corners=None recompute_scale_factor=None antialias=False",
+)
+def _resize(draft: Draft, call: Call, input: Value, **rest: Any) -> bool:
+    if not _computed(input) or not _floating(input):
+        return False
+    draft.node("Resize", [input], call.made[:1], axes=tuple(range(2, input.rank)), partial="")
+    return True
+
+
+@row("pad", "input pad mode='constant' value=None")
+def _pad(draft: Draft, call: Call, input: Value, pad: Any, mode: str, value: Any) -> bool:
+    if not _computed(input) or not _plain(pad) or not _plain(value):
+        return False
+    pairs = {input.rank - 1 - i: pad[2 * i : 2 * i + 2] for i in range(len(pad) // 2)}
+    axes = tuple(sorted(axis for axis, pair in pairs.items() if any(pair)))
+    if all(amount <= 0 for amount in pad):
+        cuts = {axis: slice(-a, input.shape[axis] + b) for axis, (a, b) in pairs.items() if a or b}
+        return _take(draft, input, call.made[0], cuts)
+    if mode == "constant" and value:
+        return False
+    partial = "it pads with zeros" if mode == "constant" else ""
+    draft.node("Pad", [input], call.made[:1], axes=axes, partial=partial)
+    return True

@@ -1,0 +1,297 @@
+"""Write a journey into a module: new weights where something was absorbed, `nn.Identity` where a BatchNorm was.
+
+The module is edited, not rebuilt: its class, its methods and the names in its state dict stay. Each new weight is
+computed in float64 from the stored one and rounded once to the dtype it is stored in; it is a new Parameter at its
+slot, so that a module which held the same Parameter keeps the old one. A BatchNorm module *becomes* what is left of
+it, as the object that it is, so that every reference to it (in a list, in a bound method) sees the change.
+
+`write` leaves the caller's module alone and returns a copy that shares no tensor with it: what is replaced is not
+copied first. A copy that shared the unchanged tensors would cost less memory, but training one would change the other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from bnfold.algebra import Affine, Array, round_to_odd
+from bnfold.graph import Node
+from bnfold.torch.constants import numbers
+from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail
+from bnfold.torch.read import LinearPlace, NormPlace, Reading, copy_structure
+from bnfold.torch.recording import computes_weight, leaves
+from bnfold.travel import Journey
+
+__all__ = ["check_fit", "widen", "write"]
+
+
+def write(model: nn.Module, reading: Reading, journey: Journey, inplace: bool = False) -> nn.Module:
+    """The folded module: a copy, or with `inplace` the module itself.
+
+    Args:
+        model: the module that was read, or a copy of it (in float64, say).
+        reading, journey: what was read, and where every affine went.
+
+    Raises:
+        UnreadableModel: the module cannot be copied.
+    """
+    target = model if inplace else copy_structure(model)
+    made = _edit(target, reading, journey)
+    return target if inplace else _part(target, made)
+
+
+def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
+    """Give a structural copy tensors of its own, except for those that are new anyway."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in made}
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for _, tensor in leaves(vars(module)):
+                if not tensor.is_leaf:
+                    memo.setdefault(id(tensor), tensor.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
+def widen(model: nn.Module) -> nn.Module:
+    """A copy of a module with every float tensor in float64.
+
+    Raises:
+        Exception: whatever the module raises when it is copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for _, tensor in leaves([module._parameters, module._buffers, vars(module)]):
+                memo.setdefault(id(tensor), _widened(tensor))
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            module.double()
+    return twin
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    wide = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+    wide = wide.clone() if wide.data_ptr() == tensor.data_ptr() else wide
+    return nn.Parameter(wide, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide
+
+
+def _edit(model: nn.Module, reading: Reading, journey: Journey) -> list[Tensor]:
+    """Apply the difference; return the tensors that are new."""
+    after = {node.name: node for node in journey.graph.nodes}
+    made: list[Tensor] = []
+    done: set[str] = set()
+    for node in reading.graph.nodes:
+        new = after.get(node.name)
+        if node.name in reading.norms and node.place not in done:
+            if new is None or new.op != node.op or new.affine is not node.affine:
+                made += _edit_norm(model, reading.norms[node.name], new)
+                done.add(node.place)
+        if new is not None and node.linear is not None and new.linear is not None and new.linear is not node.linear:
+            place = reading.linears[node.name]
+            if place.weight.name not in done:
+                made += _edit_linear(model, place, new)
+                done.add(place.weight.name)
+    return made
+
+
+# ---------------------------------------------------------------- linear operators
+
+
+def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tensor]:
+    module = model.get_submodule(place.weight.module)
+    weight, bias = _stored(model, place)
+    new_weight, new_bias = _fold(model, place, node)
+    if place.computed:
+        _settle_weight(module, place.computed)
+    made = [_put(module, place.weight.attribute, new_weight, weight)]
+    if new_bias is not None and place.bias is not None:
+        owner = model.get_submodule(place.bias.module)
+        made.append(_put(owner, place.bias.attribute, new_bias, weight if bias is None else bias))
+    return made
+
+
+def _stored(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor | None]:
+    """The tensors at the two slots; a computed weight as it is now."""
+    module = model.get_submodule(place.weight.module)
+    bias = None if place.bias is None else getattr(model.get_submodule(place.bias.module), place.bias.attribute)
+    if place.computed == "parametrization":
+        weight = module.parametrizations["weight"].original if _is_single(module) else module.parametrizations["weight"].original0
+    elif place.computed:
+        weight = next(p for name, p in module._parameters.items() if p is not None and name.startswith("weight_"))
+    else:
+        weight = getattr(module, place.weight.attribute)
+    return weight, bias
+
+
+def _is_single(module: nn.Module) -> bool:
+    return hasattr(module.parametrizations["weight"], "original")  # type: ignore[index]
+
+
+def _numbers(model: nn.Module, place: LinearPlace) -> npt.NDArray[Any]:
+    """The weight that an operator uses, in float64."""
+    if place.computed:
+        tensor = _compute_weight(model.get_submodule(place.weight.module), place.computed)
+    else:
+        tensor = numbers(_stored(model, place)[0])
+    array = tensor.numpy()
+    return array.T if place.transposed else array
+
+
+def _compute_weight(module: nn.Module, how: str) -> Tensor:
+    """The weight that a parametrization or hook computes, in float64."""
+    twin = widen(module)
+    with torch.no_grad():
+        if how == "hook":
+            hook = next(h for h in twin._forward_pre_hooks.values() if computes_weight(h))
+            return numbers(_run_hook(hook, twin))
+        return numbers(twin.weight)  # type: ignore[arg-type]
+
+
+def _run_hook(hook: Any, module: nn.Module) -> Tensor:
+    if hasattr(hook, "apply_mask"):
+        return hook.apply_mask(module)  # type: ignore[no-any-return]
+    if hasattr(hook, "n_power_iterations"):
+        return hook.compute_weight(module, do_power_iteration=False)  # type: ignore[no-any-return]
+    return hook.compute_weight(module)  # type: ignore[no-any-return]
+
+
+def _settle_weight(module: nn.Module, how: str) -> None:
+    """Turn a computed weight into a parameter."""
+    from torch.nn.utils import parametrize, prune
+
+    if how == "parametrization":
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        return
+    hook = next(h for h in module._forward_pre_hooks.values() if computes_weight(h))
+    key = next(key for key, h in module._forward_pre_hooks.items() if h is hook)
+    if isinstance(hook, prune.BasePruningMethod):
+        prune.remove(module, "weight")
+        return
+    del module._forward_pre_hooks[key]
+    for name in [n for n in (*module._parameters, *module._buffers) if n.startswith("weight_")]:
+        delattr(module, name)
+    vars(module).pop("weight", None)
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for mark in [k for k, h in hooks.items() if "SpectralNorm" in type(h).__name__ + repr(getattr(h, "hook", h))]:
+            del hooks[mark]
+
+
+def _fold(model: nn.Module, place: LinearPlace, node: Node) -> tuple[Array, Array | None]:
+    """New weight and bias in float64, laid out as they are stored."""
+    assert node.linear is not None
+    _, old = _stored(model, place)
+    bias = None if old is None else numbers(old).numpy()
+    weight, new_bias = node.linear.fold(_numbers(model, place), bias)
+    if node.op == "Embedding" and new_bias is not None:
+        weight, new_bias = weight + new_bias, None
+    return (np.ascontiguousarray(weight.T) if place.transposed else weight), new_bias
+
+
+def _put(module: nn.Module, attribute: str, array: Array, like: Tensor) -> Tensor:
+    """Store numbers at a slot, with the dtype, device, layout and gradient setting of the tensor that was there."""
+    tensor = _round(array, like)
+    if attribute in module._buffers:
+        module._buffers[attribute] = tensor
+    elif attribute in vars(module) and attribute not in module._parameters:
+        vars(module)[attribute] = tensor
+    else:
+        tensor = nn.Parameter(tensor, like.requires_grad)
+        module._parameters[attribute] = tensor
+    return tensor
+
+
+def _round(array: Array, like: Tensor) -> Tensor:
+    """Float64 numbers as a tensor of another's dtype and device, rounded once."""
+    if like.device.type == "meta":
+        return torch.empty(array.shape, dtype=like.dtype, device="meta")
+    narrow = like.dtype not in (torch.float64, torch.float32)
+    tensor = torch.from_numpy(np.ascontiguousarray(round_to_odd(array) if narrow else array)).to(like.dtype)
+    if tensor.shape != like.shape:
+        return tensor.to(like.device)
+    return torch.empty_like(like, requires_grad=False).copy_(tensor)
+
+
+# ---------------------------------------------------------------- BatchNorms
+
+
+def _edit_norm(model: nn.Module, place: NormPlace, new: Node | None) -> list[Tensor]:
+    """Let a BatchNorm module become what is left of it."""
+    module = model.get_submodule(place.path)
+    left: nn.Module | None = None
+    if new is not None:
+        assert new.affine is not None
+        left = _leftover(module, place, new.affine, new.attributes.get("form", "muladd"))
+    made = [] if left is None else list(left.parameters())
+    if not place.tail:
+        _become(module, left or nn.Identity())
+        return made
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    steps = [name for name, _ in place.tail]
+    children.update({name: stand_in for name, stand_in in place.tail if stand_in is not None})
+    if left is not None:
+        children["affine"], steps = left, ["affine", *steps]
+    _become(module, Tail(copy.copy(children), steps))
+    return made
+
+
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Make an object what another one is; everyone who holds it sees the change."""
+    training = module.training
+    module.__class__ = type(other)
+    vars(module).clear()
+    vars(module).update(vars(other))
+    module.training = training
+
+
+def _leftover(module: nn.Module, place: NormPlace, affine: Affine, form: str) -> nn.Module:
+    """One add, or one multiply and one add, with an affine's numbers."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    like = tensors[0] if tensors else torch.empty((), dtype=place.dtype)
+    dtype = torch.float64 if like.dtype == torch.float64 else place.dtype
+    like = torch.empty((), dtype=dtype, device=like.device)
+    trained = any(p.requires_grad for p in module.parameters())
+    bias = _round(affine.shift[0], like)
+    if form == "add":
+        return ChannelAdd(bias, trained)
+    return ChannelMulAdd(_round(affine.scale[0], like), bias, trained)
+
+
+# ---------------------------------------------------------------- what fits
+
+
+def check_fit(model: nn.Module, reading: Reading) -> Callable[[Node], str]:
+    """A question for `travel`: why the numbers of a linear node, with all that it absorbed, cannot be stored."""
+
+    def fits(node: Node) -> str:
+        place = reading.linears.get(node.name)
+        if place is None or node.linear is None:
+            return ""
+        like, _ = _stored(model, place)
+        if like.device.type == "meta":
+            return ""
+        if like.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            return f"its weight is stored as {str(like.dtype).removeprefix('torch.')}"
+        if like.dtype != torch.float16 and _is_moderate(node):
+            return ""
+        weight, bias = _fold(model, place, node)
+        for what, array in (("weight", weight), ("bias", bias)):
+            if array is not None and not torch.isfinite(_round(array, like)).all():
+                return f"its {what} would overflow {str(like.dtype).removeprefix('torch.')}"
+        return ""
+
+    return fits
+
+
+def _is_moderate(node: Node) -> bool:
+    """Whether nothing absorbed comes near the range of a float32."""
+    assert node.linear is not None
+    linear = node.linear
+    pairs = [pair for pair in (linear.before, linear.after) if pair is not None]
+    arrays = [array for pair in pairs for array in pair] + ([linear.beside] if linear.beside is not None else [])
+    return all(np.abs(array).max(initial=0.0) < 1e12 for array in arrays)
