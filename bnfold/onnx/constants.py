@@ -129,18 +129,26 @@ def locate(tensor: TensorProto, folder: Path | None) -> tuple[Path, int, int]:
 class Constants:
     """Which values are constant, and what they are."""
 
-    def __init__(self, folder: Path | None, shapes: Mapping[str, Shape], types: Mapping[str, int], opset: int) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        shapes: Mapping[str, Shape],
+        types: Mapping[str, int],
+        opset: int,
+        tensors: Mapping[str, TensorProto],
+    ) -> None:
         self.folder, self.shapes, self.types, self.opset = folder, shapes, types, opset
-        self._tensors: dict[str, TensorProto] = {}
+        self._tensors = tensors
         self._nodes: dict[str, tuple[onnx.NodeProto, tuple[str, ...], int]] = {}
         self._memory: dict[str, Tensor] = {}
 
     def __contains__(self, value: str) -> bool:
-        return value in self._tensors or value in self._nodes
+        return value in self._tensors or value in self._nodes or value in self._memory
 
-    def add_tensor(self, value: str, tensor: TensorProto) -> None:
-        """Note an initializer."""
-        self._tensors[value] = tensor
+    def add_sizes(self, value: str, sizes: Sequence[int] | int) -> None:
+        """Note what shape inference found a value to be."""
+        if value not in self:
+            self._memory[value] = np.asarray(sizes, np.int64)
 
     def add_node(self, node: onnx.NodeProto, inputs: Sequence[str], outputs: Sequence[str]) -> bool:
         """Note a node if it computes constants; return whether it does."""
@@ -162,10 +170,6 @@ class Constants:
         if operator == "Dropout" and (len([o for o in node.output if o]) > 1 or len(inputs) > 2):
             return False
         return all(not value or value in self for value in inputs)
-
-    def is_stored(self, value: str) -> bool:
-        """Whether a constant is a tensor of the model as it stands (an initializer)."""
-        return value in self._tensors
 
     def size(self, value: str) -> int | None:
         """How many elements a constant has, without computing it where its shape is known."""

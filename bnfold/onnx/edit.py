@@ -139,8 +139,17 @@ class Editor:
         for place, value in enumerate(inputs):
             self.set_input(spot, place, value)
         self.whole.makers[output] = spot
+        anchor = next((first for first, added, _ in self._added if added is anchor), anchor)
         self._added.append((anchor, spot, after))
         return spot
+
+    def insert_copy(self, spot: Spot, inputs: Sequence[str], output: str) -> Spot:
+        """Add a copy of a node, attributes and all, that reads and computes other values."""
+        name = self.fresh_node(f"{spot.node.name}.copy" if spot.node.name else "")
+        copy = self.insert(spot, spot.op, name, inputs, output)
+        copy.node.attribute.extend(spot.node.attribute)
+        copy.node.domain = spot.node.domain
+        return copy
 
     def new_value(self, wish: str, owner: onnx.GraphProto) -> str:
         """A new value, to be computed by a node that is inserted."""

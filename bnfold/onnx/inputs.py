@@ -39,16 +39,41 @@ def candidates(model: onnx.ModelProto, scene: Scene, seed: int = 0) -> Iterator[
     for whole in _WHOLE if is_whole else (None,):
         for sizes in _SIZES if is_open else _SIZES[:1]:
             yield make(given, scene, sizes, whole, seed)
+        for channels in _channels(scene) if is_open else ():
+            for size in (16, 64):
+                for axis in (-1, 1):
+                    yield make(given, scene, (2, size), whole, seed, (axis, channels))
+
+
+def _channels(scene: Scene) -> list[int]:
+    """How many channels the weights of the model read, first come first."""
+    found: dict[int, None] = {}
+    for spot in scene.whole.spots:
+        dims = scene.constants.dims(spot.inputs[1]) if len(spot.inputs) > 1 and spot.op in _READERS else None
+        if dims:
+            found.update(dict.fromkeys(dims[:2]))
+    return list(found)[:6]
+
+
+_READERS = frozenset({"MatMul", "Gemm", "Conv", "BatchNormalization"})
 
 
 def make(
-    given: list[onnx.ValueInfoProto], scene: Scene, sizes: tuple[int, int], whole: int | None, seed: int
+    given: list[onnx.ValueInfoProto],
+    scene: Scene,
+    sizes: tuple[int, int],
+    whole: int | None,
+    seed: int,
+    channels: tuple[int, int] | None = None,
 ) -> Feed:
     """One feed: an array for every input of the model."""
     random = np.random.default_rng(seed)
     feed = {}
     for item in given:
-        shape = [_size(dim, axis, sizes) for axis, dim in enumerate(_shape(item))]
+        declared = _shape(item)
+        shape = [_size(dim, axis, sizes) for axis, dim in enumerate(declared)]
+        if channels is not None and len(shape) > 1 and not isinstance(declared[channels[0]], int):
+            shape[channels[0]] = channels[1]
         feed[item.name] = _array(item, shape, scene, whole, random)
     return feed
 

@@ -28,7 +28,7 @@ from bnfold.graph import Graph, Node
 from bnfold.onnx.constants import Constants
 from bnfold.onnx.forms import Scene, draw
 from bnfold.onnx.scope import Spot, survey
-from bnfold.onnx.shapes import infer, refine
+from bnfold.onnx.shapes import infer
 
 __all__ = ["Picture", "read"]
 
@@ -84,11 +84,9 @@ def read(
     nodes: list[Node] = []
     spots: dict[str, list[Spot]] = {}
     for spot in scene.whole.spots:
-        refine(spot, scene.found, scene.constants)
-        if not spot.results and scene.constants.add_node(spot.node, spot.inputs, spot.outputs):
-            continue
-        nodes.append(draw(spot, scene))
-        spots[spot.name] = [spot]
+        if not any(output in scene.constants for output in spot.outputs):
+            nodes.append(draw(spot, scene))
+            spots[spot.name] = [spot]
     picture = Picture(model, _graph(nodes, scene), scene, spots, notes=notes)
     _join_biases(picture)
     _join_affines(picture, frozenset(demote))
@@ -98,13 +96,10 @@ def read(
 def _survey(model: onnx.ModelProto, folder: Path | None, freeze: bool) -> tuple[Scene, list[str]]:
     opset = _opset(model)
     whole = survey(model)
-    found = infer(model, whole)
-    constants = Constants(folder, found.shapes, found.types, opset)
     listed = {given.name for given in model.graph.input} & {tensor.name for tensor in model.graph.initializer}
     overridable = frozenset(listed) if model.ir_version >= 4 and not freeze else frozenset()
-    for value, tensor in whole.tensors.items():
-        if value not in overridable:
-            constants.add_tensor(value, tensor)
+    stored = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
+    found, constants = infer(model, whole, lambda found: Constants(folder, found.shapes, found.types, opset, stored))
     notes = []
     if listed and not overridable:
         why = "--freeze-initializers" if model.ir_version >= 4 else f"IR version {model.ir_version} has them all listed"

@@ -2,15 +2,19 @@
 
 The inference runs on a copy of the model without its large tensors (their shapes stay), so that a model over 2 GiB can
 be inferred and no weight is copied. Symbols that the inference invents for unknown sizes are unique, so two equal
-symbols are one size. Reshapes are refined here: where all but one size is known on both sides, that one is the same on
-both, which is how a symbolic batch size survives a `Reshape(x, [-1, 2048])`.
+symbols are one size. What it leaves open is refined here, and given back to it:
+
+- small vectors of sizes are computed symbolically (`Concat(Shape(x)[:2], [-1])`), so a reshape whose target is
+  computed has a rank, and most of its sizes;
+- where all but one size of a reshape is known on both sides, that one is the same on both, which is how a symbolic
+  batch size survives a `Reshape(x, [-1, 2048])`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import onnx
@@ -24,22 +28,49 @@ if TYPE_CHECKING:
 
 __all__ = ["Shapes", "infer", "refine", "skeleton"]
 
+ROUNDS = 8
+"""How often what was refined is given back to the inference."""
+
 LARGE = 4096
 """Tensors of more bytes than this are left out of the copy that shapes are inferred on."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The shapes and the element types (`TensorProto.DataType`) of values, and what the inference complained about."""
+    """The shapes and the element types (`TensorProto.DataType`) of values, and what the inference complained about.
+
+    Attributes:
+        sizes: what is known of small vectors (and scalars) of whole numbers that the model computes.
+    """
 
     shapes: dict[str, Shape]
     types: dict[str, int]
     complaint: str = ""
+    sizes: dict[str, Shape] = field(default_factory=dict)
 
 
-def infer(model: onnx.ModelProto, whole: Survey) -> Shapes:
-    """Shapes and types of all values of a surveyed model."""
+def infer(
+    model: onnx.ModelProto, whole: Survey, constants: Callable[[Shapes], Constants]
+) -> tuple[Shapes, Constants]:
+    """Shapes and types of all values of a surveyed model, and what is constant, given those."""
     bare = skeleton(model)
+    for _ in range(ROUNDS):
+        found = _infer_once(bare, whole)
+        known = constants(found)
+        before = dict(found.shapes)
+        for spot in whole.spots:
+            refine(spot, found, known)
+            if not spot.results:
+                known.add_node(spot.node, spot.inputs, spot.outputs)
+        better = {v: s for v, s in found.shapes.items() if _is_better(before.get(v), s) and found.types.get(v)}
+        better = {v: s for v, s in better.items() if whole.home[v] is model.graph}
+        if not better:
+            break
+        _declare(bare, better, found.types)
+    return found, known
+
+
+def _infer_once(bare: onnx.ModelProto, whole: Survey) -> Shapes:
     complaint = ""
     try:
         inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
@@ -56,6 +87,21 @@ def infer(model: onnx.ModelProto, whole: Survey) -> Shapes:
     for value, tensor in whole.tensors.items():
         found.shapes[value], found.types[value] = tuple(tensor.dims), tensor.data_type
     return found
+
+
+def _is_better(old: Shape | None, new: Shape) -> bool:
+    """Whether refining has found a rank or a number that was not known."""
+    return old is None or any(isinstance(b, int) and not isinstance(a, int) for a, b in zip(old, new, strict=False))
+
+
+def _declare(bare: onnx.ModelProto, shapes: Mapping[str, Shape], types: Mapping[str, int]) -> None:
+    outputs = {output.name for output in bare.graph.output}
+    kept = [info for info in bare.graph.value_info if info.name not in shapes]
+    del bare.graph.value_info[:]
+    bare.graph.value_info.extend(kept)
+    for value, shape in shapes.items():
+        if value not in outputs:
+            bare.graph.value_info.append(onnx.helper.make_tensor_value_info(value, types[value], shape))
 
 
 def _note(found: Shapes, value: str, declared: onnx.TypeProto) -> None:
@@ -133,6 +179,7 @@ def refine(spot: Spot, found: Shapes, constants: Constants) -> None:
     if spot.node.domain not in ("", "ai.onnx") or not spot.outputs or not spot.inputs or not spot.inputs[0]:
         return
     source, target = spot.inputs[0], spot.outputs[0]
+    _note_sizes(spot, found, constants)
     if target not in found.types and source in found.types and spot.op in _KEEPS_TYPE:
         found.types[target] = found.types[source]
     shape = found.shapes.get(source)
@@ -161,15 +208,27 @@ def _same(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shap
 
 def _reshape(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
     """Copy zeros, then let the one size that is open on both sides be the same on both."""
-    wanted = constants.integers(spot.inputs[1]) if len(spot.inputs) > 1 else None
-    target: Shape | None = None
-    if wanted is not None:
-        keeps = not any(item.name == "allowzero" and item.i for item in spot.node.attribute)
-        copied = [shape[i] if n == 0 and keeps and i < len(shape) else n for i, n in enumerate(wanted)]
-        target = tuple(None if n == -1 else n for n in copied)
-    else:
+    wanted = _sizes(spot.inputs[1], found, constants) if len(spot.inputs) > 1 else None
+    if wanted is None:
         target = found.shapes.get(spot.outputs[0])
-    return None if target is None else balance(shape, target)
+        return None if target is None else balance(shape, target)
+    keeps = not any(item.name == "allowzero" and item.i for item in spot.node.attribute)
+    copied = [shape[i] if n == 0 and keeps and i < len(shape) else n for i, n in enumerate(wanted)]
+    return balance(shape, tuple(None if n == -1 else n for n in copied))
+
+
+def _expand(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    wanted = _sizes(spot.inputs[1], found, constants)
+    if wanted is None:
+        return None
+    rank = max(len(shape), len(wanted))
+    aligned = [(1,) * (rank - len(other)) + tuple(other) for other in (shape, wanted)]
+    return tuple(_widest(sizes) for sizes in zip(*aligned, strict=True))
+
+
+def _resize(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    wanted = _sizes(spot.inputs[3], found, constants) if len(spot.inputs) > 3 and spot.inputs[3] else None
+    return wanted if wanted is not None and len(wanted) == len(shape) else None
 
 
 def balance(source: Shape, target: Shape) -> Shape:
@@ -212,14 +271,143 @@ def _product(sizes: Shape) -> Dim:
 
 def _conv(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
     weight = found.shapes.get(spot.inputs[1])
-    if weight is None or len(weight) < 3:
+    if weight is None or len(weight) < 3 or len(weight) != len(shape):
         return None
-    return (shape[0], weight[0], *[None] * (len(weight) - 2))
+    return (shape[0], weight[0], *_slid(spot, shape[2:], weight[2:]))
+
+
+def _conv_transpose(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    weight = found.shapes.get(spot.inputs[1])
+    groups = next((item.i for item in spot.node.attribute if item.name == "group"), 1)
+    if weight is None or len(weight) < 3 or not isinstance(weight[1], int):
+        return None
+    return (shape[0], weight[1] * groups, *[None] * (len(weight) - 2))
+
+
+def _slid(spot: Spot, sizes: Shape, kernel: Shape) -> list[Dim]:
+    """The sizes after a window has slid over them; a symbol stays where stride and padding leave the size alone."""
+    lists = {item.name: list(item.ints) for item in spot.node.attribute}
+    mode = next((item.s.decode() for item in spot.node.attribute if item.name == "auto_pad"), "NOTSET")
+    ones = [1] * len(sizes)
+    strides, dilations = lists.get("strides") or ones, lists.get("dilations") or ones
+    pads = lists.get("pads") or [0] * 2 * len(sizes)
+    ceil = any(item.name == "ceil_mode" and item.i for item in spot.node.attribute)
+    result: list[Dim] = []
+    for axis, size in enumerate(sizes):
+        taps = kernel[axis]
+        lost = (taps - 1) * dilations[axis] if isinstance(taps, int) else None
+        if mode.startswith("SAME"):
+            lost = 0
+        elif lost is not None and mode == "NOTSET":
+            lost -= pads[axis] + pads[axis + len(sizes)]
+        known = isinstance(size, int) and lost is not None and not mode.startswith("SAME") and not ceil
+        slid = (size - lost - 1) // strides[axis] + 1 if known else None  # type: ignore[operator]
+        result.append(size if strides[axis] == 1 and lost == 0 else slid)
+    return result
 
 
 def _transpose(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
     perm = next((list(item.ints) for item in spot.node.attribute if item.name == "perm"), list(range(len(shape)))[::-1])
     return tuple(shape[axis] for axis in perm) if sorted(perm) == list(range(len(shape))) else None
+
+
+def _numbers(spot: Spot, name: str, place: int, constants: Constants) -> list[int] | None:
+    """Numbers that are an attribute in old operator sets and an input in newer ones."""
+    if len(spot.inputs) > place and spot.inputs[place]:
+        return constants.integers(spot.inputs[place])
+    return next((list(item.ints) for item in spot.node.attribute if item.name == name), None)
+
+
+def _slice(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    starts, ends, axes, steps = (
+        _numbers(spot, name, place, constants) for place, name in enumerate(("starts", "ends", "axes", "steps"), 1)
+    )
+    result = list(shape)
+    if starts is None or ends is None:
+        return tuple(None for _ in shape)
+    for place, axis in enumerate(axes if axes is not None else range(len(starts))):
+        size, step = shape[axis], steps[place] if steps else 1
+        whole = isinstance(size, int) and len(range(*slice(starts[place], ends[place], step).indices(size)))
+        result[axis] = None if whole is False else whole
+    return tuple(result)
+
+
+def _squeeze(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    axes = _numbers(spot, "axes", 1, constants)
+    if axes is None:
+        return None
+    gone = {axis % len(shape) for axis in axes}
+    return tuple(size for axis, size in enumerate(shape) if axis not in gone)
+
+
+def _unsqueeze(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    axes = _numbers(spot, "axes", 1, constants)
+    if axes is None:
+        return None
+    rank, rest = len(shape) + len(axes), list(shape)
+    new = {axis % rank for axis in axes}
+    return tuple(1 if axis in new else rest.pop(0) for axis in range(rank))
+
+
+def _reduce(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    axes = _numbers(spot, "axes", 1, constants)
+    if axes is None:
+        return None
+    keeps = next((item.i for item in spot.node.attribute if item.name == "keepdims"), 1)
+    gone = {axis % len(shape) for axis in axes}
+    if keeps:
+        return tuple(1 if axis in gone else size for axis, size in enumerate(shape))
+    return tuple(size for axis, size in enumerate(shape) if axis not in gone)
+
+
+def _matmul(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    other = found.shapes.get(spot.inputs[1])
+    if other is None or len(shape) < 2 or len(other) < 2:
+        return None
+    rank = max(len(shape), len(other))
+    batch = [(1,) * (rank - len(each)) + each[:-2] for each in (shape, other)]
+    return (*(_widest(sizes) for sizes in zip(*batch, strict=True)), shape[-2], other[-1])
+
+
+def _pool(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    kernel = next((tuple(item.ints) for item in spot.node.attribute if item.name == "kernel_shape"), ())
+    return (*shape[:2], *_slid(spot, shape[2:], kernel)) if len(kernel) == len(shape) - 2 else None
+
+
+def _concat(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    shapes = [found.shapes.get(value) for value in spot.inputs]
+    axis = next((item.i for item in spot.node.attribute if item.name == "axis"), 0) % len(shape)
+    if any(other is None or len(other) != len(shape) for other in shapes):
+        return None
+    known = [other for other in shapes if other is not None]
+    along = [other[axis] for other in known]
+    total = sum(n for n in along if isinstance(n, int)) if all(isinstance(n, int) for n in along) else None
+    return tuple(total if a == axis else _first(other[a] for other in known) for a in range(len(shape)))
+
+
+def _first(sizes: Iterable[Dim]) -> Dim:
+    """The same size, said several times: a number if there is one."""
+    given = [size for size in sizes if size is not None]
+    return next((size for size in given if isinstance(size, int)), given[0] if given else None)
+
+
+def _split(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    axis = next((item.i for item in spot.node.attribute if item.name == "axis"), 0) % len(shape)
+    sizes, whole = _numbers(spot, "split", 1, constants), shape[axis]
+    parts = len(spot.outputs)
+    if sizes is None and isinstance(whole, int) and whole % parts == 0:
+        sizes = [whole // parts] * parts
+    for place, output in enumerate(spot.outputs):
+        if output and (sizes is None or len(sizes) == parts):
+            part = (*shape[:axis], sizes[place] if sizes else None, *shape[axis + 1 :])
+            found.shapes[output] = _merge(found.shapes.get(output, part), part)
+    return None
+
+
+def _gather(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    indices = found.shapes.get(spot.inputs[1])
+    axis = next((item.i for item in spot.node.attribute if item.name == "axis"), 0) % max(len(shape), 1)
+    return None if indices is None else (*shape[:axis], *indices, *shape[axis + 1 :])
 
 
 def _global_pool(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape:
@@ -245,6 +433,99 @@ def _widest(sizes: tuple[Dim, ...]) -> Dim:
     return 1 if not others else next(iter(others)) if len(others) == 1 else None
 
 
+# ---------------------------------------------------------------- vectors of sizes
+
+
+def _sizes(value: str, found: Shapes, constants: Constants) -> Shape | None:
+    """What is known of a small vector of whole numbers."""
+    if value in constants:
+        size = constants.size(value)
+        numbers = constants.integers(value) if size is not None and size <= 64 else None
+        return None if numbers is None else tuple(numbers)
+    return found.sizes.get(value)
+
+
+def _note_sizes(spot: Spot, found: Shapes, constants: Constants) -> None:
+    """Compute a vector of sizes symbolically, if that is what a node computes."""
+    if spot.op in ("Shape", "Size"):
+        shape = found.shapes.get(spot.inputs[0])
+        result = None if shape is None else _measured(spot, shape)
+    elif spot.op in _SIZES and found.types.get(spot.outputs[0]) in (TensorProto.INT64, TensorProto.INT32):
+        given = [_sizes(value, found, constants) if value else None for value in spot.inputs]
+        result = None if given[0] is None else _SIZES[spot.op](spot, [g or () for g in given], constants)
+    else:
+        return
+    if result is not None and len(result) <= 64:
+        found.sizes[spot.outputs[0]] = result
+        rank = len(found.shapes.get(spot.outputs[0], (0, 0)))
+        whole = [size for size in result if isinstance(size, int)]
+        if rank < 2 and len(whole) == len(result):
+            constants.add_sizes(spot.outputs[0], whole if rank else whole[0])
+
+
+def _measured(spot: Spot, shape: Shape) -> Shape:
+    if spot.op == "Size":
+        return (_product(shape),)
+    bounds = {item.name: item.i for item in spot.node.attribute}
+    return shape[slice(bounds.get("start", 0), bounds.get("end"))]
+
+
+def _picked(spot: Spot, given: list[Shape], constants: Constants) -> Shape | None:
+    chosen = constants.integers(spot.inputs[1])
+    if chosen is None or any(not -len(given[0]) <= n < len(given[0]) for n in chosen):
+        return None
+    return tuple(given[0][n] for n in chosen)
+
+
+def _cut(spot: Spot, given: list[Shape], constants: Constants) -> Shape | None:
+    options = {item.name: list(item.ints) for item in spot.node.attribute}
+    numbers = [constants.integers(value) if value else None for value in spot.inputs[1:]]
+    starts, ends, _, steps = (*([options.get("starts"), options.get("ends")] if options else numbers), *[None] * 4)[:4]
+    if options:
+        steps = None
+    if not starts or not ends or len(starts) != 1 or (len(spot.inputs) > 4 and steps is None):
+        return None
+    return given[0][slice(starts[0], ends[0], steps[0] if steps else None)]
+
+
+def _joined(spot: Spot, given: list[Shape], constants: Constants) -> Shape | None:
+    return tuple(size for part in given for size in part) if all(given) else None
+
+
+def _kept(spot: Spot, given: list[Shape], constants: Constants) -> Shape | None:
+    return given[0]
+
+
+def _computed(compute: Callable[[int, int], int]) -> Callable[[Spot, list[Shape], Constants], Shape | None]:
+    def rule(spot: Spot, given: list[Shape], constants: Constants) -> Shape | None:
+        length = max(map(len, given))
+        if not all(given) or any(len(part) not in (1, length) for part in given):
+            return None
+        left, right = (part * length if len(part) == 1 else part for part in given)
+        return tuple(_combine(spot.op, compute, a, b) for a, b in zip(left, right, strict=True))
+
+    return rule
+
+
+def _combine(op: str, compute: Callable[[int, int], int], a: Dim, b: Dim) -> Dim:
+    if isinstance(a, int) and isinstance(b, int):
+        return compute(a, b) if op != "Div" or b else None
+    if op in ("Mul", "Div") and b == 1:
+        return a
+    return b if op == "Mul" and a == 1 else None
+
+
+_SIZES: Mapping[str, Callable[[Spot, list[Shape], Constants], Shape | None]] = {
+    **{op: _kept for op in ("Identity", "Cast", "Unsqueeze", "Squeeze", "Reshape")},
+    "Gather": _picked,
+    "Slice": _cut,
+    "Concat": _joined,
+    "Add": _computed(lambda a, b: a + b),
+    "Sub": _computed(lambda a, b: a - b),
+    "Mul": _computed(lambda a, b: a * b),
+    "Div": _computed(lambda a, b: a // b),
+}
+
 _KEEPS_SHAPE = (
     "Identity Dropout BatchNormalization InstanceNormalization Relu LeakyRelu PRelu Sigmoid Tanh Clip Elu Selu Softplus "
     "HardSigmoid HardSwish Mish Gelu Erf Exp Log Sqrt Abs Neg Softmax LogSoftmax Cast CastLike LRN Floor Ceil Round Celu "
@@ -252,14 +533,29 @@ _KEEPS_SHAPE = (
 ).split()
 
 _KEEPS_TYPE = frozenset(
-    [*_KEEPS_SHAPE, "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Sum", "Concat", "Reshape"]
+    "Slice Squeeze Unsqueeze MaxPool AveragePool Split Gather Expand Resize Transpose Flatten ReduceMean ReduceSum ReduceMax "
+    "GlobalAveragePool GlobalMaxPool".split()
+    + [*_KEEPS_SHAPE, "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Sum", "Concat", "Reshape"]
 ) - {"Cast", "CastLike"}
 
 _RULES: Mapping[str, Rule] = {
     **{op: _same for op in _KEEPS_SHAPE},
     "Reshape": _reshape,
+    "Slice": _slice,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "MatMul": _matmul,
+    "MaxPool": _pool,
+    "AveragePool": _pool,
+    "Concat": _concat,
+    "Split": _split,
+    "Gather": _gather,
+    **{f"Reduce{kind}": _reduce for kind in ("Mean", "Sum", "Max", "Min", "L2", "Prod")},
+    "Expand": _expand,
+    "Resize": _resize,
     "Flatten": _flatten,
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "Transpose": _transpose,
     "GlobalAveragePool": _global_pool,
     "GlobalMaxPool": _global_pool,

@@ -3,6 +3,7 @@
 Each difference between the two graphs is one edit (see `edit` for what an edit leaves alone):
 
 - a node that is gone is bypassed;
+- a linear operator that was copied is copied, for its one reader;
 - a linear operator that has absorbed something reads a new weight, and a new bias where it needs one: Conv,
   ConvTranspose and Gemm have an input for it, a MatMul gets an Add (or the one that it has a new constant), the rows of
   an embedding hold it;
@@ -122,6 +123,9 @@ class _Writer:
     def write(self) -> None:
         old = self.picture.graph
         places = {node.name: self._data_place(node) for node in old.nodes if node.affine is not None}
+        for node in self.graph.nodes:
+            if "copy_of" in node.attributes:
+                self._copy(node, places)
         for node in old.nodes:
             if node.name in self.graph:
                 self._change(node, self.graph[node.name], places)
@@ -143,6 +147,21 @@ class _Writer:
             self._spell_out(new, new.affine, places[new.name])
 
     # -- linear operators
+
+    def _copy(self, node: Node, places: dict[str, int]) -> None:
+        """Copy a linear operator for the one BatchNorm that is to read the copy; a MatMul's Add comes along."""
+        reader = node.attributes["reader"]
+        spots: list[Spot] = []
+        shared = {}
+        for spot in self.picture.spots[node.attributes["copy_of"]]:
+            value = self.editor.new_value(f"{self.editor.whole.raw[spot.outputs[0]]}.copy", spot.owner)
+            inputs = [shared.get(name, name) for name in spot.inputs]
+            spots.append(self.editor.insert_copy(spot, inputs, value))
+            shared[spot.outputs[0]] = value
+        self.picture.spots[node.name] = spots
+        self.editor.set_input(self.picture.spots[reader][0], places[reader], spots[-1].outputs[0])
+        if node.linear is not None:
+            self._absorb(node, node.linear)
 
     def _absorb(self, node: Node, linear: Linear) -> None:
         slots = find_slots(self.picture, node.name)
