@@ -23,12 +23,14 @@ graphs, one lost one), so both orders are tried and the better one is taken. Las
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 
 import numpy as np
 
 from bnfold.algebra import Affine, Array, Linear
+from bnfold.duplicate import copy_producers, original
 from bnfold.graph import Graph, Node, Shape
 from bnfold.operators import SELECTORS, TABLE, Refuse, find
 from bnfold.report import Outcome, Verdict
@@ -43,10 +45,12 @@ class Options:
     Attributes:
         halves: move a scale where the shift must stay; a per-channel Add is left.
         lower: leave one multiply and one add in the place of every BatchNorm that is kept.
+        duplicate: copy a linear operator that somebody else reads as well (`duplicate`); for files only.
     """
 
     halves: bool = True
     lower: bool = False
+    duplicate: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,25 @@ def travel(
         for every BatchNorm.
     """
     options, fits = options or Options(), fits or (lambda node: "")
+    journey = _travel(graph, options, fits)
+    return _duplicate(graph, options, fits, journey) if options.duplicate and journey.kept else journey
+
+
+def _duplicate(graph: Graph, options: Options, fits: Callable[[Node], str], journey: Journey) -> Journey:
+    """Fold once more, with copies for those that were kept; copies that do not help are taken back."""
+    kept = {verdict.name for verdict in journey.verdicts if verdict.outcome != "folded"}
+    while kept:
+        copied, readers = copy_producers(graph, [node.name for node in graph.nodes if node.place in kept])
+        again = _travel(copied, options, original(fits))
+        stayed = {name for name in readers if name in again.graph}
+        if not stayed:
+            return again if readers else journey
+        kept = {graph[name].place for name in readers - stayed}
+    return journey
+
+
+def _travel(graph: Graph, options: Options, fits: Callable[[Node], str]) -> Journey:
+    """Fold, with both orders of composing where the choice can matter."""
     driver = _Driver(graph, options, fits, (Attempt.up, Attempt.down))
     journey = driver.run()
     if not driver.composed or not journey.kept:
@@ -101,9 +124,11 @@ class _Driver:
         self.position = {node.name: place for place, node in enumerate(graph.nodes)}
         self.erased: set[str] = set()
         self.outputs = frozenset(graph.outputs)
+        self.origins: dict[str, str] = {}
+        self.names: dict[str, list[str]] = {}
         self.places: dict[str, list[str]] = {}
         for node in graph.nodes:
-            if node.linear is not None or node.affine is not None or node.is_batchnorm:
+            if node.site or node.linear is not None or node.is_batchnorm:
                 self.places.setdefault(node.place, []).append(node.name)
         self.verdicts: dict[str, Verdict] = {}
 
@@ -114,37 +139,45 @@ class _Driver:
 
     def source(self, value: str) -> str:
         """The value that this one is, now that some nodes are gone."""
-        producer = self.graph.producer(value)
-        while producer is not None and producer.name in self.erased:
-            value = producer.inputs[0]
-            producer = self.graph.producer(value)
+        path = []
+        while value in self.origins:
+            path.append(value)
+            value = self.origins[value]
+        self.origins.update(dict.fromkeys(path, value))
         return value
+
+    def erase(self, node: Node) -> None:
+        """Let whoever reads the output of a node read its input, under either name."""
+        self.erased.add(node.name)
+        below, above = node.outputs[0], self.source(node.inputs[0])
+        self.origins[below] = above
+        self.names.setdefault(above, [above]).extend(self.names.pop(below, [below]))
 
     def producer(self, value: str) -> Node | None:
         producer = self.graph.producer(self.source(value))
         return None if producer is None else self.nodes[producer.name]
 
-    def aliases(self, value: str) -> list[str]:
-        """This value under every name that it has by now."""
-        names = [value]
-        for name in names:
-            names += [node.outputs[0] for node in self.graph.readers(name) if node.name in self.erased]
-        return names
+    def readers(self, value: str) -> Iterator[Node]:
+        """The nodes that read a value under any of the names that it has by now, each once."""
+        seen: set[str] = set()
+        for name in self.names.get(value, (value,)):
+            for node in self.graph.readers(name):
+                if node.name not in self.erased and node.name not in seen:
+                    seen.add(node.name)
+                    yield self.nodes[node.name]
 
-    def readers(self, value: str) -> list[Node]:
-        readers = (node for alias in self.aliases(value) for node in self.graph.readers(alias))
-        return list(
-            {node.name: self.nodes[node.name] for node in readers if node.name not in self.erased}.values()
-        )
+    def is_shared(self, value: str) -> bool:
+        """Whether more than one node reads a value."""
+        return len(list(islice(self.readers(value), 2))) > 1
 
     def is_output(self, value: str) -> bool:
-        return any(alias in self.outputs for alias in self.aliases(value))
+        return any(name in self.outputs for name in self.names.get(value, (value,)))
 
     def takes_shift(self, value: str, patience: int = 64) -> bool:
         """Whether a shift could go up from here, by the look of the operators above; after so many steps, no."""
         value = self.source(value)
         producer = self.producer(value)
-        if producer is None or not patience or len(self.readers(value)) > 1:
+        if producer is None or not patience or self.is_shared(value):
             return False
         if producer.linear is not None:
             return not producer.linear.biasless
@@ -195,7 +228,7 @@ class _Driver:
         """Attempt to move one unit as a whole; True if it is gone."""
         if unit in self.verdicts:
             return True
-        attempt = Attempt(self, [unit], compose)
+        attempt = Attempt(self, {unit: None}, compose)
         try:
             attempt.make(direction)
         except Refuse:
@@ -207,7 +240,7 @@ class _Driver:
     def _half(self, unit: str) -> bool:
         """Move the scale of one unit and leave its shift; True if that was done."""
         for direction in (Attempt.up, Attempt.down):
-            attempt = Attempt(self, [unit], compose=False, half=True)
+            attempt = Attempt(self, {unit: None}, compose=False, half=True)
             try:
                 attempt.make(direction)
             except Refuse:
@@ -229,7 +262,7 @@ class _Driver:
         reasons: list[str] = []
         for direction in (Attempt.up, Attempt.down):
             try:
-                Attempt(self, [unit], compose=True).make(direction)
+                Attempt(self, {unit: None}, compose=True).make(direction)
             except Refuse as refusal:
                 reasons.append(str(refusal))
         if len(set(reasons)) < 2:
@@ -242,13 +275,13 @@ class Attempt:
     """One move, before it is made: what it would change. Nothing is touched until `commit`.
 
     Attributes:
-        units: the places of the BatchNorms that move together.
+        units: the places of the BatchNorms that move together, in order.
         compose: whether another BatchNorm may absorb them.
         half: whether only the scale moves.
     """
 
     driver: _Driver
-    units: list[str]
+    units: dict[str, None]
     compose: bool
     half: bool = False
     changed: dict[str, Node] = field(default_factory=dict)
@@ -267,7 +300,7 @@ class Attempt:
                 direction(self)
                 break
             except _Join as join:
-                self.units.append(str(join))
+                self.units.update(join.places)
         self._check_sharing()
         for node in self.changed.values():
             self._check_numbers(node)
@@ -281,7 +314,8 @@ class Attempt:
         for unit in self.units:
             self.driver.verdicts[unit] = Verdict(unit, outcome, into, reason)
         if not self.half:
-            self.driver.erased.update(node.name for node in self._members())
+            for node in self._members():
+                self.driver.erase(node)
         self.driver.nodes.update(self.changed)
 
     def up(self) -> None:
@@ -316,7 +350,7 @@ class Attempt:
             node = self._now(heapq.heappop(queue)[1])
             given = [lacks.get(self.driver.source(value)) for value in node.inputs]
             for value, affine in zip(node.outputs, self._asked_down(node, given), strict=True):
-                if affine is None or affine.is_identity:
+                if not value or affine is None or affine.is_identity:
                     continue
                 if self.driver.is_output(value):
                     raise Refuse(f"the output of `{node.name}` ({node.op}) is an output of the model")
@@ -330,7 +364,7 @@ class Attempt:
 
     def _members(self) -> list[Node]:
         names = (name for unit in self.units for name in self.driver.places[unit])
-        return [self.driver.nodes[name] for name in names]
+        return [node for name in names if (node := self.driver.nodes[name]).is_batchnorm]
 
     def _is_member(self, node: Node) -> bool:
         return node.is_batchnorm and node.place in self.units
@@ -343,7 +377,7 @@ class Attempt:
         """As what each input of a node must arrive, given what is wished of its outputs."""
         wanted = [wishes.agreed(value, node) for value in node.outputs]
         if self._is_member(node):
-            return [self._own_up(node, wanted[0])]
+            return self._take(node, [self._own_up(node, wanted[0])], len(node.inputs))
         if all(affine is None for affine in wanted):
             return [None] * len(node.inputs)
         leaning = self._lean_up(node, wanted[0])
@@ -356,7 +390,7 @@ class Attempt:
     def _asked_down(self, node: Node, given: list[Affine | None]) -> Sequence[Affine | None]:
         """What each output of a node lacks, given what its inputs lack."""
         if self._is_member(node):
-            return [self._own_down(node, given[0])]
+            return self._take(node, [self._own_down(node, given[0])], len(node.outputs))
         given = self._lean_down(node, given)
         if all(affine is None for affine in given):
             return [None] * len(node.outputs)
@@ -374,6 +408,8 @@ class Attempt:
             if not self.compose:
                 raise Refuse(f"`{node.name}` (BatchNormalization) is in the way")
             self.changed[node.name] = replace(node, affine=answer)
+        elif len(answer) != count:
+            raise Refuse(f"`{node.name}` ({node.op}) reads or writes more than its main operand")
         else:
             return answer
         return [None] * count
@@ -418,8 +454,8 @@ class Attempt:
         leaning: set[int] = set()
         if node.op not in ("Add", "Sum") or wanted is None or not np.any(wanted.scale != 1):
             return leaning
-        for place, value in enumerate(node.inputs):
-            beside = self._beside(node, place, self.driver.source(value), members=False)
+        for place in range(len(node.inputs)):
+            beside = self._beside(node, place, members=False)
             vectors = beside and self._along(beside, wanted.settle(beside[1].out_axis))
             if beside and vectors:
                 self.extra.setdefault(beside[0], []).append(vectors[0] - 1.0)
@@ -438,7 +474,7 @@ class Attempt:
         for place, affine in enumerate(given):
             if affine is None:
                 continue
-            beside = self._beside(node, place, self._origin(node.inputs[place]), members=True)
+            beside = self._beside(node, place, members=True)
             vectors = beside and self._along(beside, affine)
             if beside and vectors and not (beside[1].biasless and np.any(vectors[1] != 0)):
                 name, linear = beside
@@ -450,14 +486,17 @@ class Attempt:
     def _along(self, beside: tuple[str, Linear], affine: Affine) -> tuple[Array, Array] | None:
         return affine.vectors(beside[1].out_axis, beside[1].outputs)
 
-    def _beside(self, node: Node, place: int, origin: str, members: bool) -> tuple[str, Linear] | None:
-        """A linear operator that reads the same value as an operand of this sum, is laid out like it, and read only here."""
+    def _beside(self, node: Node, place: int, members: bool) -> tuple[str, Linear] | None:
+        """A linear operator that reads what one operand of this sum is, and whose output is another one of its own."""
         shape = self.driver.shape(node.outputs[0])
         if shape is None or self.driver.shape(node.inputs[place]) != shape:
             return None
+        if not any(map(self.driver.is_shared, self._back(node.inputs[place], members))):
+            return None
+        origin = self._origin(node.inputs[place], members)
         around = [value for other, value in enumerate(node.inputs) if other != place]
-        for value in around:
-            if len(self.driver.readers(self.driver.source(value))) != 1 or self.driver.is_output(value):
+        for value in map(self.driver.source, around):
+            if self.driver.is_shared(value) or self.driver.is_output(value):
                 continue
             producer = self.driver.producer(value)
             if producer is None:
@@ -465,20 +504,23 @@ class Attempt:
             if producer.op in ("Add", "Sum") and self.driver.shape(producer.outputs[0]) == shape:
                 around += producer.inputs
             linear = self._now(producer.name).linear
-            if linear is not None and linear.centre is not None:
-                read = producer.inputs[0]
-                if origin == (self._origin(read) if members else self.driver.source(read)):
-                    return producer.name, linear
+            if linear is None or linear.centre is None:
+                continue
+            if self._origin(producer.inputs[0], members) == origin:
+                return producer.name, linear
         return None
 
-    def _origin(self, value: str) -> str:
-        """The value that this one will be once the members are gone too."""
-        value = self.driver.source(value)
-        producer = self.driver.graph.producer(value)
-        while producer is not None and not self.half and self._is_member(producer):
-            value = self.driver.source(producer.inputs[0])
-            producer = self.driver.graph.producer(value)
-        return value
+    def _origin(self, value: str, members: bool) -> str:
+        return self._back(value, members)[-1]
+
+    def _back(self, value: str, members: bool) -> list[str]:
+        """This value and, behind it, those that it will be once the members are gone too."""
+        values = [self.driver.source(value)]
+        producer = self.driver.producer(values[0])
+        while members and producer is not None and not self.half and self._is_member(producer):
+            values.append(self.driver.source(producer.inputs[0]))
+            producer = self.driver.producer(values[-1])
+        return values
 
     # -- what must hold in the end
 
@@ -504,6 +546,8 @@ class Attempt:
                 raise Refuse(f"`{node.name}` ({node.op}) cannot hold an affine that varies along other axes")
             if not node.affine.is_finite:
                 raise Refuse(f"`{node.name}` ({node.op}) would not be finite")
+        if node.linear is not None and not node.linear.is_finite:
+            raise Refuse(f"`{node.name}` ({node.op}) would not be finite")
         obstacle = self.driver.fits(node) if node.linear is not None else ""
         if obstacle:
             raise Refuse(f"`{node.name}` ({node.op}) cannot absorb it: {obstacle}")
@@ -513,7 +557,11 @@ Direction = Callable[[Attempt], None]
 
 
 class _Join(Exception):
-    """Another BatchNorm reads the same value and wants the same of it: the message is its place."""
+    """Other BatchNorms read the same value and want the same of it."""
+
+    def __init__(self, places: list[str]) -> None:
+        super().__init__(*places)
+        self.places = dict.fromkeys(places)
 
 
 class _Wishes:
@@ -539,40 +587,53 @@ class _Wishes:
         name = f"the output of `{producer.name}` ({producer.op})"
         if self.driver.is_output(value):
             raise Refuse(f"{name} is an output of the model too")
+        alike: list[str] = []
         merged = wishes[0][1]
-        needs = [*wishes[1:], *self._others(value, {reader for reader, _ in wishes}, merged)]
-        for reader, affine in needs:
+        for reader, affine in chain(wishes[1:], self._needs(value, wishes, alike)):
             both = merged.merge(affine)
             if both is None:
                 raise Refuse(f"{name} is also read by `{reader}` ({self.driver.nodes[reader].op})")
             merged = both
+        if alike:
+            raise _Join(alike)
         return merged
 
-    def _others(self, value: str, spoken: set[str], wish: Affine) -> list[tuple[str, Affine]]:
-        """What the readers need who wished nothing: that what they read stays as it is."""
-        needs = []
+    def _needs(
+        self, value: str, wishes: list[tuple[str, Affine]], alike: list[str]
+    ) -> Iterator[tuple[str, Affine]]:
+        """What the readers need who wished nothing: that what they read stays; `alike` gets who may come along."""
+        spoken, wish = {reader for reader, _ in wishes}, wishes[0][1]
         for reader in self.driver.readers(value):
             if reader.name in spoken:
                 continue
-            if (
-                reader.is_batchnorm
-                and reader.affine is not None
-                and reader.affine.equals(wish)
-                and not self.attempt.half
-            ):
-                raise _Join(reader.place)
-            needs.append((reader.name, self._need(reader, wish.rank)))
-        return needs
+            if self._may_join(reader, wish):
+                alike.append(reader.place)
+            else:
+                yield reader.name, self._need(reader, wish.rank)
+
+    def _may_join(self, reader: Node, wish: Affine) -> bool:
+        if self.attempt.half or not reader.is_batchnorm or reader.place in self.attempt.units:
+            return False
+        return reader.affine is not None and reader.affine.equals(wish)
 
     def _need(self, reader: Node, rank: int) -> Affine:
-        shapes = [self.driver.shape(value) for value in reader.outputs if value]
-        if reader.op not in SELECTORS or any(shape is None for shape in shapes):
+        if reader.op not in SELECTORS or any(
+            self.driver.shape(value) is None for value in reader.outputs if value
+        ):
             return Affine.identity(rank)
-        kept = [Affine.identity(len(shape)) for shape in shapes if shape is not None]
+        kept = [
+            Affine.identity(len(self.driver.shape(v) or ())) if v else _anything(rank) for v in reader.outputs
+        ]
         answer = find(reader).up(reader, self.driver, kept)
         assert not isinstance(answer, Linear | Affine)
         assert answer[0] is not None
         return answer[0]
+
+
+def _anything(rank: int) -> Affine:
+    """What is wished of a value that nobody reads."""
+    nan = np.full((1,) * rank, np.nan)
+    return Affine(nan, nan)
 
 
 def _own(node: Node) -> Affine:
