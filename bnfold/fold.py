@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--lower", action="store_true", help="turn every BatchNorm that is kept into one multiply and one add"
     )
+    add("--whole", dest="halves", action="store_false", help="leave BatchNorms alone of which only the scale can go")
     onnx = parser.add_argument_group("ONNX files")
     onnx.add_argument("--inputs", type=Path, metavar="NPZ", help="verify on these arrays, by input name")
     onnx.add_argument(
@@ -108,6 +109,11 @@ def _show(report: Report) -> None:
         console.print(part)
 
 
+def _choices(options: argparse.Namespace) -> dict[str, bool]:
+    """What every frontend can be told."""
+    return {"verify": options.verify, "lower": options.lower, "halves": options.halves}
+
+
 def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
     from bnfold import onnx as frontend
 
@@ -115,10 +121,9 @@ def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
         options.file,
         None if options.dry_run else options.output,
         inputs=options.inputs,
-        verify=options.verify,
         freeze_initializers=options.freeze_initializers,
-        lower=options.lower,
         duplicate=options.duplicate,
+        **_choices(options),
     )
     return report, f"wrote {options.output}"
 
@@ -135,8 +140,7 @@ def _fold_torch(options: argparse.Namespace) -> tuple[Report, str]:
         None if options.dry_run else options.output,
         model=options.model,
         shapes=options.input,
-        verify=options.verify,
-        lower=options.lower,
+        **_choices(options),
     )
     return report, f"wrote {options.output}"
 
@@ -149,8 +153,9 @@ def _fold_checkpoint(options: argparse.Namespace) -> tuple[Report, str]:
     count = source.input.count
     exhaustive = count is not None and count <= _EVERY
     inputs = source.input.every() if exhaustive else source.input.sample(64)
-    model, report = fold(source.model, inputs, verify=options.verify, lower=options.lower)
-    report = replace(report, evidence=tuple(replace(item, exhaustive=exhaustive) for item in report.evidence))
+    model, report = fold(source.model, inputs, **_choices(options))
+    evidence = (replace(item, inputs=len(inputs), exhaustive=exhaustive) for item in report.evidence)
+    report = replace(report, evidence=tuple(evidence))
     if not options.dry_run:
         checkpoint.save(options.output, _folded(source, model, report, options.file))
     return report, f"wrote {options.output}\nnext: python -m export {options.output}"

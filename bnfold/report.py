@@ -94,6 +94,8 @@ class Report:
     def summary(self) -> str:
         """One line: how many of how many, and whether that was verified."""
         total, gone = len(self.verdicts), self.count("folded")
+        if not total:
+            return "there is no BatchNorm in it"
         parts = [f"{gone} of {total} BatchNorm{'s' * (total != 1)} folded"]
         parts += [f"{self.count(o)} {o}" for o in ("scale folded", "kept") if self.count(o)]
         return ", ".join([*parts, "verified" if self.verified else "unverified"])
@@ -115,6 +117,9 @@ class Report:
         parts: list[Any] = [_verdict_table(self.verdicts)] if self.verdicts else []
         parts += [_evidence_table(self.evidence)] if self.evidence else []
         parts += [escape(note) for note in self.notes]
+        if self.parameters is not None:
+            before, after = self.parameters
+            parts.append(f"numbers in the model: {before:,} before, {after:,} after")
         return [*parts, escape(self.summary())]
 
 
