@@ -34,7 +34,7 @@ def fold(
     *,
     inplace: bool = False,
     verify: bool = True,
-    options: Options | None = None,
+    **options: Any,
 ) -> tuple[nn.Module, Report]:
     """Fold every BatchNorm of a module that can be folded.
 
@@ -44,7 +44,7 @@ def fold(
             and a dict. Their values matter only to models that branch on them.
         inplace: edit the module itself instead of a copy.
         verify: compare the outputs before and after.
-        options: see `travel.Options`.
+        **options: see `travel.Options` (`halves`, `lower`).
 
     Returns:
         The folded module, of the same class, and a report with a verdict for every BatchNorm.
@@ -54,7 +54,7 @@ def fold(
         NotEquivalent: the folded module computes something else. With `inplace` it has been edited by then.
     """
     reading = read(model, example_inputs)
-    journey = travel(reading.graph, options, check_fit(model, reading))
+    journey = travel(reading.graph, Options(**options), check_fit(model, reading))
     size = _count(model)
     comparison = _Comparison(model, example_inputs, journey) if verify else None
     if comparison is not None:

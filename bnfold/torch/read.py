@@ -125,14 +125,14 @@ class _Draft:
         self.count = 0
         read = {id(value) for call in recording.calls for value in call.reads.values()}
         for call in recording.calls:
-            if not call.constant:
+            if not call.constant and (call.reads or call.made):
                 self._draw(call, any(id(value) in read for value in call.written))
         for value in recording.inputs.values():
             self.shapes[value.name] = value.shape
 
     def _draw(self, call: Call, aliased: bool) -> None:
         self.call = call
-        before, shapes = len(self.items), dict(self.shapes) if False else None
+        before = len(self.items)
         drawn = not aliased and draw(self, call)
         taken = {name for item in self.items[before:] for name in item.inputs}
         missed = any(not v.constant and not v.slots and v.name not in taken for v in call.reads.values())
@@ -278,7 +278,7 @@ def undisturbed() -> Iterator[None]:
 def _restored(model: nn.Module) -> Iterator[None]:
     """Put back every attribute, container and buffer that a pass with real tensors changes."""
     kept = [(module, dict(vars(module)), _containers(vars(module))) for module in model.modules()]
-    tensors = [(tensor, tensor._version, tensor.detach().clone()) for tensor in model.buffers() if not tensor.is_inference()]
+    tensors = [(tensor, tensor.detach().clone()) for tensor in model.buffers() if not nn.parameter.is_lazy(tensor)]
     try:
         yield
     finally:
@@ -290,8 +290,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
         with torch.no_grad():
-            for tensor, version, content in tensors:
-                if tensor._version != version:
+            for tensor, content in tensors:
+                if tensor.device.type != "meta" and not torch.equal(tensor, content):
                     tensor.copy_(content)
 
 
@@ -305,16 +305,25 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fak
 
 
 def _record_somehow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
-    """Record without arithmetic, or with it where the model needs numbers."""
+    """Record with real tensors or with shapes alone, whichever is cheaper; with the other where that fails."""
+    inputs = sum(tensor.numel() for _, tensor in leaves((args, kwargs)))
+    heavy = inputs > 1 << 20 or sum(tensor.numel() for tensor in model.parameters()) > 1 << 27
+    first = _is_meta(model, args, kwargs) or heavy
     try:
-        return _record(model, args, kwargs, True)
+        return _record(model, args, kwargs, first)
     except Exception as error:
-        if any(tensor.device.type == "meta" for tensor in model.parameters()):
+        if _is_meta(model, args, kwargs):
             raise _unreadable(model, error) from error
+        problem = error
     try:
-        return _record(model, args, kwargs, False)
+        return _record(model, args, kwargs, not first)
     except Exception as error:
-        raise _unreadable(model, error) from error
+        raise _unreadable(model, error if first else problem) from error
+
+
+def _is_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    tensors = (*model.parameters(), *model.buffers(), *(tensor for _, tensor in leaves((args, kwargs))))
+    return any(tensor.device.type == "meta" for tensor in tensors)
 
 
 def _unreadable(model: nn.Module, error: BaseException) -> UnreadableModel:
@@ -330,7 +339,7 @@ def _rebatched(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     if len(sizes) != 1 or 0 in sizes:
         return None
     size = sizes.pop()
-    wide = 2 * size + 3
+    wide = 2 if size > 2 else size + 1
 
     def stretch(tensor: Tensor) -> Tensor:
         return tensor[torch.arange(wide, device=tensor.device) % size] if tensor.dim() else tensor
