@@ -28,6 +28,7 @@ __all__ = [
     "Report",
     "UnreadableModel",
     "Verdict",
+    "calibrate",
     "fold",
     "fold_file",
     "verify",
@@ -68,6 +69,21 @@ def fold_file(source: str | Path, target: str | Path, **options: Any) -> Report:
     return frontend.fold_file(source, target, **options)
 
 
+def calibrate(model: Model, batches: Any, **options: Any) -> Model:
+    """Return a copy of an `nn.Module` whose BatchNorms have the statistics of a whole data set; see `bnfold.calibrate`.
+
+    Args:
+        model: not changed.
+        batches: the data set in batches that can be read several times: a list, a DataLoader, a generator function.
+        **options: `apply=lambda model, batch: ...` to call the model, `weights=lambda batch: ...` for examples that
+            count several times, `dtype=None` to compute in the model's own dtype.
+
+    Raises:
+        InputError: the model or the batches cannot be used; the message names the layer.
+    """
+    return cast("Model", import_module("bnfold.calibrate").calibrate(model, batches, **options))
+
+
 def verify(before: Any, after: Any, inputs: Any = None) -> tuple[Evidence, ...]:
     """Compare two models of one kind on the same inputs, in their own dtype and in float64.
 
@@ -95,10 +111,10 @@ def _frontend(model: Any) -> Any:
 
 
 class _Package(ModuleType):
-    """This package, on which importing the command `bnfold.fold` must not hide the function `fold`."""
+    """This package, on which importing the module `bnfold.fold` must not hide the function `fold`; so `calibrate`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name == "fold" and isinstance(value, ModuleType)):
+        if not (name in ("fold", "calibrate") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 
