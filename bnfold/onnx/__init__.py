@@ -81,7 +81,7 @@ def fold(
     proto, base = _own_copy(model)
     where = Path(folder) if folder is not None else base
     files.check(proto)
-    folded, report = _fold(proto, where, choices, lambda changed, editor: Runner(changed, where))
+    folded, report = _fold(proto, where, choices, lambda changed, editor: lambda: Runner(changed, where))
     if isinstance(model, onnx.ModelProto):
         return folded, report
     return _to_ir(folded, where), report
@@ -111,12 +111,12 @@ def fold_file(
     choices = _Choices(inputs, verify, freeze_initializers, Options(**options))
     proto = files.load_file(source)
     if target is None:
-        return _fold(proto, source.parent, choices, lambda changed, _: Runner(changed, source.parent))[1]
+        return _fold(proto, source.parent, choices, lambda changed, _: lambda: Runner(changed, source.parent))[1]
     with files.writing(Path(target)) as (path, put_in_place):
 
-        def save(changed: onnx.ModelProto, editor: Editor | None) -> Runner | None:
+        def save(changed: onnx.ModelProto, editor: Editor | None) -> Callable[[], Runner]:
             files.save_file(changed, path, source, editor.external if editor else {})
-            return Runner(path) if verify and editor else None
+            return lambda: Runner(path)
 
         report = _fold(proto, source.parent, choices, save)[1]
         put_in_place()
@@ -134,7 +134,7 @@ def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ..
 
     (first, folder), (second, other) = _own_copy(before), _own_copy(after)
     proof = Proof(read(first, folder), inputs)
-    return proof.judge(Runner(second, other), lambda: proof.run_wide(second, other), 1)
+    return proof.judge(lambda: Runner(second, other), lambda: proof.run_wide(second, other), 1)
 
 
 # ---------------------------------------------------------------- one fold
@@ -184,7 +184,7 @@ def _fold(
     model: onnx.ModelProto,
     folder: Path | None,
     choices: _Choices,
-    finish: Callable[[onnx.ModelProto, Editor | None], Runner | None],
+    finish: Callable[[onnx.ModelProto, Editor | None], Callable[[], Runner]],
 ) -> tuple[onnx.ModelProto, Report]:
     """Fold a model that is ours to change."""
     plan, notes = _decide(model, folder, choices), []
@@ -211,7 +211,7 @@ def _fold(
     after = _count(model)
     runner = finish(model, editor)
     evidence: tuple[Evidence, ...] = ()
-    if proof is not None and runner is not None:
+    if proof is not None:
         evidence = proof.judge(runner, proof.folded, plan.changed)
         notes += proof.notes
     return model, Report(plan.journey.verdicts, evidence, tuple(notes), (before, after))

@@ -26,7 +26,7 @@ from onnx import TensorProto
 from bnfold.errors import InputError
 from bnfold.graph import Shape
 
-__all__ = ["Constants", "FLOATS", "attributes", "attribute", "load"]
+__all__ = ["FLOATS", "Constants", "attribute", "attributes", "load"]
 
 Tensor = np.ndarray[Any, Any]
 
@@ -398,9 +398,7 @@ EVALUATE: dict[str, Operator] = {
 }
 
 _REFERENCE = frozenset(
-    "And ArgMax ArgMin Ceil Clip CumSum Equal Floor GatherElements GatherND Greater GreaterOrEqual Less LessOrEqual "
-    "MatMul Max Mean Min Mod Not OneHot Or Pad Range ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
-    "ReduceSumSquare Round ScatterElements ScatterND Sigmoid Sign Split Sum Tile Trilu Where Xor".split()
+    ["And", "ArgMax", "ArgMin", "Ceil", "Clip", "CumSum", "Equal", "Floor", "GatherElements", "GatherND", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "MatMul", "Max", "Mean", "Min", "Mod", "Not", "OneHot", "Or", "Pad", "Range", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Round", "ScatterElements", "ScatterND", "Sigmoid", "Sign", "Split", "Sum", "Tile", "Trilu", "Where", "Xor"]
 )
 """Other operators that are evaluated, by ONNX's reference implementation."""
 

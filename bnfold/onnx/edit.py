@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from bnfold.onnx.scope import Spot, Use
 from bnfold.onnx.read import Picture
+from bnfold.onnx.scope import Spot, Use
 
 __all__ = ["Editor"]
 

@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from bnfold.errors import InputError
+from bnfold.onnx.forms import EPSILON
 
 __all__ = ["evaluate"]
 
@@ -124,7 +125,7 @@ class BatchNormalization(OpRun):  # type: ignore[misc]
             raise NotImplementedError("BatchNormalization in training mode")
         shape = (1, -1, *[1] * (data.ndim - 2)) if scale.ndim == 1 else (1, *scale.shape)
         scale, bias, mean, var = (np.reshape(a, shape) for a in (scale, bias, mean, var))
-        return ((data - mean) / np.sqrt(var + (options.get("epsilon") or 0.0)) * scale + bias,)
+        return ((data - mean) / np.sqrt(var + (options.get("epsilon", EPSILON))) * scale + bias,)
 
 
 def _window(

@@ -27,6 +27,9 @@ from bnfold.onnx.shapes import Shapes
 
 __all__ = ["FORMS", "Scene", "draw"]
 
+EPSILON = float(np.float32(1e-5))
+"""What BatchNormalization adds to the variance where it does not say; attributes are float32."""
+
 LARGEST_AFFINE = 1 << 20
 """A constant operand with more elements than this is not looked at as an affine."""
 
@@ -347,8 +350,9 @@ def _batchnorm_affine(spot: Spot, scene: Scene) -> tuple[Affine | None, str]:
     expected = shape[1:] if per_element else shape[1:2]
     if any(len(a.shape) != len(expected) or any(map(_differ, expected, a.shape)) for a in (gamma, beta, mean, var)):
         return None, f"its scale has the shape {list(gamma.shape)}, which does not suit an input of {list(shape)}"
-    scale, shift = batchnorm(mean, var, gamma, beta, options.get("epsilon", 1e-5))
-    broken = _broken(var + options.get("epsilon", 1e-5), scale, shift)
+    epsilon = options.get("epsilon", EPSILON)
+    scale, shift = batchnorm(mean, var, gamma, beta, epsilon)
+    broken = _broken(var + epsilon, scale, shift)
     if broken:
         return None, broken
     if per_element:
@@ -636,11 +640,11 @@ FORMS: dict[str, Form] = {
     "MatMul": _matmul,
     "Gather": _gather,
     "BatchNormalization": _batchnorm,
-    **{op: _with_constant for op in ("Add", "Sub", "Mul", "Div")},
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _with_constant),
     "Neg": _neg,
     "Sum": _sum,
-    **{op: _plain for op in ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand")},
-    **{op: _plain for op in ("Relu", "LeakyRelu", "Abs")},
+    **dict.fromkeys(("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand"), _plain),
+    **dict.fromkeys(("Relu", "LeakyRelu", "Abs"), _plain),
     "PRelu": _prelu,
     "Dropout": _dropout,
     "Cast": _cast,
@@ -658,7 +662,7 @@ FORMS: dict[str, Form] = {
     "MaxPool": _pool,
     "GlobalAveragePool": _global_pool,
     "GlobalMaxPool": _global_pool,
-    **{op: _reduce for op in ("ReduceMean", "ReduceMax", "ReduceSum")},
+    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceSum"), _reduce),
     "Resize": _resize,
     "Upsample": _resize,
     "Pad": _pad,

@@ -28,7 +28,7 @@ _SIZES = ((2, 64), (1, 64), (1, 32), (2, 16), (1, 128), (1, 224), (1, 512), (1, 
 _WHOLE = (None, 1, 16000, 0)
 """What to try for whole numbers that reach no table: a few different ones, or all of them this one."""
 
-_THROUGH = frozenset("Cast Identity Unsqueeze Squeeze Reshape Transpose Flatten Expand Slice Clip Gather Concat".split())
+_THROUGH = frozenset(["Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Flatten", "Expand", "Slice", "Clip", "Gather", "Concat"])
 
 
 def candidates(model: onnx.ModelProto, scene: Scene, seed: int = 0) -> Iterator[Feed]:
@@ -74,7 +74,7 @@ def make(
         shape = [_size(dim, axis, sizes) for axis, dim in enumerate(declared)]
         if channels is not None and len(shape) > 1 and not isinstance(declared[channels[0]], int):
             shape[channels[0]] = channels[1]
-        feed[item.name] = _array(item, shape, scene, whole, random)
+        feed[item.name] = np.asarray(_array(item, shape, scene, whole, random))
     return feed
 
 
@@ -103,13 +103,13 @@ def _array(
     if dtype.kind == "c":
         return (signal(shape, random) + 1j * signal(shape, random)).astype(dtype)
     if kind == TensorProto.BOOL:
-        return random.random(shape) < 0.7
+        return np.asarray(random.random(shape) < 0.7)
     if kind == TensorProto.STRING:
         return np.full(shape, "a", object)
     rows = _rows(item.name, scene)
     if whole is not None and rows is None:
         return np.full(shape, whole, dtype)
-    return random.integers(0, rows or (256 if kind == TensorProto.UINT8 else 8), shape).astype(dtype)
+    return np.asarray(random.integers(0, rows or (256 if kind == TensorProto.UINT8 else 8), shape)).astype(dtype)
 
 
 def signal(shape: list[int], random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -136,9 +136,9 @@ def _rows(name: str, scene: Scene) -> int | None:
             spot = use.spot
             if spot is None:
                 continue
-            if spot.op in ("Gather", "GatherElements", "OneHot") and use.place == 1 or spot.op == "OneHot":
+            if (spot.op in ("Gather", "GatherElements", "OneHot") and use.place == 1) or spot.op == "OneHot":
                 rows += _table_rows(spot.inputs, spot.node, scene)
-            elif spot.op in _THROUGH and use.place == 0 or spot.op == "Concat":
+            elif (spot.op in _THROUGH and use.place == 0) or spot.op == "Concat":
                 waiting += [output for output in spot.outputs if output not in seen]
                 seen.update(spot.outputs)
     return min(rows, default=None)

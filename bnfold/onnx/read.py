@@ -209,7 +209,7 @@ def _kind(picture: Picture, chain: list[Node]) -> str:
     if not scales or not shifts or whole is None or len(whole.axes) > 1 or not _per_channel(picture, chain, whole):
         return ""
     centred = shifts[0] < scales[0] and shifts[-1] > scales[0]
-    if centred and len(chain) >= 3 or any(_has_root(picture, link) for link in chain):
+    if (centred and len(chain) >= 3) or any(_has_root(picture, link) for link in chain):
         return "strong"
     return "" if _normalises(picture, chain[0]) else "weak"
 

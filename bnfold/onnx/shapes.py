@@ -516,7 +516,7 @@ def _combine(op: str, compute: Callable[[int, int], int], a: Dim, b: Dim) -> Dim
 
 
 _SIZES: Mapping[str, Callable[[Spot, list[Shape], Constants], Shape | None]] = {
-    **{op: _kept for op in ("Identity", "Cast", "Unsqueeze", "Squeeze", "Reshape")},
+    **dict.fromkeys(("Identity", "Cast", "Unsqueeze", "Squeeze", "Reshape"), _kept),
     "Gather": _picked,
     "Slice": _cut,
     "Concat": _joined,
@@ -526,20 +526,15 @@ _SIZES: Mapping[str, Callable[[Spot, list[Shape], Constants], Shape | None]] = {
     "Div": _computed(lambda a, b: a // b),
 }
 
-_KEEPS_SHAPE = (
-    "Identity Dropout BatchNormalization InstanceNormalization Relu LeakyRelu PRelu Sigmoid Tanh Clip Elu Selu Softplus "
-    "HardSigmoid HardSwish Mish Gelu Erf Exp Log Sqrt Abs Neg Softmax LogSoftmax Cast CastLike LRN Floor Ceil Round Celu "
-    "LayerNormalization Sign Reciprocal ThresholdedRelu"
-).split()
+_KEEPS_SHAPE = ["Identity", "Dropout", "BatchNormalization", "InstanceNormalization", "Relu", "LeakyRelu", "PRelu", "Sigmoid", "Tanh", "Clip", "Elu", "Selu", "Softplus", "HardSigmoid", "HardSwish", "Mish", "Gelu", "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Softmax", "LogSoftmax", "Cast", "CastLike", "LRN", "Floor", "Ceil", "Round", "Celu", "LayerNormalization", "Sign", "Reciprocal", "ThresholdedRelu"]
 
 _KEEPS_TYPE = frozenset(
-    "Slice Squeeze Unsqueeze MaxPool AveragePool Split Gather Expand Resize Transpose Flatten ReduceMean ReduceSum ReduceMax "
-    "GlobalAveragePool GlobalMaxPool".split()
+    ["Slice", "Squeeze", "Unsqueeze", "MaxPool", "AveragePool", "Split", "Gather", "Expand", "Resize", "Transpose", "Flatten", "ReduceMean", "ReduceSum", "ReduceMax", "GlobalAveragePool", "GlobalMaxPool"]
     + [*_KEEPS_SHAPE, "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Sum", "Concat", "Reshape"]
 ) - {"Cast", "CastLike"}
 
 _RULES: Mapping[str, Rule] = {
-    **{op: _same for op in _KEEPS_SHAPE},
+    **dict.fromkeys(_KEEPS_SHAPE, _same),
     "Reshape": _reshape,
     "Slice": _slice,
     "Squeeze": _squeeze,
@@ -559,5 +554,5 @@ _RULES: Mapping[str, Rule] = {
     "Transpose": _transpose,
     "GlobalAveragePool": _global_pool,
     "GlobalMaxPool": _global_pool,
-    **{op: _broadcast for op in ("Add", "Sub", "Mul", "Div", "Sum")},
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Sum"), _broadcast),
 }

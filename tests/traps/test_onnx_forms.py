@@ -1,0 +1,278 @@
+"""Attributes and forms of one operator, in files (semantics.md 10-17, 21-24)."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+
+import bnfold.onnx
+from bnfold.errors import InputError
+from tests.onnx_models import count, fold, kept, model, norm, random, run, weights
+
+BN = "y = BatchNormalization(h, s, b, m, v)"
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 5), (4, 5), (4, 1), None])
+@pytest.mark.parametrize("trans", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_gemm_alpha_beta_and_any_c(shape, trans):
+    a, b = trans
+    c = "" if shape is None else ", c"
+    x = "3, 4" if a else "4, 3"
+    text = f"g (float[{x}] x) => (float[4, 5] y) {{ h = Gemm<alpha=0.7, beta=1.3, transA={a}, transB={b}>(x, w{c}) {BN} }}"
+    tensors = {"w": weights(5, 3) if b else weights(3, 5), **norm(5)}
+    if shape is not None:
+        tensors["c"] = weights(*shape)
+    folded, _ = fold(model(text, tensors), 1)
+    assert count(folded) == 0
+
+
+@pytest.mark.parametrize("opset", [7, 9, 11, 13, 14, 15, 18, 21, 24])
+def test_every_operator_set(opset):
+    text = f"g (float[N, 3, 6, 6] x) => (float[N, 8, 6, 6] y) {{ h = Conv<pads=[1, 1, 1, 1]>(x, w) {BN} }}"
+    fold(model(text, {"w": weights(8, 3, 3, 3), **norm(8)}, opset=opset), 1)
+
+
+def test_operator_set_6_is_refused_with_the_way_out():
+    text = f"g (float[N, 3] x) => (float[N, 3] y) {{ h = Relu(x) {BN} }}"
+    with pytest.raises(InputError, match="version_converter"):
+        bnfold.onnx.fold(model(text, norm(3), opset=6))
+
+
+@pytest.mark.parametrize("spatial", [0, 1])
+def test_spatial_of_operator_set_7(spatial):
+    numbers = {k: a if spatial else np.broadcast_to(a[:, None, None], (4, 5, 5)).copy() for k, a in norm(4).items()}
+    text = f"""g (float[2, 3, 5, 5] x) => (float[2, 4, 5, 5] y) {{
+        h = Conv(x, w) y = BatchNormalization<spatial={spatial}>(h, s, b, m, v) }}"""
+    some = model(text, {"w": weights(4, 3, 1, 1), **numbers}, opset=7)
+    fold(some, 1)
+
+
+def test_spatial_0_that_varies_in_space_stays():
+    numbers = {k: a.reshape(4, 5, 5) for k, a in norm(100).items()}
+    text = """g (float[2, 3, 5, 5] x) => (float[2, 4, 5, 5] y) {
+        h = Conv(x, w) y = BatchNormalization<spatial=0>(h, s, b, m, v) }"""
+    kept(model(text, {"w": weights(4, 3, 1, 1), **numbers}, opset=7), "varies along axis")
+
+
+def test_a_missing_epsilon_is_1e_5():
+    numbers = norm(4) | {"v": np.full(4, 1e-6, np.float32)}
+    text = f"g (float[2, 3, 5] x) => (float[2, 4, 5] y) {{ h = Conv(x, w) {BN} }}"
+    folded, _ = fold(model(text, {"w": weights(4, 3, 1), **numbers}), 1)
+    new = onnx.numpy_helper.to_array(folded.graph.initializer[0])
+    ratio = new.ravel() / weights(4, 3, 1).ravel()
+    np.testing.assert_allclose(ratio, np.repeat(numbers["s"] / np.sqrt(1.1e-5), 3), rtol=1e-6)
+
+
+def test_training_mode_stays():
+    text = """g (float[4, 3] x) => (float[4, 5] y) {
+        h = Gemm(x, w) y, mean, var = BatchNormalization<training_mode=1>(h, s, b, m, v) }"""
+    kept(model(text, {"w": weights(3, 5), **norm(5)}), "training mode")
+
+
+def test_more_than_one_output_before_operator_set_14_means_training():
+    text = """g (float[4, 3] x) => (float[4, 5] y) {
+        h = Gemm(x, w, c) y, mean, var, sm, sv = BatchNormalization(h, s, b, m, v) }"""
+    some = model(text, {"w": weights(3, 5), "c": weights(5), **norm(5)}, opset=9)
+    kept(some, "more than one output", verify=False)
+
+
+def test_instance_normalization_is_no_batchnorm():
+    text = "g (float[2, 3, 8] x) => (float[2, 3, 8] y) { h = Conv(x, w) y = InstanceNormalization(h, s, b) }"
+    numbers = norm(3)
+    some = model(text, {"w": weights(3, 3, 1), "s": numbers["s"], "b": numbers["b"]})
+    fold(some, 0, 0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("channels", [4, 8])
+def test_grouped_conv_transpose_also_with_equal_channels(groups, channels):
+    text = f"""g (float[2, 4, 6, 6] x) => (float[2, {channels}, 13, 13] y) {{
+        h = ConvTranspose<group={groups}, strides=[2, 2], output_padding=[1, 1], pads=[1, 1, 0, 0]>(x, w, c) {BN} }}"""
+    fold(model(text, {"w": weights(4, channels // groups, 3, 3), "c": weights(channels), **norm(channels)}), 1)
+
+
+def test_a_matrix_from_the_left():
+    text = f"g (float[2, 3, 7] x) => (float[2, 5, 7] y) {{ h = MatMul(w, x) {BN} }}"
+    folded, _ = fold(model(text, {"w": weights(5, 3), **norm(5)}), 1)
+    assert count(folded, "Add") == 1
+
+
+def test_a_constant_that_is_no_matrix_stays():
+    text = f"g (float[2, 4, 3] x) => (float[2, 4, 5] y) {{ h = MatMul(x, w) {BN} }}"
+    kept(model(text, {"w": weights(2, 3, 5), **norm(4)}), "not a matrix")
+
+
+def test_a_constant_with_leading_ones_is_a_matrix():
+    text = """g (float[2, 4, 3] x) => (float[2, 5, 4] y) {
+        h = MatMul(x, w) t = Transpose<perm=[0, 2, 1]>(h) y = BatchNormalization(t, s, b, m, v) }"""
+    folded, _ = fold(model(text, {"w": weights(1, 3, 5), **norm(5)}), 1)
+    assert {tuple(t.dims) for t in folded.graph.initializer} == {(1, 3, 5), (5,)}
+
+
+def test_linear_writes_another_axis_than_the_batchnorm_normalises():
+    """The shapes agree, so a fold that looks at shapes alone is silently wrong."""
+    text = f"g (float[2, 5, 3] x) => (float[2, 5, 5] y) {{ h = MatMul(x, w) {BN} }}"
+    kept(model(text, {"w": weights(3, 5), **norm(5)}), "channels on axis 2")
+
+
+def test_a_reshape_that_mixes_the_channels_stays():
+    text = """g (float[2, 4, 3] x) => (float[2, 5, 4] y) {
+        h = MatMul(x, w) t = Reshape(h, shape) y = BatchNormalization(t, s, b, m, v) }"""
+    report = kept(model(text, {"w": weights(3, 5), "shape": np.array([2, 5, 4]), **norm(5)}), "")
+    assert "Reshape" in report.verdicts[0].reason or "MatMul" in report.verdicts[0].reason
+
+
+@pytest.mark.parametrize(
+    ("attributes", "whole"),
+    [
+        ("", True),
+        ('auto_pad="VALID"', True),
+        ("pads=[0, 0, 0, 0]", True),
+        ("pads=[1, 1, 1, 1]", False),
+        ("pads=[0, 0, 1, 1]", False),
+        ('auto_pad="SAME_UPPER"', False),
+        ('auto_pad="SAME_LOWER", strides=[2, 2]', False),
+    ],
+)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_below_a_batchnorm_padding_lets_only_the_scale_in(attributes, whole, kernel):
+    text = f"""g (float[2, 3, 6, 6] x) => (float[2, 4, h, w_] y) {{
+        n = BatchNormalization(x, s, b, m, v) y = Conv<{attributes}>(n, w, c) }}"""
+    whole = whole or (kernel == 1 and "auto_pad" in attributes)
+    some = model(text.replace("<>", ""), {"w": weights(4, 3, kernel, kernel), "c": weights(4), **norm(3)})
+    folded, report = fold(some, int(whole), int(not whole))
+    assert count(folded) == 0
+    assert report.verdicts[0].outcome == ("folded" if whole else "scale folded")
+
+
+def test_a_pad_node_counts_as_padding():
+    text = """g (float[2, 3, 6, 6] x) => (float[2, 4, 6, 6] y) {
+        n = BatchNormalization(x, s, b, m, v) p = Pad(n, pads) y = Conv(p, w) }"""
+    tensors = {"w": weights(4, 3, 3, 3), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), **norm(3)}
+    _, report = fold(model(text, tensors), 0, 1)
+    assert report.verdicts[0].outcome == "scale folded"
+
+
+@pytest.mark.parametrize("mode", ["reflect", "edge"])
+def test_a_pad_that_repeats_what_is_there_lets_all_through(mode):
+    text = f"""g (float[2, 3, 6, 6] x) => (float[2, 4, 6, 6] y) {{
+        n = BatchNormalization(x, s, b, m, v) p = Pad<mode="{mode}">(n, pads) y = Conv(p, w) }}"""
+    fold(model(text, {"w": weights(4, 3, 3, 3), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), **norm(3)}), 1)
+
+
+def test_a_pad_with_another_constant_stays():
+    text = """g (float[2, 3, 6, 6] x) => (float[2, 4, 6, 6] y) {
+        n = BatchNormalization(x, s, b, m, v) p = Pad(n, pads, one) y = Conv(p, w) }"""
+    tensors = {"w": weights(4, 3, 3, 3), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "one": np.float32(1), **norm(3)}
+    kept(model(text, tensors), "Pad")
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+def test_average_pooling_that_counts_padding(counted):
+    text = f"""g (float[2, 3, 6, 6] x) => (float[2, 4, 6, 6] y) {{
+        h = Conv(x, w) p = AveragePool<kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad={counted}>(h)
+        y = BatchNormalization(p, s, b, m, v) }}"""
+    fold(model(text, {"w": weights(4, 3, 1, 1), **norm(4)}), 1 - counted, counted)
+
+
+def test_conv_transpose_with_output_padding_below_a_batchnorm():
+    text = """g (float[2, 3, 6] x) => (float[2, 4, n] y) {
+        n = BatchNormalization(x, s, b, m, v) y = ConvTranspose<strides=[2], output_padding=[1]>(n, w) }"""
+    folded, report = fold(model(text, {"w": weights(3, 4, 2), **norm(3)}), 0, 1)
+    assert report.verdicts[0].outcome == "scale folded"
+    assert count(folded) == 0
+
+
+# ---------------------------------------------------------------- types
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"), [("float16", np.float16, 4e-3), ("double", np.float64, 1e-13), ("float", np.float32, 2e-6)]
+)
+def test_every_tensor_keeps_its_type(kind, dtype, tolerance):
+    text = f"g ({kind}[4, 3] x) => ({kind}[4, 5] y) {{ h = Gemm(x, w) {BN} }}"
+    folded, _ = fold(model(text, {"w": weights(3, 5, dtype=dtype), **norm(5, dtype=dtype)}), 1, tolerance=tolerance)
+    assert {onnx.numpy_helper.to_array(t).dtype for t in folded.graph.initializer} == {np.dtype(dtype)}
+
+
+def test_half_precision_weights_with_single_precision_statistics():
+    text = f"g (float16[4, 3] x) => (float16[4, 5] y) {{ h = Gemm(x, w, c) {BN} }}"
+    tensors = {"w": weights(3, 5, dtype=np.float16), "c": weights(5, dtype=np.float16), **norm(5)}
+    folded, _ = fold(model(text, tensors, opset=15), 1, tolerance=4e-3)
+    assert {t.data_type for t in folded.graph.initializer} == {onnx.TensorProto.FLOAT16}
+
+
+def test_bfloat16_is_folded_and_compared_as_far_as_it_can_be_run():
+    dtype = ml_dtypes.bfloat16
+    text = f"g (bfloat16[4, 3] x) => (bfloat16[4, 5] y) {{ h = MatMul(x, w) {BN} }}"
+    some = model(text, {"w": weights(3, 5, dtype=dtype), **norm(5, dtype=dtype)})
+    folded, report = bnfold.onnx.fold(some)
+    onnx.checker.check_model(folded, full_check=True)
+    assert report.count("folded") == 1
+    assert report.verified
+    assert {t.data_type for t in folded.graph.initializer} == {onnx.TensorProto.BFLOAT16}
+
+
+def test_overflow_in_half_precision_stays():
+    numbers = norm(5, dtype=np.float16) | {"v": np.full(5, 1e-7, np.float16)}
+    text = "g (float16[4, 3] x) => (float16[4, 5] y) { h = Gemm(x, w) y = BatchNormalization<epsilon=1e-9>(h, s, b, m, v) }"
+    some = model(text, {"w": np.full((3, 5), 1e4, np.float16), **numbers})
+    kept(some, "overflow float16")
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("name", ["s", "v", "m"])
+def test_a_number_that_is_not_finite_stays(name):
+    numbers = norm(5)
+    numbers[name] = np.array([1, np.nan, 1, 1, 1], np.float32)
+    text = f"g (float[4, 3] x) => (float[4, 5] y) {{ h = Gemm(x, w) {BN} }}"
+    kept(model(text, {"w": weights(3, 5), **numbers}), "channel 1")
+
+
+def test_a_negative_variance_stays():
+    numbers = norm(5) | {"v": np.array([1, 1, -1, 1, 1], np.float32)}
+    text = f"g (float[4, 3] x) => (float[4, 5] y) {{ h = Gemm(x, w) {BN} }}"
+    kept(model(text, {"w": weights(3, 5), **numbers}), "variance of channel 2")
+
+
+def test_gamma_zero_and_variance_zero():
+    numbers = norm(5) | {"s": np.array([0, 1, 0, -1, 2], np.float32), "v": np.zeros(5, np.float32)}
+    text = f"g (float[4, 3] x) => (float[4, 5] y) {{ h = Gemm(x, w) {BN} }}"
+    fold(model(text, {"w": weights(3, 5), **numbers}), 1)
+
+
+def test_cancellation_in_the_bias_is_rounded_once():
+    numbers = norm(5) | {"m": np.full(5, 4096.25, np.float32), "v": np.ones(5, np.float32)}
+    bias = np.full(5, 4096.5, np.float32)
+    text = f"g (float[4, 3] x) => (float[4, 5] y) {{ h = Gemm(x, w, c) {BN} }}"
+    folded, _ = fold(model(text, {"w": weights(3, 5), "c": bias, **numbers}), 1, tolerance=1e-3)
+    scale = numbers["s"].astype(np.float64) / np.sqrt(1 + np.float32(1e-5).astype(np.float64))
+    exact = (scale * 0.25 + numbers["b"]).astype(np.float32)
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in folded.graph.initializer}
+    np.testing.assert_array_max_ulp(stored["c.folded"], exact, maxulp=1)
+
+
+def test_chains_of_batchnorms():
+    text = """g (float[4, 3] x) => (float[4, 5] y) {
+        h = Gemm(x, w) a = BatchNormalization(h, s, b, m, v) c = BatchNormalization(a, s, b, m, v)
+        r = Relu(c) d = BatchNormalization(r, s, b, m, v) e = BatchNormalization(d, s, b, m, v) y = Gemm(e, u) }"""
+    fold(model(text, {"w": weights(3, 5), "u": weights(5, 5), **norm(5)}), 4)
+
+
+def test_batchnorm_relu_padded_conv_says_so():
+    text = """g (float[4, 3, 5] x) => (float[4, 5, 3] y) {
+        n = BatchNormalization(x, s, b, m, v) r = Relu(n) y = Conv(r, w) }"""
+    kept(model(text, {"w": weights(5, 3, 3), **norm(3)}), "Relu")
+
+
+def test_a_model_that_runs_before_and_after_gives_the_same_with_real_inputs():
+    text = f"g (float[4, 3] x) => (float[4, 5] y) {{ h = Gemm(x, w) {BN} }}"
+    some = model(text, {"w": weights(3, 5), **norm(5)})
+    feed = {"x": random(3).standard_normal((4, 3)).astype(np.float32)}
+    folded, report = fold(some, 1, inputs=feed)
+    assert report.evidence[0].inputs == 4
+    np.testing.assert_allclose(run(folded, feed)["y"], run(some, feed)["y"], rtol=1e-5, atol=1e-5)
