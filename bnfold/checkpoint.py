@@ -203,8 +203,6 @@ def is_checkpoint(path: str | Path) -> bool:
 def describe(model: nn.Sequential) -> list[dict[str, Any]]:
     """Return the architecture as plain values: name, torch.nn class and arguments of each layer, in order.
 
-    A layer of another class counts as the torch.nn class that its attribute `saved_as` names.
-
     Raises:
         InputError: the model is no flat `nn.Sequential` of layers in the table; the message names the layer.
     """

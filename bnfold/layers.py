@@ -96,7 +96,7 @@ _CHECKS: dict[str, Check] = {
     "output_size": _is_output_size,
 }
 
-_NORMALISATION = "num_features eps momentum affine track_running_stats"
+_NORMALISATION = "num_features eps momentum affine bias track_running_stats"
 _CONVOLUTION = "in_channels out_channels kernel_size stride padding dilation groups bias padding_mode"
 _WINDOW = "kernel_size stride padding ceil_mode"
 
@@ -110,7 +110,7 @@ LAYERS: dict[str, list[str]] = {
         "BatchNorm{rank}d": _NORMALISATION,
         "InstanceNorm{rank}d": _NORMALISATION,
         "LayerNorm": "normalized_shape eps elementwise_affine bias",
-        "GroupNorm": "num_groups num_channels eps affine",
+        "GroupNorm": "num_groups num_channels eps affine bias",
         "Identity": "",
         "Flatten": "start_dim end_dim",
         "Unflatten": "dim unflattened_size",
@@ -145,10 +145,10 @@ def describe_layer(name: str, layer: nn.Module) -> dict[str, Any]:
     """Return name, torch.nn class and arguments of a layer as plain values.
 
     Raises:
-        InputError: the class is not torch.nn's own, names no class of torch.nn by `saved_as`, or has no row.
+        InputError: the class is not torch.nn's own, or has no row.
     """
-    kind = getattr(type(layer), "saved_as", type(layer).__name__)
-    if kind not in LAYERS or not ("saved_as" in vars(type(layer)) or type(layer) is getattr(nn, kind)):
+    kind = type(layer).__name__
+    if kind not in LAYERS or type(layer) is not getattr(nn, kind):
         raise InputError(f"layer `{name}` is a {type(layer).__qualname__}, which a checkpoint cannot hold")
     arguments = {argument: getattr(layer, argument) for argument in LAYERS[kind]}
     if "bias" in arguments:

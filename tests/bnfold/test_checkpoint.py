@@ -152,6 +152,9 @@ def test_every_dtype_of_weights_survives(path: Path) -> None:
 IMAGE: dict[int, tuple[int, ...]] = {1: (4, 8), 2: (4, 8, 8), 3: (4, 4, 4, 4)}
 EXAMPLES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(8, 3), (8,)),
+    (nn.BatchNorm1d(8, affine=False), (8,)),
+    (nn.BatchNorm1d(8, bias=False), (8,)),
+    (nn.BatchNorm1d(8, track_running_stats=False), (8,)),
     (nn.Flatten(1, 2), (4, 8)),
     (nn.Unflatten(1, (2, 4)), (8,)),
     (nn.Identity(), (8,)),
@@ -216,18 +219,6 @@ def test_every_layer_of_the_table_comes_back_the_same(
     after, inputs = load(path).model, domain.sample(5)
     assert repr(after) == repr(net)
     assert torch.equal(after(inputs.clone()), net(inputs.clone()))
-
-
-def test_a_layer_written_by_hand_is_saved_as_the_torch_layer_it_names(path: Path) -> None:
-    class Tanh(nn.Module):
-        saved_as = "Tanh"
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.tanh(x)
-
-    net = nn.Sequential(nn.Linear(8, 3), Tanh())
-    save(path, Checkpoint(net, InputDomain((8,))))
-    assert type(load(path).model[1]) is nn.Tanh
 
 
 class TestRefusedModels:
