@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnfold.algebra import Array
 from bnfold.torch.functions import variants
-from bnfold.torch.recording import Call, Like, Value
+from bnfold.torch.recording import Call, Like, Listed, Value
 
 __all__ = ["Evaluator", "numbers", "slots_of"]
 
@@ -88,7 +88,7 @@ class Evaluator:
         if isinstance(thing, torch.device):
             return torch.device("cpu")
         if isinstance(thing, tuple):
-            return tuple(self._thaw(part) for part in thing)
+            return (list if isinstance(thing, Listed) else tuple)(self._thaw(part) for part in thing)
         if isinstance(thing, dict):
             return {key: self._thaw(part) for key, part in thing.items()}
         if isinstance(thing, slice):

@@ -101,6 +101,7 @@ class _Item:
     name: str = ""
     site: str = ""
     place: LinearPlace | NormPlace | None = None
+    joined: Call | None = None
 
     @property
     def is_batchnorm(self) -> bool:
@@ -430,6 +431,7 @@ class _Reader:
         self.outputs = [v.name for v in self.recording.outputs.values() if not v.constant and not v.slots]
 
     def read(self) -> Reading:
+        self._join_biases()
         self._find_norms()
         self._name()
         self._guard_changes()
@@ -461,6 +463,21 @@ class _Reader:
             for name in dict.fromkeys(item.inputs):
                 readers.setdefault(name, []).append(item)
         return readers
+
+    def _join_biases(self) -> None:
+        """Make one operator of a matrix product and the parameter that is added to it."""
+        readers = self._readers()
+        gone: set[int] = set()
+        for item in self.items:
+            if item.linear is None or item.bias is not None or item.op not in ("Gemm", "MatMul"):
+                continue
+            read = readers.get(item.outputs[0], [])
+            if len(read) == 1 and item.outputs[0] not in self.outputs and _is_bias(read[0], item):
+                item.bias = next(v for v in read[0].call.reads.values() if v.slots)
+                item.linear = replace(item.linear, biasless="")
+                item.outputs, item.joined = read[0].outputs, read[0].call
+                gone.add(id(read[0]))
+        self.items[:] = [item for item in self.items if id(item) not in gone]
 
     # -- BatchNorms
 
@@ -709,7 +726,8 @@ class _Reader:
         reads: dict[int, str] = {}
         for item in self.items:
             own = {id(item.weight), id(item.bias)} if item.place is not None and item.linear is not None else set()
-            for value in item.call.reads.values():
+            calls = [item.call] if item.joined is None else [item.call, item.joined]
+            for value in (value for call in calls for value in call.reads.values()):
                 if id(value) not in own:
                     reads.update(dict.fromkeys(_roots(value), item.name))
         for value in self.recording.outputs.values():
@@ -737,12 +755,11 @@ class _Reader:
             for slot in (item.place.weight, item.place.bias):
                 if slot is not None:
                     uses.setdefault(slot.name, []).append(item)
-        for name, items in uses.items():
-            kinds = {_kind(item) for item in items}
-            if len(kinds) > 1:
-                for item in items:
-                    others = [other.name for other in items if other is not item]
-                    item.refuse(f"`{name}` is used in another way by `{others[0]}`")
+        clashes = [(name, items) for name, items in uses.items() if len({_kind(item) for item in items}) > 1]
+        for name, items in clashes:
+            for item in items:
+                other = next(other for other in items if other is not item)
+                item.refuse(f"`{name}` is used in another way by `{other.name}`")
 
     # -- the rest
 
@@ -792,6 +809,18 @@ _SHARING = frozenset(
     "BatchNormalization Identity Dropout Reshape Squeeze Unsqueeze Flatten Transpose Slice Split Gather Expand Cast Alias".split()
 )
 """Operators whose output may lie in the memory of their input, or will, once they are gone."""
+
+
+def _is_bias(item: _Item, linear: _Item) -> bool:
+    """Whether an item adds a stored vector to the product of a matrix."""
+    assert linear.linear is not None
+    values = [v for v in item.call.reads.values() if v.slots]
+    if item.op != "Affine" or item.call.label not in ("add", "iadd", "radd") or len(values) != 1 or not values[0].constant:
+        return False
+    vector = (linear.linear.outputs,)
+    plain = item.affine is not None and bool((item.affine.scale == 1).all()) and len(item.call.args) == 2 and not item.call.kwargs
+    last = linear.linear.out_axis == linear.call.made[0].rank - 1
+    return plain and last and values[0].shape[-1:] == vector and values[0].tensor is not None and values[0].tensor.numel() == vector[0]
 
 
 def replace_item(first: _Item, head: list[_Item]) -> _Item:

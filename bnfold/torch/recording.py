@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.torch.functions import LIKE, METADATA, PURE, name_of
 
-__all__ = ["Call", "Frame", "Like", "Recording", "Slot", "Value", "leaves", "record"]
+__all__ = ["Call", "Frame", "Like", "Listed", "Recording", "Slot", "Value", "leaves", "record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,10 @@ class Like:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class Listed(tuple):  # type: ignore[type-arg]
+    """Stands in a call's arguments for a list, which selects otherwise than a tuple."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +331,7 @@ class _Recorder:
         if isinstance(thing, slice):
             return slice(*(self.freeze(part, call) for part in (thing.start, thing.stop, thing.step)))
         if isinstance(thing, list | tuple):
-            return tuple(self.freeze(part, call) for part in thing)
+            return (Listed if isinstance(thing, list) else tuple)(self.freeze(part, call) for part in thing)
         if isinstance(thing, dict):
             return {key: self.freeze(part, call) for key, part in thing.items()}
         if not isinstance(thing, str | int | float | bool | complex | torch.dtype | torch.device | Like | type(None)):
@@ -389,7 +393,7 @@ class _Recorder:
     def _change(self, tensor: Tensor, call: Call, data: bool) -> None:
         """Everything that lies in this memory has changed, by what the call has read."""
         store = self.store(tensor)
-        if store is None:
+        if store is None or not store.values:
             return
         store.generation += 1
         self.count += 1

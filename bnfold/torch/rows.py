@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.torch.functions import getter, variants
-from bnfold.torch.recording import Call, Value
+from bnfold.torch.recording import Call, Listed, Value
 
 __all__ = ["ROWS", "Draft", "draw"]
 
@@ -631,12 +632,19 @@ def _index_select(draft: Draft, call: Call, input: Value, dim: int, index: Any) 
     return _gather(draft, input, call.made[0], _axis(dim, input.rank), index)
 
 
-def _gather(draft: Draft, x: Value, y: Value, axis: int, index: Any) -> bool:
-    numbers = None if _computed(index) else draft.array(index)
+def _gather(draft: Draft, x: Value, y: Value, axis: int, index: Any, cuts: dict[int, slice] | None = None) -> bool:
+    numbers = np.asarray(index) if isinstance(index, tuple) else None if _computed(index) else draft.array(index)
     if not _computed(x) or numbers is None or numbers.ndim != 1:
         return False
+    target: Value | str = y
+    rest = {a: cut for a, cut in (cuts or {}).items() if cut != slice(None)}
+    shape = (*x.shape[:axis], numbers.size, *x.shape[axis + 1 :])
+    if rest:
+        target = draft.between(shape)
     places = numbers.astype(np.int64)
-    draft.node("Gather", [x], [y], axis=axis, indices=np.where(places < 0, places + x.shape[axis], places))
+    draft.node("Gather", [x], [target], axis=axis, indices=np.where(places < 0, places + x.shape[axis], places))
+    if rest:
+        draft.node("Slice", [target], [y], slices=tuple(_settled(rest.get(a, slice(None)), n) for a, n in enumerate(shape)))
     return True
 
 
@@ -659,8 +667,8 @@ def _roll(draft: Draft, call: Call, input: Value, shifts: Any, dims: Any) -> boo
 def _getitem(draft: Draft, call: Call, input: Value, index: Any) -> bool:
     if not _computed(input):
         return False
-    parts = list(index) if isinstance(index, tuple) else [index]
-    arrays = [part for part in parts if isinstance(part, Value)]
+    parts = list(index) if isinstance(index, tuple) and not isinstance(index, Listed) else [index]
+    arrays = [part for part in parts if isinstance(part, Value | tuple)]
     if len(arrays) == 1:
         return _getitem_array(draft, call, input, parts)
     if not all(part is None or part is Ellipsis or _is_cut(part) for part in parts):
@@ -676,16 +684,26 @@ def _is_cut(part: Any) -> bool:
 
 def _getitem_array(draft: Draft, call: Call, x: Value, parts: list[Any]) -> bool:
     """`x[:, indices]`, with nothing else that selects."""
-    place = next(i for i, part in enumerate(parts) if isinstance(part, Value))
+    place = next(i for i, part in enumerate(parts) if isinstance(part, Value | tuple))
     index = parts[place]
-    if index.dtype.is_floating_point or str(index.dtype) in ("torch.bool", "torch.uint8"):
+    if isinstance(index, Value) and (index.dtype.is_floating_point or index.dtype in (torch.bool, torch.uint8)):
         return False
-    if any(part != slice(None) and part is not Ellipsis for i, part in enumerate(parts) if i != place):
+    if isinstance(index, tuple) and not all(type(part) is int for part in index):
         return False
-    if Ellipsis in [part for part in parts if not isinstance(part, Value)]:
-        dots = next(i for i, part in enumerate(parts) if part is Ellipsis)
-        place = place if place < dots else x.rank - (len(parts) - place)
-    return _gather(draft, x, call.made[0], place, index)
+    cuts: dict[int, slice] = {}
+    axis, target = 0, 0
+    for part in parts:
+        if part is Ellipsis:
+            axis = x.rank - (len(parts) - 1 - parts.index(Ellipsis))
+            continue
+        if part is index:
+            target = axis
+        elif isinstance(part, slice) and _is_cut(part):
+            cuts[axis] = part
+        else:
+            return False
+        axis += 1
+    return _gather(draft, x, call.made[0], target, index, cuts)
 
 
 def _getitem_basic(draft: Draft, x: Value, y: Value, parts: list[Any]) -> bool:

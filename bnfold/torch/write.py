@@ -211,7 +211,7 @@ def _round(array: Array, like: Tensor) -> Tensor:
     if like.device.type == "meta":
         return torch.empty(array.shape, dtype=like.dtype, device="meta")
     narrow = like.dtype not in (torch.float64, torch.float32)
-    tensor = torch.from_numpy(np.ascontiguousarray(round_to_odd(array) if narrow else array)).to(like.dtype)
+    tensor = torch.from_numpy(round_to_odd(array) if narrow else np.array(array)).to(like.dtype)
     if tensor.shape != like.shape:
         return tensor.to(like.device)
     return torch.empty_like(like, requires_grad=False).copy_(tensor)
