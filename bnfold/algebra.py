@@ -98,7 +98,7 @@ class Affine:
 
     def scale_only(self) -> Affine:
         """The same scale, no shift."""
-        return Affine(self.scale, np.where(np.isnan(self.shift), np.nan, 0.0))
+        return Affine(self.scale, np.where(np.isnan(self.shift), np.nan, 0.0)).collapse()
 
     def equals(self, other: Affine) -> bool:
         """Whether both act alike on a value of one rank."""
@@ -217,6 +217,16 @@ class Linear:
         shifts = [pair[1] for pair in (self.before, self.after) if pair is not None]
         return any(bool(np.any(shift != 0)) for shift in shifts)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number that was absorbed is finite."""
+        pairs = [pair for pair in (self.before, self.after) if pair is not None]
+        numbers = [
+            *(number for pair in pairs for number in pair),
+            *([] if self.beside is None else [self.beside]),
+        ]
+        return all(bool(np.isfinite(each).all()) for each in numbers)
+
     def absorb_after(self, scale: Array, shift: Array) -> Linear:
         """Below it: `scale (W x + b) + shift`, both `(outputs,)`."""
         if self.after is not None:
@@ -244,6 +254,8 @@ class Linear:
 
     def equals(self, other: Linear) -> bool:
         """Whether two operators that share one weight have absorbed the same, so that one new weight serves both."""
+        if (self.order, self.groups) != (other.order, other.groups):
+            return False
         mine = [*(self.before or (None, None)), *(self.after or (None, None)), self.beside]
         theirs = [*(other.before or (None, None)), *(other.after or (None, None)), other.beside]
         return all(

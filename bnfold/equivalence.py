@@ -8,7 +8,8 @@ Two questions, asked separately, of outputs that the frontends computed:
   *unfolded* model shows in its own dtype, times the ratio of the two unit roundoffs, is what float64 will show.
 - *Is the rounding acceptable?* Both models in their own dtype, each against the float64 truth. The folded model may
   be off by a small multiple of what the unfolded one is off by, plus one unit roundoff for each operator that was
-  given new weights, since each of those was rounded once.
+  given new weights, since each of those was rounded once. Where the unfolded model itself overflows in its own dtype,
+  there is no noise to measure, and only the first question is asked.
 
 Neither bound is a round number that somebody chose to make a model pass: one is measured on the model that nobody
 touched, the other is Higham's (2002, "Accuracy and Stability of Numerical Algorithms", section 3.1) unit roundoff per
@@ -81,9 +82,12 @@ def judge(
     rounding = _MARGIN * (changed + 1) * unit
     if exact is None:
         source = f"{_MARGIN:g} x {changed + 1} roundings of {unit:.1e}; float64 could not be run"
+        _check_shapes(*own)
         worst = compare(*own, max(rounding, 64 * unit), dtype, discrete=False)
         return (_evidence(dtype, own[0], worst, max(rounding, 64 * unit), source, inputs, exhaustive),)
-    noise = measure(exact[0], own[0], discrete=False).deviation if dtype != "float64" else 0.0
+    own = _where_finite(own[0], own[0]), _where_finite(own[1], own[0])
+    truth = _where_finite(exact[0], own[0])
+    noise = measure(truth, own[0], discrete=False).deviation if dtype != "float64" else 0.0
     carried = _MARGIN**2 * noise * UNIT_ROUNDOFF["float64"] / unit
     bound, source = (
         (ALGEBRA, "of the largest output") if carried < ALGEBRA else (carried, "the model's own noise")
@@ -94,7 +98,7 @@ def judge(
         return evidence
     bound = _MARGIN * noise + rounding
     source = f"{_MARGIN:g} x (unfolded error {noise:.1e} + {changed + 1} roundings of {unit:.1e})"
-    worst = compare(exact[0], own[1], bound, dtype, discrete=False)
+    worst = compare(truth, own[1], bound, dtype, discrete=False)
     return (*evidence, _evidence(dtype, exact[0], worst, bound, source, inputs, exhaustive))
 
 
@@ -154,6 +158,31 @@ def _difference(old: npt.NDArray[Any], new: npt.NDArray[Any], largest: float, di
     at = np.unravel_index(int(np.argmax(distance)), distance.shape)
     place = f"[{', '.join(str(int(i)) for i in at)}]: {old[at]:.9g} before, {new[at]:.9g} after"
     return Worst(float(distance[at]), place)
+
+
+def _check_shapes(before: Sequence[Outputs], after: Sequence[Outputs]) -> None:
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        for name in old.keys() & new.keys():
+            if np.shape(old[name]) != np.shape(new[name]):
+                raise NotEquivalent(
+                    f"the models differ at input {index}, output {name}: shapes {np.shape(old[name])} before, "
+                    f"{np.shape(new[name])} after"
+                )
+
+
+def _where_finite(outputs: Sequence[Outputs], unfolded: Sequence[Outputs]) -> list[Outputs]:
+    """Outputs with NaN wherever the unfolded model, in its own dtype, gave no number."""
+    return [
+        {name: _masked(np.asarray(array), np.asarray(theirs.get(name, 0.0))) for name, array in ours.items()}
+        for ours, theirs in zip(outputs, unfolded, strict=True)
+    ]
+
+
+def _masked(array: npt.NDArray[Any], unfolded: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if not _is_continuous(array) or not _is_continuous(unfolded) or array.shape != unfolded.shape:
+        return array
+    lost = ~np.isfinite(unfolded.astype(np.complex128 if np.iscomplexobj(unfolded) else np.float64))
+    return np.where(lost, np.array(np.nan, array.dtype), array) if lost.any() else array
 
 
 def _is_continuous(array: npt.NDArray[Any]) -> bool:

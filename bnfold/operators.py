@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import numpy as np
@@ -121,6 +122,8 @@ def _absorb_before(node: Node, around: Surroundings, given: Flow) -> Answer:
 def _affine(node: Node) -> Affine:
     if node.affine is None:
         raise Refuse(f"`{node.name}` stays: {node.attributes.get('reason', 'its numbers are not constant')}")
+    if not node.affine.is_finite:
+        raise Refuse(f"`{node.name}` ({node.op}) holds a number that is not finite")
     return node.affine
 
 
@@ -151,7 +154,8 @@ def _conjugate_down(node: Node, around: Surroundings, given: Flow) -> Answer:
 
 def _only(flow: Flow) -> Affine:
     """The first affine of a flow, where a node has one input (or output) that matters."""
-    assert flow[0] is not None
+    if flow[0] is None:
+        raise Refuse("an operand that cannot carry an affine would have to")
     return flow[0]
 
 
@@ -202,6 +206,8 @@ def _regroup(node: Node, affine: Affine, source: Shape, target: Shape) -> Affine
         varies = any(affine.scale.shape[axis] != 1 for axis in here)
         wide += [_size(node, source[axis]) if varies else 1 for axis in here]
         narrow += [_size(node, target[axis]) if varies else 1 for axis in there]
+    if prod(wide) != prod(narrow):
+        raise Refuse(f"the shapes around `{node.name}` ({node.op}) do not agree")
     return affine.map(lambda array: np.broadcast_to(array, wide).reshape(narrow))
 
 
@@ -386,12 +392,15 @@ def _expand_down(node: Node, around: Surroundings, given: Flow) -> Answer:
 
 
 def _narrow(node: Node, around: Surroundings, affine: Affine, value: str) -> Affine:
-    """What an operand that is broadcast must arrive as; refuses what would differ between its copies."""
+    """What an operand that is broadcast must arrive as; refuses what would differ between its copies.
+
+    A size that is not a number may turn out to be 1.
+    """
     shape = _shape(node, around, value)
     missing = affine.rank - len(shape)
     copied = [
         *range(missing),
-        *(missing + axis for axis, size in enumerate(shape) if size is None or size == 1),
+        *(missing + axis for axis, size in enumerate(shape) if not isinstance(size, int) or size == 1),
     ]
     if any(axis in copied for axis in affine.axes):
         raise Refuse(f"`{node.name}` ({node.op}) repeats `{value}` along an axis on which the affine varies")
@@ -432,7 +441,7 @@ def _tile_down(node: Node, around: Surroundings, given: Flow) -> Answer:
 def _channels_to_blocks(node: Node, around: Surroundings, flow: Flow) -> Answer:
     """The affine on the deep side of a DepthToSpace, from the one on its wide side."""
     affine, block = _only(flow), node.attributes["blocksize"]
-    if any(axis != 1 for axis in affine.axes):
+    if any(axis != 1 for axis in affine.axes) or (affine.axes and affine.rank != 4):
         raise Refuse(f"`{node.name}` ({node.op}) mixes the channels with an axis on which the affine varies")
     copies = block ** (affine.rank - 2)
     if affine.scale.shape[1] == 1:
@@ -451,7 +460,7 @@ def _blocks_to_channels(node: Node, around: Surroundings, flow: Flow) -> Answer:
     order = (-1, copies) if node.attributes["mode"] == "CRD" else (copies, -1)
 
     def merge(array: Array) -> Array:
-        seen = array.reshape(order) if affine.axes == (1,) else None
+        seen = array.reshape(order) if affine.axes == (1,) and affine.rank == 4 else None
         each = None if seen is None else (seen if order[1] == copies else seen.T)
         if each is None or not all(np.array_equal(each[:, 0], column, equal_nan=True) for column in each.T):
             raise Refuse(f"`{node.name}` ({node.op}) spreads channels that differ over one image")
@@ -539,6 +548,10 @@ def _linear_only(node: Node, affine: Affine, obstacle: str = "") -> Affine:
 def _monotone(node: Node, affine: Affine) -> Affine:
     if not affine.is_monotone:
         raise Refuse(f"`{node.name}` ({node.op}) lets no negative scale through")
+    if len([value for value in node.outputs if value]) > 1 and not np.all(affine.scale > 0):
+        raise Refuse(
+            f"`{node.name}` ({node.op}) also says where the largest is, which only a positive scale keeps"
+        )
     return affine
 
 

@@ -167,8 +167,9 @@ class _Driver:
                     yield self.nodes[node.name]
 
     def is_shared(self, value: str) -> bool:
-        """Whether more than one node reads a value."""
-        return len(list(islice(self.readers(value), 2))) > 1
+        """Whether a value is read more than once, be it by one node."""
+        reads = (v for node in self.readers(value) for v in node.inputs if self.source(v) == value)
+        return len(list(islice(reads, 2))) > 1
 
     def is_output(self, value: str) -> bool:
         return any(name in self.outputs for name in self.names.get(value, (value,)))

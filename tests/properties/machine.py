@@ -6,7 +6,7 @@ operator's weights are folded by `Linear.fold`, which has tests of its own again
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -47,7 +47,7 @@ def _conv_transpose(node: Node, weights: dict[str, Any], x: np.ndarray) -> np.nd
     """Kernel equal to stride: every input position paints its own block."""
     weight, bias = node.linear.fold(*weights[node.place])
     groups, k = node.linear.groups, weight.shape[2]
-    n, c, h, w = x.shape
+    n, _, h, w = x.shape
     y = np.einsum(
         "ngihw,giokl->ngohkwl", x.reshape(n, groups, -1, h, w), weight.reshape(groups, -1, *weight.shape[1:])
     )
@@ -67,10 +67,17 @@ def _embedding(node: Node, weights: dict[str, Any], x: np.ndarray) -> np.ndarray
     return y if bias is None else y + bias
 
 
-def _pool(node: Node, x: np.ndarray, reduce: Callable[..., np.ndarray], fill: float) -> np.ndarray:
+def _windows(node: Node, x: np.ndarray, fill: float) -> np.ndarray:
     pad = node.attributes.get("pad", 0)
     x = np.pad(x, [(0, 0), (0, 0), (pad, pad), (pad, pad)], constant_values=fill)
-    return reduce(sliding_window_view(x, (2, 2), axis=(2, 3))[:, :, ::2, ::2], axis=(-2, -1))
+    seen = sliding_window_view(x, (2, 2), axis=(2, 3))[:, :, ::2, ::2]
+    return seen.reshape(*seen.shape[:4], 4)
+
+
+def _max_pool(node: Node, weights: dict[str, Any], x: np.ndarray) -> Any:
+    """The largest of each window and, where a second output is drawn, which one it is."""
+    seen = _windows(node, x, -np.inf)
+    return seen.max(-1) if len(node.outputs) == 1 else (seen.max(-1), seen.argmax(-1))
 
 
 def _depth_to_space(x: np.ndarray, block: int, mode: str) -> np.ndarray:
@@ -120,9 +127,9 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "Dropout": lambda node, w, x: x,
     "Cast": lambda node, w, x: x,
     "Reshape": _reshaped,
-    "Flatten": _reshaped,
-    "Squeeze": _reshaped,
-    "Unsqueeze": _reshaped,
+    "Flatten": lambda node, w, x: x.reshape(len(x), -1),
+    "Squeeze": lambda node, w, x: np.squeeze(x, node.attributes["axis"]),
+    "Unsqueeze": lambda node, w, x: np.expand_dims(x, node.attributes["axis"]),
     "Transpose": lambda node, w, x: x.transpose(node.attributes["perm"]),
     "Slice": lambda node, w, x: x[node.attributes["slices"]],
     "Gather": lambda node, w, x: np.take(x, node.attributes["indices"], node.attributes["axis"]),
@@ -143,14 +150,14 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "Sub": lambda node, w, x, y: x - y,
     "Mul": lambda node, w, x, y: x * y,
     "Div": lambda node, w, x, y: x / y,
-    "AveragePool": lambda node, w, x: _pool(node, x, np.mean, 0.0),
-    "MaxPool": lambda node, w, x: _pool(node, x, np.max, -np.inf),
+    "AveragePool": lambda node, w, x: _windows(node, x, 0.0).mean(-1),
+    "MaxPool": _max_pool,
     "ReduceMean": lambda node, w, x: x.mean(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
     "ReduceMax": lambda node, w, x: x.max(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
     "ReduceSum": lambda node, w, x: x.sum(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
     "Relu": lambda node, w, x: np.maximum(x, 0),
     "LeakyRelu": lambda node, w, x: np.where(x < 0, 0.1 * x, x),
-    "PRelu": lambda node, w, x: np.where(x < 0, -0.3 * x, x),
+    "PRelu": lambda node, w, x: np.where(x < 0, node.attributes["slope"] * x, x),
     "Abs": lambda node, w, x: np.abs(x),
     "Resize": lambda node, w, x: np.repeat(np.repeat(x, 2, 2), 2, 3),
     "Pad": lambda node, w, x: _pad(node, x),
@@ -160,351 +167,477 @@ COMPUTE: dict[str, Callable[..., Any]] = {
 
 @dataclass
 class Sketch:
-    """A random graph while it is drawn. Values are rank 4 `(2, C, H, W)`; other ranks are left by the op that made them."""
+    """A random graph while it is drawn. Values begin as `(batch, 4, 6, 6)`; other ranks come from the operators."""
 
     random: np.random.Generator
+    batch: int = 2
     nodes: list[Node] = field(default_factory=list)
     weights: dict[str, Any] = field(default_factory=dict)
     values: Arrays = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
-    batchnorms: float = 0.35
 
-    def pick(self, fits: Callable[[np.ndarray], bool] = lambda x: True) -> str | None:
+    def chance(self, share: float) -> bool:
+        return bool(self.random.random() < share)
+
+    def choose(self, *options: Any) -> Any:
+        return options[int(self.random.integers(len(options)))]
+
+    def input(self, name: str, *shape: int) -> str:
+        if name not in self.values:
+            self.inputs.append(name)
+            self.values[name] = self.random.normal(size=shape)
+        return name
+
+    def pick(self, fits: Callable[[np.ndarray], bool] = lambda x: True) -> str:
         """One of the newest values that fit, favouring those that nobody reads yet."""
         read = {name for node in self.nodes for name in node.inputs}
-        fitting = [name for name, value in self.values.items() if fits(value) and value.size < 20_000]
+        fitting = [n for n, v in self.values.items() if v.dtype.kind == "f" and v.size < 9_000 and fits(v)]
         fresh = [name for name in fitting if name not in read]
-        if fresh and self.random.random() < 0.8:
+        if fresh and self.chance(0.8):
             fitting = fresh
-        return str(self.random.choice(fitting[-4:])) if fitting else None
+        if not fitting:
+            raise Unsuitable
+        return str(self.random.choice(fitting[-4:]))
 
-    def add(
-        self, op: str, inputs: tuple[str, ...], outputs: int = 1, site: str = "", **more: Any
-    ) -> tuple[str, ...]:
-        name = f"{op.lower()}{len(self.nodes)}"
-        names = tuple(f"{name}.{place}" if outputs > 1 else f"{name}.out" for place in range(outputs))
-        node = Node(name, op, inputs, names, more.pop("attributes", {}), site=site, **more)
+    def next_name(self, op: str) -> str:
+        return f"{op.lower()}{len(self.nodes)}"
+
+    def add(self, op: str, *inputs: str, count: int = 1, **more: Any) -> tuple[str, ...]:
+        """One node, and what it computes. Whatever `Node` does not know is an attribute."""
+        name = self.next_name(op)
+        names = tuple(f"{name}.{place}" if count > 1 else f"{name}.out" for place in range(count))
+        parts = {key: more.pop(key) for key in ("site", "linear", "affine") if key in more}
+        node = Node(name, op, inputs, names, more, **parts)
         results = COMPUTE[op](node, self.weights, *[self.values[value] for value in inputs])
         results = results if isinstance(results, tuple) else (results,)
         self.nodes.append(node)
         self.values.update(zip(names, results, strict=True))
         return names
 
-    def next_name(self, op: str) -> str:
-        return f"{op.lower()}{len(self.nodes)}"
-
     def graph(self) -> Graph:
         """What was drawn; every value that nobody reads is an output, now and then one that somebody reads."""
         read = {name for node in self.nodes for name in node.inputs}
         made = [name for node in self.nodes for name in node.outputs]
-        outputs = [name for name in made if name not in read or self.random.random() < 0.03]
-        shapes = {
-            name: ("N", *value.shape[1:]) if value.shape[:1] == (2,) else value.shape
-            for name, value in self.values.items()
-        }
+        outputs = [name for name in made if name not in read or self.chance(0.03)]
+        blur, lost = self.choose((0,), (0,), (0,), (0, 2, 3), (0, 1, 2, 3)), self.choose(0, 0, 0, 0.1)
+        unknown = self.chance(0.3)
+
+        def shape(value: np.ndarray) -> tuple[Any, ...]:
+            sizes = [
+                (None if unknown and a else f"S{n}") if a in blur else n for a, n in enumerate(value.shape)
+            ]
+            return tuple(sizes)
+
+        shapes = {name: shape(value) for name, value in self.values.items() if not self.chance(lost)}
         return Graph(tuple(self.nodes), tuple(self.inputs), tuple(outputs), shapes)
 
 
-def gammas(random: np.random.Generator, size: int) -> np.ndarray:
-    """Scales of a BatchNorm: positive, of mixed sign, or with zeros, each in a good share of all draws."""
-    scale = np.exp(random.normal(0, 0.5, size))
+class Unsuitable(Exception):
+    """No value is there that this step could read."""
+
+
+def gammas(random: np.random.Generator, shape: Any) -> np.ndarray:
+    """Scales: positive, of mixed sign, or with zeros, each in a good share of all draws."""
+    scale = np.exp(random.normal(0, 0.5, shape))
     kind = random.random()
     if kind < 0.4:
         return scale
-    scale = np.where(random.random(size) < 0.3, -scale, scale)
-    return np.where(random.random(size) < 0.2, 0.0, scale) if kind > 0.85 else scale
+    scale = np.where(random.random(shape) < 0.3, -scale, scale)
+    return np.where(random.random(shape) < 0.2, 0.0, scale) if kind > 0.85 else scale
 
 
-def batchnorm(sketch: Sketch) -> None:
-    value = sketch.pick(lambda x: x.ndim in (2, 3, 4))
-    if value is None:
-        return
+# ---------------------------------------------------------------- one step per operator
+
+
+def batchnorm(sketch: Sketch, op: str) -> None:
+    value = sketch.pick(lambda x: x.ndim >= 2)
     rank, size = sketch.values[value].ndim, sketch.values[value].shape[1]
-    shift = sketch.random.normal(size=size) * (sketch.random.random() < 0.85)
-    sketch.add(
-        "BatchNormalization", (value,), affine=Affine.along(1, rank, gammas(sketch.random, size), shift)
-    )
+    shift = sketch.random.normal(size=size) * sketch.chance(0.85)
+    sketch.add(op, value, affine=Affine.along(1, rank, gammas(sketch.random, size), shift))
 
 
-def affine(sketch: Sketch) -> None:
+def affine(sketch: Sketch, op: str) -> None:
     value = sketch.pick()
-    if value is None:
-        return
-    shape = [
-        n if axis and sketch.random.random() < 0.5 else 1 for axis, n in enumerate(sketch.values[value].shape)
-    ]
-    scale = np.exp(sketch.random.normal(size=shape)) if sketch.random.random() < 0.5 else np.ones(shape)
-    sketch.add("Affine", (value,), affine=Affine.of(scale, sketch.random.normal(size=shape)))
+    shape = [n if axis and sketch.chance(0.5) else 1 for axis, n in enumerate(sketch.values[value].shape)]
+    scale = gammas(sketch.random, shape) if sketch.chance(0.5) else np.ones(shape)
+    sketch.add(op, value, affine=Affine.of(scale, sketch.random.normal(size=shape) * sketch.chance(0.8)))
 
 
-def conv(sketch: Sketch) -> None:
+def conv(sketch: Sketch, op: str, value: str = "", same: bool = False, kernel: int = 0) -> str:
     random = sketch.random
-    value = sketch.pick(lambda x: x.ndim == 4 and min(x.shape[2:]) >= 3)
-    if value is None:
-        return
+    value = value or sketch.pick(lambda x: x.ndim == 4 and min(x.shape[2:]) >= 3)
     channels = sketch.values[value].shape[1]
-    out = channels if random.random() < 0.6 else int(random.choice([4, 6, 8]))
-    groups = int(random.choice([g for g in (1, 2, channels) if channels % g == 0 and out % g == 0]))
-    kernel, stride = int(random.choice([1, 3])), int(random.choice([1, 1, 2]))
-    pad = int(random.choice([0, kernel // 2]))
-    same = channels == out and stride == 1 and pad == kernel // 2
-    name = sketch.next_name("Conv")
-    sketch.weights[name] = weight = (
-        random.normal(size=(out, channels // groups, kernel, kernel)) / 3,
-        random.normal(size=out) if random.random() < 0.5 else None,
-    )
+    out = channels if same or sketch.chance(0.6) else sketch.choose(4, 6, 8)
+    groups = sketch.choose(*[g for g in (1, 2, channels) if channels % g == 0 and out % g == 0])
+    kernel, stride = kernel or sketch.choose(1, 3), 1 if same else sketch.choose(1, 1, 2)
+    pad = kernel // 2 if same else sketch.choose(0, kernel // 2)
+    inside = channels == out and stride == 1 and pad == kernel // 2
     again = [
-        n for n in sketch.nodes if n.op == "Conv" and n.linear.inputs == channels and random.random() < 0.15
+        n for n in sketch.nodes if n.op == "Conv" and n.linear is not None and n.linear.inputs == channels
     ]
-    if again:
-        del sketch.weights[name]
-        sketch.add(
-            "Conv", (value,), site=again[0].place, linear=again[0].linear, attributes=again[0].attributes
-        )
-        return
+    if again and not same and sketch.chance(0.15):
+        node = sketch.choose(*again)
+        return sketch.add(op, value, site=node.place, linear=node.linear, **node.attributes)[0]
+    bias = random.normal(size=out) if sketch.chance(0.5) else None
+    sketch.weights[sketch.next_name(op)] = (
+        random.normal(size=(out, channels // groups, kernel, kernel)) / 3,
+        bias,
+    )
     linear = Linear(
         "oi", channels, out, 1, 1, groups=groups,
-        centre=(kernel // 2,) * 2 if same else None,
+        centre=(kernel // 2,) * 2 if inside else None,
         partial="it pads with zeros" if pad else "",
-        biasless="it has no bias" if weight[1] is None and random.random() < 0.2 else "",
+        biasless="it has no bias" if bias is None and sketch.chance(0.2) else "",
     )  # fmt: skip
-    sketch.add("Conv", (value,), linear=linear, attributes={"pad": pad, "stride": stride})
+    return sketch.add(op, value, linear=linear, pad=pad, stride=stride)[0]
 
 
-def conv_transpose(sketch: Sketch) -> None:
+def conv_transpose(sketch: Sketch, op: str) -> None:
     value = sketch.pick(lambda x: x.ndim == 4 and x.shape[2] < 7)
-    if value is None:
-        return
-    channels, out = sketch.values[value].shape[1], int(sketch.random.choice([4, 8]))
-    groups = int(sketch.random.choice([g for g in (1, 2, 4) if channels % g == 0 and out % g == 0]))
-    name = sketch.next_name("ConvTranspose")
-    sketch.weights[name] = (sketch.random.normal(size=(channels, out // groups, 2, 2)) / 2, None)
-    linear = Linear("io", channels, out, 1, 1, groups=groups, partial="it has stride 2")
-    sketch.add("ConvTranspose", (value,), linear=linear)
+    channels, out = sketch.values[value].shape[1], sketch.choose(4, 8)
+    groups = sketch.choose(*[g for g in (1, 2, 4) if channels % g == 0 and out % g == 0])
+    sketch.weights[sketch.next_name(op)] = (
+        sketch.random.normal(size=(channels, out // groups, 2, 2)) / 2,
+        None,
+    )
+    sketch.add(op, value, linear=Linear("io", channels, out, 1, 1, groups=groups, partial="it has stride 2"))
 
 
-def matmul(sketch: Sketch) -> None:
-    value = sketch.pick()
-    if value is None:
-        return
+def matmul(sketch: Sketch, op: str, value: str = "", out: int = 0) -> str:
+    value = value or sketch.pick(lambda x: (x.ndim == 2) == (op == "Gemm") and x.ndim > 0)
     x = sketch.values[value]
-    out = x.shape[-1] if sketch.random.random() < 0.5 else 5
-    order = str(sketch.random.choice(["oi", "io"]))
-    op = "Gemm" if x.ndim == 2 else "MatMul"
-    name, axis = sketch.next_name(op), x.ndim - 1
+    out = out or sketch.choose(x.shape[-1], x.shape[-1], 5)
+    order, axis = sketch.choose("oi", "io"), x.ndim - 1
     size = (out, x.shape[-1]) if order == "oi" else (x.shape[-1], out)
-    sketch.weights[name] = (sketch.random.normal(size=size) / 3, sketch.random.normal(size=out))
+    sketch.weights[sketch.next_name(op)] = (
+        sketch.random.normal(size=size) / 3,
+        sketch.random.normal(size=out),
+    )
     linear = Linear(order, x.shape[-1], out, axis, axis, centre=() if out == x.shape[-1] else None)
-    sketch.add(op, (value,), linear=linear)
+    return sketch.add(op, value, linear=linear)[0]
 
 
-def embedding(sketch: Sketch) -> None:
+def embedding(sketch: Sketch, op: str) -> None:
     value = sketch.pick(lambda x: x.ndim <= 2)
-    if value is None:
-        return
-    name = sketch.next_name("Embedding")
-    sketch.weights[name] = (sketch.random.normal(size=(11, 6)), None)
+    again = [node for node in sketch.nodes if node.op == op]
     rank = sketch.values[value].ndim
-    linear = Linear("io", 11, 6, rank, rank, sealed="it looks rows up")
-    sketch.add("Embedding", (value,), linear=linear)
-
-
-def move(sketch: Sketch) -> None:
-    random = sketch.random
-    value = sketch.pick(lambda x: x.ndim >= 2)
-    if value is None:
+    if again and sketch.chance(0.5):
+        shared = replace(again[0].linear, in_axis=rank, out_axis=rank)  # type: ignore[type-var]
+        sketch.add(op, value, site=again[0].place, linear=shared)
         return
+    sketch.weights[sketch.next_name(op)] = (sketch.random.normal(size=(11, 6)), None)
+    sketch.add(op, value, linear=Linear("io", 11, 6, rank, rank, sealed="it looks rows up"))
+
+
+def pointwise(sketch: Sketch, op: str) -> None:
+    value = sketch.pick()
     x = sketch.values[value]
-    kind = str(random.choice(["Transpose", "Reshape", "Slice", "Gather", "Tile", "Expand", "Split", "Split"]))
-    axis = int(random.integers(1, x.ndim))
-    if kind == "Transpose":
-        perm = (0, *(1 + random.permutation(x.ndim - 1)))
-        sketch.add(kind, (value,), attributes={"perm": tuple(map(int, perm))})
-    elif kind == "Reshape":
-        reshape(sketch, value)
-    elif kind == "Slice" and x.shape[axis] > 2:
-        start, step = int(random.integers(0, 2)), int(random.choice([1, 1, 2]))
-        stop = int(random.integers(start + 1, x.shape[axis] + 1))
-        slices = tuple(slice(start, stop, step) if a == axis else slice(None) for a in range(x.ndim))
-        sketch.add(kind, (value,), attributes={"slices": slices})
-    elif kind == "Gather":
-        indices = (
-            random.permutation(x.shape[axis])
-            if random.random() < 0.7
-            else random.integers(0, x.shape[axis], 5)
-        )
-        if random.random() < 0.2 and x.ndim > 2:
-            indices = np.asarray(indices[0])
-        sketch.add(kind, (value,), attributes={"axis": axis, "indices": indices})
-    elif kind == "Tile" and x.size < 600:
-        repeats = tuple(2 if a == axis else 1 for a in range(x.ndim))
-        sketch.add(kind, (value,), attributes={"repeats": repeats})
-    elif kind == "Expand" and 1 in x.shape[1:]:
-        sketch.add(
-            kind, (value,), attributes={"to": tuple(3 if a and n == 1 else n for a, n in enumerate(x.shape))}
-        )
-    elif kind == "Split" and x.shape[axis] > 1:
-        first = int(random.integers(1, x.shape[axis]))
-        sketch.add(kind, (value,), 2, attributes={"axis": axis, "sizes": (first, x.shape[axis] - first)})
+    more = {"Cast": {"lossless": sketch.chance(0.8)}}.get(op, {})
+    if op == "PRelu":
+        shape = [n if axis == 1 else 1 for axis, n in enumerate(x.shape)]
+        more = {"slope": sketch.random.normal(size=shape)}
+    sketch.add(op, value, **more)
 
 
-def reshape(sketch: Sketch, value: str) -> None:
+def reshape(sketch: Sketch, op: str) -> None:
     """Flatten some axes, split one in two, or drop and add axes of size 1."""
-    random, shape = sketch.random, list(sketch.values[value].shape)
-    kind = random.random()
-    if kind < 0.4 and len(shape) > 2:
-        axis = int(random.integers(1, len(shape) - 1))
-        to = [*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]]
-    elif kind < 0.7 and len(shape) < 5:
-        axis = int(random.integers(1, len(shape)))
-        if shape[axis] % 2:
-            return
-        to = [
-            *shape[:axis],
-            *((2, shape[axis] // 2) if random.random() < 0.5 else (shape[axis] // 2, 2)),
-            *shape[axis + 1 :],
-        ]
-    elif kind < 0.85 and 1 in shape[1:]:
-        to = [n for axis, n in enumerate(shape) if axis == 0 or n != 1]
+    value = sketch.pick(lambda x: 2 <= x.ndim <= 5)
+    shape = list(sketch.values[value].shape)
+    axis = int(sketch.random.integers(1, len(shape)))
+    options = [shape, [*shape, 1], [1, *shape], [n for a, n in enumerate(shape) if a == 0 or n != 1]]
+    if axis + 1 < len(shape):
+        options += [[*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :]]] * 4
+    if shape[axis] % 2 == 0:
+        halves = ([2, shape[axis] // 2], [shape[axis] // 2, 2])
+        options += [[*shape[:axis], *half, *shape[axis + 1 :]] for half in halves] * 2
+    sketch.add(op, value, to=tuple(sketch.choose(*[to for to in options if len(to) <= 5])))
+
+
+def squeeze(sketch: Sketch, op: str) -> None:
+    if op == "Flatten":
+        sketch.add(op, sketch.pick(lambda x: x.ndim >= 2))
+    elif op == "Unsqueeze":
+        value = sketch.pick(lambda x: x.ndim < 5)
+        sketch.add(op, value, axis=int(sketch.random.integers(sketch.values[value].ndim + 1)))
     else:
-        to = [*shape, 1] if len(shape) < 4 else shape
-    sketch.add("Reshape", (value,), attributes={"to": tuple(to)})
+        value = sketch.pick(lambda x: 1 in x.shape)
+        sketch.add(op, value, axis=sketch.values[value].shape.index(1))
+
+
+def transpose(sketch: Sketch, op: str) -> None:
+    value = sketch.pick(lambda x: x.ndim >= 2)
+    rank = sketch.values[value].ndim
+    perm = (
+        sketch.random.permutation(rank)
+        if sketch.chance(0.2)
+        else [0, *(1 + sketch.random.permutation(rank - 1))]
+    )
+    sketch.add(op, value, perm=tuple(map(int, perm)))
+
+
+def select(sketch: Sketch, op: str) -> None:
+    """Read a part of a value; half of the time some other part is read by a second node."""
+    random, value = sketch.random, sketch.pick(lambda x: x.ndim >= 2 and max(x.shape[1:]) > 2)
+    shape = sketch.values[value].shape
+    axis = sketch.choose(*[a for a, n in enumerate(shape) if a and n > 2])
+    size = shape[axis]
+    for _ in range(sketch.choose(1, 2)):
+        if op == "Slice":
+            start, stop = sorted(map(int, random.choice(size + 1, 2, replace=False)))
+            part = sketch.choose(
+                slice(start, stop), slice(start, stop, 2), slice(stop - 1, start or None, -1)
+            )
+            if stop - start < 2:
+                part = slice(start, stop)
+            sketch.add(op, value, slices=tuple(part if a == axis else slice(None) for a in range(len(shape))))
+        elif op == "Gather":
+            indices = sketch.choose(
+                random.permutation(size), random.integers(0, size, 5), random.permutation(size)[:2]
+            )
+            scalar = sketch.chance(0.15) and len(shape) > 2
+            sketch.add(op, value, axis=axis, indices=np.asarray(indices[0]) if scalar else indices)
+        else:
+            first = int(random.integers(1, size))
+            sketch.add(op, value, count=2, axis=axis, sizes=(first, size - first))
+
+
+def enlarge(sketch: Sketch, op: str) -> None:
+    if op == "Tile":
+        value = sketch.pick(lambda x: x.ndim >= 2 and x.size < 600)
+        shape = sketch.values[value].shape
+        axis = int(sketch.random.integers(1, len(shape)))
+        sketch.add(op, value, repeats=tuple(2 if a == axis else 1 for a in range(len(shape))))
+    else:
+        value = sketch.pick(lambda x: 1 in x.shape)
+        shape = tuple(3 if n == 1 and a != 0 else n for a, n in enumerate(sketch.values[value].shape))
+        sketch.add(op, value, to=(*sketch.choose((), (2,)), *shape) if len(shape) < 4 else shape)
+
+
+def blocks(sketch: Sketch, op: str) -> None:
+    def deep(x: np.ndarray) -> bool:
+        return x.ndim == 4 and x.shape[1] % 4 == 0 and x.shape[2] < 12
+
+    def wide(x: np.ndarray) -> bool:
+        return x.ndim == 4 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0 and x.shape[1] < 20
+
+    sketch.add(
+        op, sketch.pick(deep if op == "DepthToSpace" else wide), blocksize=2, mode=sketch.choose("CRD", "DCR")
+    )
+
+
+def combine(sketch: Sketch, op: str) -> None:
+    """Add, subtract, multiply or divide values, now and then by way of broadcasting, or one with itself."""
+    operands = [sketch.pick()]
+    for _ in range(2 if op == "Sum" and sketch.chance(0.7) else 1):
+        shape = np.broadcast_shapes(*[sketch.values[value].shape for value in operands])
+        wide = sketch.chance(0.4)
+        operands.append(sketch.pick(lambda x: _broadcasts(x.shape, shape) if wide else x.shape == shape))  # noqa: B023
+    sketch.random.shuffle(operands)
+    sketch.add(op, *operands)
+
+
+def _broadcasts(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+    return all(n == m or 1 in (n, m) for n, m in zip(first[::-1], second[::-1], strict=False))
+
+
+def concat(sketch: Sketch, op: str) -> None:
+    first = sketch.pick(lambda x: x.ndim >= 2)
+    shape = sketch.values[first].shape
+    axis = 1 if sketch.chance(0.8) else len(shape) - 1
+
+    def joins(x: np.ndarray) -> bool:
+        return x.ndim == len(shape) and all(a == axis or n == shape[a] for a, n in enumerate(x.shape))
+
+    sketch.add(op, first, *[sketch.pick(joins) for _ in range(sketch.choose(1, 1, 2))], axis=axis)
+
+
+def window(sketch: Sketch, op: str) -> None:
+    """Pooling, means, maxima, resizing and padding."""
+    value = sketch.pick(lambda x: x.ndim == 4 and 3 < min(x.shape[2:]) < 20)
+    more: dict[str, Any] = {"axes": (2, 3), "keepdims": True}
+    if op in ("AveragePool", "MaxPool"):
+        more |= {"pad": sketch.choose(0, 1)}
+        more |= {"partial": "it counts zero padding"} if more["pad"] and op == "AveragePool" else {}
+    elif op.startswith("Reduce"):
+        more |= {
+            "keepdims": sketch.choose(True, False),
+            "axes": sketch.choose((2, 3), (2, 3), (3,), (1,), (1, 2)),
+        }
+    elif op == "Pad":
+        mode = sketch.choose("constant", "reflect", "edge")
+        more |= {"mode": mode} | ({"partial": "it pads with zeros"} if mode == "constant" else {})
+    sketch.add(op, value, count=2 if op == "MaxPool" and sketch.chance(0.3) else 1, **more)
+
+
+# ---------------------------------------------------------------- motifs of several nodes
+
+
+def repeat(sketch: Sketch) -> None:
+    """Call a BatchNorm once more, on another value: one site, two nodes; or on the same value, as its double."""
+    norms = [node for node in sketch.nodes if node.is_batchnorm]
+    if norms:
+        node = sketch.choose(*norms)
+        assert node.affine is not None
+        size, rank = node.affine.scale.size, node.affine.rank
+        if sketch.chance(0.3):
+            sketch.add(node.op, node.inputs[0], affine=node.affine)
+        else:
+            value = sketch.pick(lambda x: x.ndim == rank and x.shape[1] == size)
+            sketch.add(node.op, value, site=node.place, affine=node.affine)
 
 
 def shuffle(sketch: Sketch) -> None:
     """The channel shuffle: split the channels in two, transpose, put them together again."""
     value = sketch.pick(lambda x: x.ndim == 4 and x.shape[1] % 2 == 0)
-    if value is None:
-        return
     n, c, h, w = sketch.values[value].shape
-    (split,) = sketch.add("Reshape", (value,), attributes={"to": (n, 2, c // 2, h, w)})
-    (turned,) = sketch.add("Transpose", (split,), attributes={"perm": (0, 2, 1, 3, 4)})
-    sketch.add("Reshape", (turned,), attributes={"to": (n, c, h, w)})
+    (split,) = sketch.add("Reshape", value, to=(n, 2, c // 2, h, w))
+    (turned,) = sketch.add("Transpose", split, perm=(0, 2, 1, 3, 4))
+    sketch.add("Reshape", turned, to=(n, c, h, w))
 
 
-def combine(sketch: Sketch) -> None:
-    """Add, subtract, multiply or concatenate values, now and then by way of broadcasting."""
-    random = sketch.random
-    first = sketch.pick()
-    if first is None:
-        return
-    shape = sketch.values[first].shape
-    op = str(random.choice(["Add", "Add", "Sum", "Sub", "Mul", "Concat"]))
-    if op == "Concat":
-        axis = 1 if random.random() < 0.8 else len(shape) - 1
-
-        def joins(x: np.ndarray) -> bool:
-            return x.ndim == len(shape) and all(a == axis or n == shape[a] for a, n in enumerate(x.shape))
-
-        values = [first, *filter(None, [sketch.pick(joins) for _ in range(int(random.integers(1, 3)))])]
-        sketch.add(op, tuple(values), attributes={"axis": axis})
-        return
-
-    def broadcasts(x: np.ndarray) -> bool:
-        return x.ndim == len(shape) and all(
-            n in (1, m) or m == 1 for n, m in zip(x.shape, shape, strict=True)
-        )
-
-    second = sketch.pick(broadcasts if random.random() < 0.4 else lambda x: x.shape == shape)
-    if second is not None:
-        sketch.add(op, (first, second))
-
-
-def window(sketch: Sketch) -> None:
-    """Pooling, means, maxima, resizing and padding."""
-    random = sketch.random
-    value = sketch.pick(lambda x: x.ndim == 4 and 3 < min(x.shape[2:]) < 20)
-    if value is None:
-        return
-    op = str(
-        random.choice(["AveragePool", "MaxPool", "ReduceMean", "ReduceMax", "ReduceSum", "Resize", "Pad"])
-    )
-    attributes: dict[str, Any] = {"axes": (2, 3), "keepdims": True}
-    if op in ("AveragePool", "MaxPool"):
-        attributes |= {"pad": int(random.integers(2))}
-        attributes |= (
-            {"partial": "it counts zero padding"} if attributes["pad"] and op == "AveragePool" else {}
-        )
-    elif op.startswith("Reduce"):
-        attributes |= {"keepdims": bool(random.integers(2))}
-        attributes |= {"axes": (1,)} if random.random() < 0.1 else {}
-    elif op == "Pad":
-        mode = str(random.choice(["constant", "reflect", "edge"]))
-        attributes |= {"mode": mode} | ({"partial": "it pads with zeros"} if mode == "constant" else {})
-    sketch.add(op, (value,), attributes=attributes)
-
-
-def blocks(sketch: Sketch) -> None:
-    mode = str(sketch.random.choice(["CRD", "DCR"]))
-    attributes = {"blocksize": 2, "mode": mode}
-    if sketch.random.random() < 0.5:
-        value = sketch.pick(lambda x: x.ndim == 4 and x.shape[1] % 4 == 0 and x.shape[2] < 12)
-        op = "DepthToSpace"
+def parallel(sketch: Sketch) -> None:
+    """RepVGG: convolutions and a BatchNorm, or nothing, of one value, summed at once or one by one."""
+    value = sketch.pick(lambda x: x.ndim == 4 and min(x.shape[2:]) >= 3)
+    size = sketch.values[value].shape[1]
+    branches = [conv(sketch, "Conv", value, same=True, kernel=3), value]
+    if sketch.chance(0.7):
+        norm = Affine.along(1, 4, gammas(sketch.random, size), sketch.random.normal(size=size))
+        branches[1] = sketch.add("BatchNormalization", value, affine=norm)[0]
+    if sketch.chance(0.4):
+        branches.append(conv(sketch, "Conv", value, same=True, kernel=1))
+    sketch.random.shuffle(branches)
+    if sketch.chance(0.5):
+        sketch.add("Sum", *branches)
     else:
-        value = sketch.pick(
-            lambda x: x.ndim == 4 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0 and x.shape[1] < 20
-        )
-        op = "SpaceToDepth"
-    if value is not None:
-        sketch.add(op, (value,), attributes=attributes)
+        total = branches[0]
+        for branch in branches[1:]:
+            (total,) = sketch.add("Add", total, branch)
 
 
-def pointwise(sketch: Sketch) -> None:
-    value = sketch.pick()
-    op = str(
-        sketch.random.choice(["Relu", "LeakyRelu", "PRelu", "Abs", "Tanh", "Identity", "Dropout", "Cast"])
-    )
-    if value is not None:
-        sketch.add(op, (value,), attributes={"lossless": bool(sketch.random.random() < 0.8)})
+def lean(sketch: Sketch) -> None:
+    """A residual around a square matrix: `x + W x`."""
+    value = sketch.pick(lambda x: x.ndim >= 2)
+    made = matmul(sketch, "MatMul", value, out=sketch.values[value].shape[-1])
+    sketch.add(sketch.choose("Add", "Sum"), *sketch.choose((value, made), (made, value)))
 
 
-def repeat(sketch: Sketch) -> None:
-    """Call a BatchNorm once more, on another value: one site, two nodes."""
-    norms = [node for node in sketch.nodes if node.op == "BatchNormalization"]
-    if not norms:
-        return
-    node = norms[int(sketch.random.integers(len(norms)))]
-    size, rank = node.affine.scale.size, node.affine.rank
-    value = sketch.pick(lambda x: x.ndim == rank and x.shape[1] == size)
-    if value is not None:
-        sketch.add("BatchNormalization", (value,), site=node.place, affine=node.affine)
+def aside(sketch: Sketch) -> None:
+    """One number per channel, computed from another input, laid against an image by broadcasting."""
+    value = sketch.pick(lambda x: x.ndim == 4)
+    size = sketch.values[value].shape[1]
+    made = matmul(sketch, "Gemm", sketch.input("side", 1, 5), out=size)
+    (column,) = sketch.add("Reshape", made, to=sketch.choose((size, 1, 1), (1, size, 1, 1)))
+    sketch.add(sketch.choose("Add", "Sub", "Mul", "Sum"), *sketch.choose((value, column), (column, value)))
 
 
-STEPS = (
-    conv,
-    conv,
-    conv,
-    matmul,
-    conv_transpose,
-    embedding,
-    affine,
-    move,
-    move,
-    shuffle,
-    combine,
-    combine,
-    combine,
-)
-STEPS += (window, window, blocks, pointwise, repeat)
+def gate(sketch: Sketch) -> None:
+    """Squeeze and excitation: an image times a function of its own means."""
+    value = sketch.pick(lambda x: x.ndim == 4)
+    n, c = sketch.values[value].shape[:2]
+    (mean,) = sketch.add("ReduceMean", value, axes=(2, 3), keepdims=False)
+    (turned,) = sketch.add("Tanh", matmul(sketch, "Gemm", mean, out=c))
+    (shaped,) = sketch.add("Reshape", turned, to=(n, c, 1, 1))
+    sketch.add("Mul", value, shaped)
+
+
+def dense(sketch: Sketch) -> None:
+    """DenseNet: a value beside what is computed from it."""
+    value = sketch.pick(lambda x: x.ndim == 4 and min(x.shape[2:]) >= 3 and x.shape[1] < 30)
+    sketch.add("Concat", value, conv(sketch, "Conv", value, same=True), axis=1)
+
+
+def opaque(sketch: Sketch) -> None:
+    sketch.add("Tanh", sketch.pick())
+
+
+STEPS: dict[str, Callable[[Sketch, str], Any]] = {
+    "Conv": conv,
+    "ConvTranspose": conv_transpose,
+    "Gemm": matmul,
+    "MatMul": matmul,
+    "Embedding": embedding,
+    "BatchNormalization": batchnorm,
+    "Affine": affine,
+    "Reshape": reshape,
+    "Transpose": transpose,
+    "Concat": concat,
+    **dict.fromkeys(("Identity", "Dropout", "Cast", "Relu", "LeakyRelu", "PRelu", "Abs"), pointwise),
+    **dict.fromkeys(("Flatten", "Squeeze", "Unsqueeze"), squeeze),
+    **dict.fromkeys(("Slice", "Gather", "Split"), select),
+    **dict.fromkeys(("Expand", "Tile"), enlarge),
+    **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), blocks),
+    **dict.fromkeys(("Add", "Sub", "Sum", "Mul", "Div"), combine),
+    **dict.fromkeys(
+        ("AveragePool", "MaxPool", "ReduceMean", "ReduceMax", "ReduceSum", "Resize", "Pad"), window
+    ),
+}
+"""How a node of each operator is drawn."""
+
+MOTIFS = (repeat, repeat, shuffle, parallel, lean, aside, gate, dense, opaque)
+OFTEN = ("Conv",) * 8 + ("MatMul",) * 2 + ("Add", "Concat", "Split", "Reshape", "Transpose") * 2
 
 
 def draw(seed: int, size: int) -> tuple[Graph, dict[str, Any], Arrays]:
     """A random graph of about `size` nodes, its weights and its inputs."""
-    random = np.random.default_rng(seed)
-    sketch = Sketch(random)
-    for place in range(int(random.integers(1, 3))):
-        sketch.inputs.append(f"x{place}")
-        sketch.values[f"x{place}"] = random.normal(size=(2, 4, 6, 6))
-    tries = 0
-    while len(sketch.nodes) < size and tries < 20 * size:
-        tries += 1
-        step = batchnorm if random.random() < sketch.batchnorms else STEPS[int(random.integers(len(STEPS)))]
-        step(sketch)
-    inputs = {name: sketch.values[name] for name in sketch.inputs}
-    return sketch.graph(), sketch.weights, inputs
+    sketch = Sketch(np.random.default_rng(seed))
+    sketch.batch = sketch.choose(2, 2, 2, 1)
+    for place in range(sketch.choose(1, 2)):
+        sketch.input(f"x{place}", sketch.batch, 4, 6, 6)
+    operators = (*STEPS, *OFTEN)
+    for _ in range(20 * size):
+        if len(sketch.nodes) >= size:
+            break
+        try:
+            if sketch.chance(0.2):
+                sketch.choose(*MOTIFS)(sketch)
+            else:
+                op = "BatchNormalization" if sketch.chance(0.35) else sketch.choose(*operators)
+                STEPS[op](sketch, op)
+        except Unsuitable:
+            continue
+    return sketch.graph(), sketch.weights, {name: sketch.values[name] for name in sketch.inputs}
 
 
-def chain(*nodes: Node, shape: tuple[int, ...] = (2, 4, 6, 6)) -> Graph:
+def draw_node(seed: int, op: str) -> tuple[Node, Sketch]:
+    """One random node of an operator, and the sketch that holds what it reads."""
+    sketch = Sketch(np.random.default_rng(seed))
+    pool = [
+        (2, 4, 6, 6),
+        (2, 8, 4, 4),
+        (2, 6, 5),
+        (2, 6),
+        (2, 1, 6, 6),
+        (1, 4, 1, 1),
+        (4, 1, 1),
+        (2, 4, 6, 6),
+    ]
+    while not any(node.op == op for node in sketch.nodes):
+        sketch.random.shuffle(pool)
+        for place, shape in enumerate(pool):
+            sketch.values.pop(f"x{place}", None)
+            sketch.input(f"x{place}", *shape)
+        try:
+            STEPS[op](sketch, op)
+        except Unsuitable:
+            continue
+    return next(node for node in sketch.nodes if node.op == op), sketch
+
+
+def deviation(before: Arrays, after: Arrays, names: Iterable[tuple[str, str]]) -> float:
+    """The largest difference between outputs, relative to the largest number in each; infinite where they cannot be."""
+    worst = 0.0
+    for old, new in names:
+        x, y = before[old], after[new]
+        if x.shape != y.shape or (x.dtype.kind != "f" and not np.array_equal(x, y)):
+            return np.inf
+        with np.errstate(all="ignore"):
+            peak = np.max(np.abs(x[np.isfinite(x)]), initial=0.0) or 1.0
+            off = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y) / peak)
+        worst = max(worst, float(np.max(np.nan_to_num(off, nan=np.inf), initial=0.0)))
+    return worst
+
+
+def chain(*nodes: Node, shape: tuple[Any, ...] = (2, 4, 6, 6)) -> Graph:
     """A hand-made graph: nodes in a row, all values of one shape."""
     values = ["x", *(f"v{place}" for place in range(len(nodes)))]
     linked = [
