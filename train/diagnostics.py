@@ -76,10 +76,12 @@ class Spread:
 
     @property
     def density(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The middles of the bins and the density there, both (BINS,); no width, no density."""
-        width = (self.most - self.least) / BINS
-        middles = self.least + width * (np.arange(BINS) + 0.5)
-        return middles, self.counts / max(self.counts.sum() * width, np.finfo(float).tiny)
+        """The middles of BINS / 2 wider bins and the density there, both (BINS / 2,); without width there is none."""
+        width = (self.most - self.least) / BINS * 2
+        middles = self.least + width * (np.arange(BINS // 2) + 0.5)
+        area = self.counts.sum() * width
+        counts: NDArray[np.float64] = self.counts.reshape(-1, 2).sum(1)
+        return middles, counts / area if area else np.zeros(BINS // 2)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""One HTML file with pictures and tables in it, that opens anywhere, offline, in light and in dark.
+
+Nothing is loaded: pictures are SVG in data URLs, styles are inline, there is no script, and a content security policy
+makes the browser refuse anything else. Pictures follow the reader's colour scheme by themselves (see `train.plots`).
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from bnfold.errors import replacing
+
+__all__ = ["Part", "Picture", "Section", "Table", "compose", "write_page"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing with its title in it: `name` for its file, `caption` for the reader, `svg` its text."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, (rows, headings); all columns but the first are numbers and set to the right."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it."""
+
+    title: str
+    parts: Sequence[Part]
+
+
+Part = Picture | Table | Section | str
+"""A string is a paragraph of plain text."""
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --faint: #59636e; --line: #d1d9e0; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --paper: #0d1117; --faint: #9198a1; --line: #3d444d; }
+}
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; color: var(--ink); background: var(--paper);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1, h2, h3 { line-height: 1.25; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
+figure { margin: 1.5rem 0; overflow-x: auto; }
+figcaption, caption { color: var(--faint); text-align: left; }
+img { display: block; width: 100%; height: auto; min-width: 30rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+"""
+
+
+def compose(title: str, parts: Sequence[Part]) -> str:
+    """Return the text of the page."""
+    body = "\n".join(_render(part, 2) for part in parts)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def write_page(path: str | Path, title: str, parts: Sequence[Part]) -> None:
+    """Write the page in one step; an existing file survives any failure.
+
+    Raises:
+        InputError: the folder of `path` does not exist.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(compose(title, parts), encoding="utf-8")
+
+
+def _render(part: Part, level: int) -> str:
+    if isinstance(part, str):
+        return f"<p>{escape(part)}</p>"
+    if isinstance(part, Picture):
+        return _render_picture(part)
+    if isinstance(part, Table):
+        return _render_table(part)
+    inner = "\n".join(_render(each, level + 1) for each in part.parts)
+    heading = f"h{min(level, 6)}"
+    return f"<section>\n<{heading}>{escape(part.title)}</{heading}>\n{inner}\n</section>"
+
+
+def _render_picture(picture: Picture) -> str:
+    source = b64encode(picture.svg.encode()).decode()
+    return (
+        f'<figure>\n<img alt="{escape(picture.title)}" src="data:image/svg+xml;base64,{source}">\n'
+        f"<figcaption>{escape(picture.caption)}</figcaption>\n</figure>"
+    )
+
+
+def _render_table(table: Table) -> str:
+    caption = f"<caption>{escape(table.caption)}</caption>\n" if table.caption else ""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.headings)
+    rows = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    return f"<figure><table>\n{caption}<tr>{head}</tr>\n{rows}\n</table></figure>"
