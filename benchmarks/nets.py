@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -36,7 +36,10 @@ class _DenseLayer(nn.Module):
     def __init__(self, channels: int, growth: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, 4 * growth, 1, bias=False)
-        self.norm2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = (
+            nn.BatchNorm2d(4 * growth),
+            nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False),
+        )
 
     def forward(self, features: list[Tensor]) -> Tensor:
         x = self.conv1(F.relu(self.norm1(torch.cat(features, 1))))
@@ -58,7 +61,9 @@ class _DenseBlock(nn.Module):
 class DenseNet(nn.Module):
     """DenseNet-BC (Huang et al. 2017; torchvision's densenet121): concat, BatchNorm, ReLU, 1x1 conv."""
 
-    def __init__(self, blocks: Sequence[int] = (6, 12, 24, 16), growth: int = 32, classes: int = 1000) -> None:
+    def __init__(
+        self, blocks: Sequence[int] = (6, 12, 24, 16), growth: int = 32, classes: int = 1000
+    ) -> None:
         super().__init__()
         channels = 2 * growth
         stem = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
@@ -99,7 +104,10 @@ class PreActResNet(nn.Module):
 
     def __init__(self, blocks: Sequence[int] = (3, 4, 6, 3), width: int = 64, classes: int = 1000) -> None:
         super().__init__()
-        parts: list[nn.Module] = [nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, 2, 1)]
+        parts: list[nn.Module] = [
+            nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False),
+            nn.MaxPool2d(3, 2, 1),
+        ]
         channels = width
         for stage, count in enumerate(blocks):
             for place in range(count):
@@ -120,7 +128,9 @@ class _FaceBlock(nn.Module):
         self.conv2, self.norm3 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
         self.shortcut = None
         if stride > 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm3(self.conv2(self.slope(self.norm2(self.conv1(self.norm1(x))))))
@@ -130,7 +140,9 @@ class _FaceBlock(nn.Module):
 class FaceResNet(nn.Module):
     """IResNet-50 (Deng et al. 2019, "ArcFace"; insightface's iresnet.py): BatchNorm before padded convs, and a Flatten."""
 
-    def __init__(self, blocks: Sequence[int] = (3, 4, 14, 3), width: int = 64, size: int = 112, features: int = 512) -> None:
+    def __init__(
+        self, blocks: Sequence[int] = (3, 4, 14, 3), width: int = 64, size: int = 112, features: int = 512
+    ) -> None:
         super().__init__()
         stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         parts: list[nn.Module] = [stem, nn.BatchNorm2d(width), nn.PReLU(width)]
@@ -162,13 +174,22 @@ class _Statistics(nn.Module):
 class XVector(nn.Module):
     """X-vector (Snyder et al. 2018; SpeechBrain's Xvector): conv padded by reflection, LeakyReLU, BatchNorm."""
 
-    def __init__(self, features: int = 24, channels: Sequence[int] = (512, 512, 512, 512, 1500), size: int = 512) -> None:
+    def __init__(
+        self, features: int = 24, channels: Sequence[int] = (512, 512, 512, 512, 1500), size: int = 512
+    ) -> None:
         super().__init__()
         parts: list[nn.Module] = []
         shapes = zip([features, *channels], channels, (5, 3, 3, 1, 1), (1, 2, 3, 1, 1), strict=False)
         for inputs, outputs, kernel, dilation in shapes:
             pad = dilation * (kernel - 1) // 2
-            conv = nn.Conv1d(inputs, outputs, kernel, padding=pad, dilation=dilation, padding_mode="reflect" if pad else "zeros")
+            conv = nn.Conv1d(
+                inputs,
+                outputs,
+                kernel,
+                padding=pad,
+                dilation=dilation,
+                padding_mode="reflect" if pad else "zeros",
+            )
             parts += [conv, nn.LeakyReLU(), nn.BatchNorm1d(outputs)]
         self.layers = nn.Sequential(*parts, _Statistics(), nn.Linear(2 * channels[-1], size))
 
@@ -222,7 +243,9 @@ class Crepe(nn.Module):
         super().__init__()
         self.pad, size = pad, frame
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
-        for place, (inputs, outputs, kernel) in enumerate(zip([1, *channels], channels, kernels, strict=False)):
+        for place, (inputs, outputs, kernel) in enumerate(
+            zip([1, *channels], channels, kernels, strict=False)
+        ):
             self.convs.append(nn.Conv2d(inputs, outputs, (kernel, 1), stride=(1 if place else 4, 1)))
             self.norms.append(nn.BatchNorm2d(outputs, eps=0.0010000000474974513, momentum=0.0))
             size = ((size - (0 if pad else kernel - 1) - 1) // (1 if place else 4) + 1) // 2
@@ -255,10 +278,14 @@ class _InceptionModule(nn.Module):
 class InceptionTime(nn.Module):
     """InceptionTime (Ismail Fawaz et al. 2020): convs side by side, concat, BatchNorm."""
 
-    def __init__(self, depth: int = 6, filters: int = 32, kernels: Sequence[int] = (39, 19, 9), classes: int = 10) -> None:
+    def __init__(
+        self, depth: int = 6, filters: int = 32, kernels: Sequence[int] = (39, 19, 9), classes: int = 10
+    ) -> None:
         super().__init__()
         wide = 4 * filters
-        self.modules_ = nn.ModuleList(_InceptionModule(wide if i else 1, filters, kernels) for i in range(depth))
+        self.modules_ = nn.ModuleList(
+            _InceptionModule(wide if i else 1, filters, kernels) for i in range(depth)
+        )
         shortcuts = [nn.Conv1d(wide if i else 1, wide, 1, bias=False) for i in range(depth // 3)]
         self.shortcuts = nn.ModuleList(nn.Sequential(conv, nn.BatchNorm1d(wide)) for conv in shortcuts)
         self.head = nn.Linear(wide, classes)
@@ -318,7 +345,10 @@ class RepVGG(nn.Module):
     """RepVGG-A0 as it is trained (Ding et al. 2021): 3x3 conv, 1x1 conv and a BatchNorm side by side."""
 
     def __init__(
-        self, blocks: Sequence[int] = (1, 2, 4, 14, 1), widths: Sequence[int] = (48, 48, 96, 192, 1280), classes: int = 1000
+        self,
+        blocks: Sequence[int] = (1, 2, 4, 14, 1),
+        widths: Sequence[int] = (48, 48, 96, 192, 1280),
+        classes: int = 1000,
     ) -> None:
         super().__init__()
         parts: list[nn.Module] = []
@@ -327,22 +357,33 @@ class RepVGG(nn.Module):
             for place in range(count):
                 parts.append(_RepBlock(channels, width, 1 if place else 2))
                 channels = width
-        self.layers = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+        self.layers = nn.Sequential(
+            *parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
 
-def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Sequential:
+def _conv_norm(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True
+) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), *[nn.ReLU()] * relu)
 
 
 class _Inception(nn.Module):
-    def __init__(self, inputs: int, one: int, three: tuple[int, int], five: tuple[int, int], pool: int) -> None:
+    def __init__(
+        self, inputs: int, one: int, three: tuple[int, int], five: tuple[int, int], pool: int
+    ) -> None:
         super().__init__()
-        self.one, self.pool = _conv_norm(inputs, one, 1), nn.Sequential(nn.MaxPool2d(3, 1, 1), _conv_norm(inputs, pool, 1))
-        self.three, self.five = (nn.Sequential(_conv_norm(inputs, a, 1), _conv_norm(a, b, 3)) for a, b in (three, five))
+        self.one, self.pool = (
+            _conv_norm(inputs, one, 1),
+            nn.Sequential(nn.MaxPool2d(3, 1, 1), _conv_norm(inputs, pool, 1)),
+        )
+        self.three, self.five = (
+            nn.Sequential(_conv_norm(inputs, a, 1), _conv_norm(a, b, 3)) for a, b in (three, five)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.one(x), self.three(x), self.five(x), self.pool(x)], 1)
@@ -362,8 +403,16 @@ class GoogLeNet(nn.Module):
     def __init__(self, part: int = 1, classes: int = 1000) -> None:
         super().__init__()
         channels = 192 // part
-        stem = [_conv_norm(3, 64 // part, 7, 2), nn.MaxPool2d(3, 2, ceil_mode=True), _conv_norm(64 // part, 64 // part, 1)]
-        parts: list[nn.Module] = [*stem, _conv_norm(64 // part, channels, 3), nn.MaxPool2d(3, 2, ceil_mode=True)]
+        stem = [
+            _conv_norm(3, 64 // part, 7, 2),
+            nn.MaxPool2d(3, 2, ceil_mode=True),
+            _conv_norm(64 // part, 64 // part, 1),
+        ]
+        parts: list[nn.Module] = [
+            *stem,
+            _conv_norm(64 // part, channels, 3),
+            nn.MaxPool2d(3, 2, ceil_mode=True),
+        ]
         for row in _INCEPTION:
             if row is None:
                 parts.append(nn.MaxPool2d(3, 2, ceil_mode=True))
@@ -372,7 +421,9 @@ class GoogLeNet(nn.Module):
             three, five = (three[0] // part, three[1] // part), (five[0] // part, five[1] // part)
             parts.append(_Inception(channels, one // part, three, five, pool // part))
             channels = one // part + three[1] + five[1] + pool // part
-        self.layers = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+        self.layers = nn.Sequential(
+            *parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -385,7 +436,9 @@ class _ShuffleUnit(nn.Module):
         given = inputs if stride > 1 else half
         self.left = None
         if stride > 1:
-            self.left = nn.Sequential(_conv_norm(inputs, inputs, 3, 2, inputs, relu=False), _conv_norm(inputs, half, 1))
+            self.left = nn.Sequential(
+                _conv_norm(inputs, inputs, 3, 2, inputs, relu=False), _conv_norm(inputs, half, 1)
+            )
         around = _conv_norm(given, half, 1), _conv_norm(half, half, 1)
         self.right = nn.Sequential(around[0], _conv_norm(half, half, 3, stride, half, relu=False), around[1])
 
@@ -400,7 +453,10 @@ class ShuffleNet(nn.Module):
     """ShuffleNet v2 x1.0 (Ma et al. 2018): chunks, concats and shuffles, but every BatchNorm right behind a conv."""
 
     def __init__(
-        self, blocks: Sequence[int] = (4, 8, 4), widths: Sequence[int] = (24, 116, 232, 464, 1024), classes: int = 1000
+        self,
+        blocks: Sequence[int] = (4, 8, 4),
+        widths: Sequence[int] = (24, 116, 232, 464, 1024),
+        classes: int = 1000,
     ) -> None:
         super().__init__()
         parts: list[nn.Module] = [_conv_norm(3, widths[0], 3, 2), nn.MaxPool2d(3, 2, 1)]
@@ -432,7 +488,9 @@ class _LinearNorm(nn.Module):
 class _Attention(nn.Module):
     """LeViT's attention, which halves the grid where `shrink` is set."""
 
-    def __init__(self, inputs: int, outputs: int, heads: int, key: int, ratio: int, side: int, shrink: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, heads: int, key: int, ratio: int, side: int, shrink: bool
+    ) -> None:
         super().__init__()
         self.heads, self.key, self.value, self.side, self.shrink = heads, key, ratio * key, side, shrink
         self.kv = _LinearNorm(inputs, heads * (key + self.value))
@@ -448,7 +506,11 @@ class _Attention(nn.Module):
             x = x.view(n, self.side, self.side, -1)[:, ::2, ::2].flatten(1, 2)
         query = self.q(x).view(n, -1, self.heads, self.key).transpose(1, 2)
         weights = (query @ key.permute(0, 2, 3, 1)) * self.key**-0.5 + self.bias
-        y = (weights.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2).reshape(n, -1, self.heads * self.value)
+        y = (
+            (weights.softmax(-1) @ value.transpose(1, 2))
+            .transpose(1, 2)
+            .reshape(n, -1, self.heads * self.value)
+        )
         return self.project(y)
 
 
@@ -498,7 +560,9 @@ class LeViT(nn.Module):
 class ConvE(nn.Module):
     """ConvE on FB15k-237 (Dettmers et al. 2018): embeddings, concat, BatchNorm, conv; the embedding is the output layer."""
 
-    def __init__(self, entities: int = 14_541, relations: int = 474, height: int = 10, width: int = 20) -> None:
+    def __init__(
+        self, entities: int = 14_541, relations: int = 474, height: int = 10, width: int = 20
+    ) -> None:
         super().__init__()
         size = height * width
         self.grid = (-1, 1, height, width)
@@ -517,10 +581,17 @@ class ConvE(nn.Module):
 class Tabular(nn.Module):
     """fastai's TabularModel on Adult: embeddings beside BatchNorm(numbers), then Linear, ReLU, BatchNorm, Linear."""
 
-    def __init__(self, cards: Sequence[int] = (10, 17, 8, 16, 7, 6, 3, 43), numbers: int = 6, hidden: Sequence[int] = (200, 100)) -> None:
+    def __init__(
+        self,
+        cards: Sequence[int] = (10, 17, 8, 16, 7, 6, 3, 43),
+        numbers: int = 6,
+        hidden: Sequence[int] = (200, 100),
+    ) -> None:
         super().__init__()
         widths = [min(600, round(1.6 * card**0.56)) for card in cards]
-        self.embeds = nn.ModuleList(nn.Embedding(card, width) for card, width in zip(cards, widths, strict=True))
+        self.embeds = nn.ModuleList(
+            nn.Embedding(card, width) for card, width in zip(cards, widths, strict=True)
+        )
         self.norm = nn.BatchNorm1d(numbers)
         parts: list[nn.Module] = []
         for inputs, outputs in zip([sum(widths) + numbers, *hidden], hidden, strict=False):

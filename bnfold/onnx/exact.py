@@ -6,6 +6,7 @@ shifted by `k`, times the slice `W[..., k]` of the weight. ConvTranspose is the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
 
 from bnfold.errors import InputError
 from bnfold.onnx.forms import EPSILON
@@ -30,7 +32,7 @@ def evaluate(model: onnx.ModelProto, feeds: Sequence[dict[str, Tensor]]) -> list
         InputError: the reference implementation cannot run it.
     """
     try:
-        evaluator = ReferenceEvaluator(model, new_ops=[Conv, ConvTranspose, BatchNormalization])
+        evaluator = ReferenceEvaluator(model, new_ops=[Conv, ConvTranspose, BatchNormalization, MaxPool])
         with np.errstate(all="ignore"):
             return [evaluator.run(None, feed) for feed in feeds]
     except Exception as error:
@@ -126,6 +128,28 @@ class BatchNormalization(OpRun):  # type: ignore[misc]
         shape = (1, -1, *[1] * (data.ndim - 2)) if scale.ndim == 1 else (1, *scale.shape)
         scale, bias, mean, var = (np.reshape(a, shape) for a in (scale, bias, mean, var))
         return ((data - mean) / np.sqrt(var + (options.get("epsilon", EPSILON))) * scale + bias,)
+
+
+class MaxPool(ReferenceMaxPool):  # type: ignore[misc]
+    """The common case, of floats: the reference implementation fails on padded sequences, and is slow."""
+
+    op_domain = ""
+
+    def _run(self, data: Tensor, ceil_mode: int = 0, kernel_shape: Sequence[int] = (), **options: Any) -> Any:
+        if len(self.onnx_node.output) > 1 or ceil_mode or data.dtype.kind != "f":
+            return super()._run(data, ceil_mode=ceil_mode, kernel_shape=kernel_shape, **options)
+        ones = [1] * len(kernel_shape)
+        strides, dilations = options.get("strides") or ones, options.get("dilations") or ones
+        both = _padding(
+            data.shape[2:], kernel_shape, options.get("auto_pad") or "NOTSET", options.get("pads"), strides, dilations
+        )
+        padded = np.pad(data, [(0, 0), (0, 0), *both], constant_values=-np.inf)
+        sizes = [
+            (n - (k - 1) * d - 1) // s + 1
+            for n, k, d, s in zip(padded.shape[2:], kernel_shape, dilations, strides, strict=True)
+        ]
+        cuts = (_window(offset, sizes, strides, dilations) for offset in itertools.product(*map(range, kernel_shape)))
+        return (functools.reduce(np.maximum, (padded[(slice(None), slice(None), *cut)] for cut in cuts)),)
 
 
 def _window(

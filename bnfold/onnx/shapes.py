@@ -374,6 +374,18 @@ def _pool(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shap
     return (*shape[:2], *_slid(spot, shape[2:], kernel)) if len(kernel) == len(shape) - 2 else None
 
 
+def _pad(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    pads = _numbers(spot, "pads", 1, constants)
+    axes = _numbers(spot, "axes", 3, constants)
+    around = dict.fromkeys(range(len(shape)), 0)
+    if pads is None or len(pads) != 2 * len(around if axes is None else axes):
+        return None
+    half = len(pads) // 2
+    for place, axis in enumerate(around if axes is None else axes):
+        around[axis % len(shape)] = pads[place] + pads[half + place]
+    return tuple(n + around[a] if isinstance(n, int) else (n if not around[a] else None) for a, n in enumerate(shape))
+
+
 def _concat(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
     shapes = [found.shapes.get(value) for value in spot.inputs]
     axis = next((item.i for item in spot.node.attribute if item.name == "axis"), 0) % len(shape)
@@ -542,6 +554,7 @@ _RULES: Mapping[str, Rule] = {
     "MatMul": _matmul,
     "MaxPool": _pool,
     "AveragePool": _pool,
+    "Pad": _pad,
     "Concat": _concat,
     "Split": _split,
     "Gather": _gather,
