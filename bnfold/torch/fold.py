@@ -129,9 +129,10 @@ class _Comparison:
         self.narrow = False
         self.notes: list[str] = []
         tensors = [tensor for _, tensor in leaves(example_inputs)]
-        self.possible = not any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers(), *tensors))
+        everything = (*model.parameters(), *model.buffers(), *tensors)
+        self.possible = not any(t.device.type == "meta" or nn.parameter.is_lazy(t) for t in everything)
         if not self.possible:
-            self.notes.append("unverified: tensors on the meta device have no numbers")
+            self.notes.append("unverified: there are tensors without numbers (lazy, or on the meta device)")
 
     def run_before(self, model: nn.Module) -> None:
         if self.possible:

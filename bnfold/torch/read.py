@@ -18,6 +18,8 @@ that is read in any other way belongs to whoever reads it, and stays.
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -306,20 +308,46 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fak
 
 
 def _record_somehow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
-    """Record with real tensors or with shapes alone, whichever is cheaper; with the other where that fails."""
+    """Record with real tensors, or with shapes alone where there are no numbers or too many; else the other way."""
     inputs = sum(tensor.numel() for _, tensor in leaves((args, kwargs)))
     heavy = inputs > 1 << 20 or sum(tensor.numel() for tensor in model.parameters()) > 1 << 27
-    first = _is_meta(model, args, kwargs) or heavy
+    meta = _is_meta(model, args, kwargs)
     try:
-        return _record(model, args, kwargs, first)
+        if meta or heavy:
+            with _quiet():
+                return _record(model, args, kwargs, True)
     except Exception as error:
-        if _is_meta(model, args, kwargs):
+        if meta:
             raise _unreadable(model, error) from error
-        problem = error
     try:
-        return _record(model, args, kwargs, not first)
+        return _record(model, args, kwargs, False)
+    except (NotImplementedError, torch.OutOfMemoryError) as error:
+        return _record_shapes(model, args, kwargs, error)
     except Exception as error:
-        raise _unreadable(model, error if first else problem) from error
+        if "not implemented" in str(error):
+            return _record_shapes(model, args, kwargs, error)
+        raise _unreadable(model, error) from error
+
+
+def _record_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> Recording:
+    """Record what cannot be run here; where that fails as well, the first problem is the one to report."""
+    try:
+        with _quiet():
+            return _record(model, args, kwargs, True)
+    except Exception:
+        raise _unreadable(model, error) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging what a fake tensor cannot do."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _is_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -726,6 +754,8 @@ class _Reader:
         reads: dict[int, str] = {}
         for item in self.items:
             own = {id(item.weight), id(item.bias)} if item.place is not None and item.linear is not None else set()
+            if self._computes_weight(item):
+                continue
             calls = [item.call] if item.joined is None else [item.call, item.joined]
             for value in (value for call in calls for value in call.reads.values()):
                 if id(value) not in own:
@@ -733,6 +763,16 @@ class _Reader:
         for value in self.recording.outputs.values():
             reads.update(dict.fromkeys(_roots(value), "the output of the model"))
         return reads
+
+    def _computes_weight(self, item: _Item) -> bool:
+        """Whether an operation is part of a parametrization that will be materialised."""
+        path = item.call.frame.path or ""
+        return any(
+            isinstance(other.place, LinearPlace)
+            and other.place.computed == "parametrization"
+            and _inside(path, f"{other.place.weight.module}.parametrizations.weight")
+            for other in self.items
+        )
 
     def _check_reads(self, item: _Item, used: Mapping[int, str]) -> None:
         if item.linear is None or item.weight is None:
@@ -769,7 +809,7 @@ class _Reader:
         ran = {frame.path for frame in self.recording.frames}
         taken = {item.name for item in self.items}
         for path, module in self.modules.items():
-            if path in met or path in taken or not _calls_itself_batchnorm(module):
+            if path in met or not _calls_itself_batchnorm(module):
                 continue
             if any(one.startswith(f"{path}.") for one in met):
                 continue
@@ -782,7 +822,9 @@ class _Reader:
                 reason = "it is in training mode and would normalise by the batch; call model.eval() first"
             else:
                 reason = "what it computes is not one affine map per channel"
-            self.items.append(_absent(path, reason))
+            absent = _absent(path, reason)
+            absent.name += " (not met)" if path in taken else ""
+            self.items.append(absent)
 
     def _part_twins(self) -> None:
         """Let no operator read one value twice: a copy stands between."""
@@ -913,23 +955,27 @@ _STANDARD = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.
 
 
 def _takes_bias(module: nn.Module) -> bool:
-    """Whether a module's forward uses the bias that it is given, if it had none before."""
+    """Whether a module's forward uses the bias that it is given, if it had none before, by its source."""
     if "forward" in vars(module) or "_conv_forward" in vars(module):
         return False
-    kind = type(module)
-    for standard in _STANDARD:
-        if isinstance(module, standard):
-            same = [getattr(kind, name) is getattr(standard, name) for name in ("forward", "_conv_forward") if hasattr(standard, name)]
-            if all(same):
+    return all(_uses_bias(type(module), name) for name in ("forward", "_conv_forward") if hasattr(type(module), name))
+
+
+def _uses_bias(kind: type, method: str) -> bool:
+    for each in kind.__mro__:
+        if method in vars(each):
+            if each in _STANDARD or each is nn.modules.conv._ConvNd:
                 return True
-    return "self.bias" in _source(kind)
+            source = _source(vars(each)[method])
+            if f"super().{method}" in source or f"super({each.__name__}, self).{method}" in source:
+                continue
+            return "bias" in source if method == "_conv_forward" else "self.bias" in source
+    return False
 
 
-def _source(kind: type) -> str:
-    import inspect
-
+def _source(function: Any) -> str:
     try:
-        return inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+        return inspect.getsource(function)
     except (OSError, TypeError):
         return ""
 

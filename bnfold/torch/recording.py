@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -420,6 +421,9 @@ class _Recorder:
                 result = self._run_whole(call, module, args, kwargs)
             else:
                 result = call(module, *args, **kwargs)
+        except BaseException as error:
+            vars(error).setdefault("bnfold_frame", frame.path or "")
+            raise
         finally:
             self.frame = before
         frame.stop = len(self.calls)
@@ -476,10 +480,10 @@ def _observers(module: nn.Module) -> str:
 
 def computes_weight(hook: Any) -> bool:
     """Whether a pre-hook is one of torch's that only compute the module's weight."""
-    from torch.nn.utils import prune, spectral_norm, weight_norm
+    return type(hook).__module__ in _WEIGHT_HOOKS or isinstance(hook, prune.BasePruningMethod)
 
-    kinds = (weight_norm.WeightNorm, spectral_norm.SpectralNorm, prune.BasePruningMethod)
-    return isinstance(hook, kinds)
+
+_WEIGHT_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
 
 
 def slot_values(model: nn.Module) -> Iterator[Value]:
@@ -640,13 +644,9 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake
             stack.enter_context(mode)
         stack.enter_context(_Dispatches(recorder))
         stack.enter_context(_Functions(recorder))
-        try:
-            result = model(*args, **kwargs)
-        except BaseException as error:
-            error.bnfold_frame = recorder.frame.path or ""  # type: ignore[attr-defined]
-            raise
+        result = model(*args, **kwargs)
     outputs = {path: recorder.value(tensor) for path, tensor in leaves(result)}
-    _add_survivors(recorder, outputs)
+    _add_survivors(recorder, outputs, set(_computed_weights(model)))
     return Recording(
         recorder.calls, recorder.frames, inputs, outputs, recorder.slots, recorder.changed_slots, recorder.borrowed, fake
     )
@@ -658,12 +658,20 @@ def _enter_input(recorder: _Recorder, path: str, tensor: Tensor) -> Value:
     return recorder.enter(tensor, value)
 
 
-def _add_survivors(recorder: _Recorder, outputs: dict[str, Value]) -> None:
+def _computed_weights(model: nn.Module) -> Iterator[int]:
+    """The weights that torch's hooks leave on a module, where nobody but the module's next call looks."""
+    for module in model.modules():
+        if any(computes_weight(hook) for hook in module._forward_pre_hooks.values()):
+            yield from (id(tensor) for tensor in vars(module).values() if isinstance(tensor, Tensor))
+
+
+def _add_survivors(recorder: _Recorder, outputs: dict[str, Value], ignored: set[int]) -> None:
     """Whatever is still alive when the pass is over may be read: in a cache, in an object that was returned."""
     known = {id(value) for value in outputs.values()}
 
     def alive() -> list[Value]:
-        values = (e.value for e in recorder.entries.values() if e.value.call is not None and e.tensor() is not None)
+        living = (e for e in recorder.entries.values() if e.value.call is not None and e.tensor() is not None)
+        values = (e.value for e in living if id(e.tensor()) not in ignored)
         return [value for value in values if id(value) not in known]
 
     if alive():

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from bnfold.algebra import Affine, Array, round_to_odd
 from bnfold.graph import Node
@@ -52,7 +53,10 @@ def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             for _, tensor in leaves(vars(module)):
-                if not tensor.is_leaf:
+                if nn.parameter.is_lazy(tensor):
+                    fresh = type(tensor)(tensor.requires_grad, tensor.device, tensor.dtype)  # type: ignore[call-arg]
+                    memo.setdefault(id(tensor), fresh)
+                elif not tensor.is_leaf:
                     memo.setdefault(id(tensor), tensor.detach().clone())
     return copy.deepcopy(model, memo)
 
@@ -163,11 +167,8 @@ def _run_hook(hook: Any, module: nn.Module) -> Tensor:
 
 def _settle_weight(module: nn.Module, how: str) -> None:
     """Turn a computed weight into a parameter."""
-    from torch.nn.utils import parametrize, prune
-
     if how == "parametrization":
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        return
+        return _remove_parametrization(module)
     hook = next(h for h in module._forward_pre_hooks.values() if computes_weight(h))
     key = next(key for key, h in module._forward_pre_hooks.items() if h is hook)
     if isinstance(hook, prune.BasePruningMethod):
@@ -180,6 +181,23 @@ def _settle_weight(module: nn.Module, how: str) -> None:
     for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for mark in [k for k, h in hooks.items() if "SpectralNorm" in type(h).__name__ + repr(getattr(h, "hook", h))]:
             del hooks[mark]
+
+
+def _remove_parametrization(module: nn.Module) -> None:
+    """Make the weight a plain one again.
+
+    torch's own `remove_parametrizations` edits the class, which a copy shares with the original.
+    """
+    left = module._modules["parametrizations"]
+    assert left is not None
+    del left["weight"]  # type: ignore[attr-defined]
+    kind = type(module)
+    if len(left):  # type: ignore[arg-type]
+        content = {name: thing for name, thing in vars(kind).items() if name not in ("weight", "__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, kind.__bases__, content)
+    else:
+        del module._modules["parametrizations"]
+        module.__class__ = kind.__bases__[0]
 
 
 def _fold(model: nn.Module, place: LinearPlace, node: Node) -> tuple[Array, Array | None]:

@@ -1,0 +1,355 @@
+"""Semantics 15 to 20: every disguise of a BatchNorm, and everything that hangs on a module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from bnfold import UnreadableModel
+from bnfold.torch import fold
+from tests.torch_models import agree, check, randomise
+
+IMAGES = torch.randn(2, 3, 6, 6)
+
+
+def pair(norm: nn.Module, conv: nn.Module | None = None) -> nn.Module:
+    return nn.Sequential(conv or nn.Conv2d(3, 4, 3), norm)
+
+
+class FrozenNorm(nn.Module):
+    """As in torchvision and detectron2: four buffers, spelt out."""
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x):
+        w, b = self.weight.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
+        scale = w * (self.running_var.reshape(1, -1, 1, 1) + self.eps).rsqrt()
+        return x * scale + (b - self.running_mean.reshape(1, -1, 1, 1) * scale)
+
+
+class FrozenByFunction(FrozenNorm):
+    """As in detectron2 without gradients."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
+
+
+class HandWritten(nn.Module):
+    """As in the lecture: no eps, and the standard deviation is what is tracked."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gain, self.bias = nn.Parameter(torch.rand(1, channels) + 0.5), nn.Parameter(torch.randn(1, channels))
+        self.register_buffer("mean_running", torch.randn(1, channels))
+        self.register_buffer("std_running", torch.rand(1, channels) + 0.5)
+
+    def forward(self, x):
+        if self.training:
+            mean, std = x.mean(0, keepdim=True), x.std(0, keepdim=True)
+        else:
+            mean, std = self.mean_running, self.std_running
+        return self.gain * (x - mean) / std + self.bias
+
+
+class PlainTensors(nn.Module):
+    """Statistics that are neither parameters nor buffers."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma, self.mean, self.var = torch.rand(channels) + 0.5, torch.randn(channels), torch.rand(channels) + 0.5
+
+    def forward(self, x):
+        return self.gamma * ((x - self.mean) / torch.sqrt(self.var + 1e-5))
+
+
+class NormAct(nn.BatchNorm2d):
+    """As in timm: the activation is a child, and so is a dropout."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.SiLU(inplace=True)
+
+    def forward(self, x):
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return self.act(self.drop(y))
+
+
+class NormLeaky(nn.BatchNorm2d):
+    """As in inplace_abn: the activation is a function."""
+
+    def forward(self, x):
+        return F.leaky_relu(super().forward(x), 0.2, inplace=True)
+
+
+class NormPRelu(nn.BatchNorm2d):
+    """A child with a parameter, which keeps its name."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.PReLU(channels)
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+@pytest.mark.parametrize("norm", [FrozenNorm(4), FrozenByFunction(4), nn.SyncBatchNorm(4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.InstanceNorm2d(4, track_running_stats=True), nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, momentum=None)])  # fmt: skip
+def test_every_kind_of_batchnorm_is_one(norm):
+    after, _ = check(pair(norm), IMAGES, folded=["1"])
+    assert type(after[1]) is nn.Identity
+    assert set(after.state_dict()) == {"0.weight", "0.bias"}
+
+
+@pytest.mark.parametrize("norm", [HandWritten(4), PlainTensors(4)])
+def test_batchnorms_written_by_hand_are_found_by_what_they_compute(norm):
+    linear = nn.Linear(3, 4)
+    if isinstance(norm, PlainTensors):
+        norm.gamma, norm.mean, norm.var = norm.gamma.double(), norm.mean.double(), norm.var.double()
+    check(pair(norm, linear), torch.randn(5, 3), folded=["1"])
+
+
+@pytest.mark.parametrize("kind", [NormAct, NormLeaky, NormPRelu])
+def test_of_a_batchnorm_with_an_activation_only_the_affine_map_goes(kind):
+    model = pair(kind(4))
+    after, _ = check(model, IMAGES, folded=["1"])
+    assert not isinstance(after[1], nn.BatchNorm2d)
+    names = {name for name in model.state_dict() if name.startswith("1.act")}
+    assert names == {name for name in after.state_dict() if name.startswith("1.")}
+
+
+def test_before_a_border_an_activation_is_what_a_batchnorm_with_one_ends_in():
+    check(nn.Sequential(NormLeaky(3), nn.Conv2d(3, 4, 3)), IMAGES, kept=["0"])
+
+
+class ScaleOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+def test_a_layer_scale_is_no_batchnorm_and_lets_one_through():
+    check(nn.Sequential(nn.Conv2d(3, 4, 3), ScaleOnly(), nn.BatchNorm2d(4)), IMAGES, folded=["2"])
+
+
+def test_batch_statistics_in_eval_are_not_foldable():
+    check(pair(nn.BatchNorm2d(4, track_running_stats=False)), IMAGES, kept=["1"], because="track_running_stats=False")
+
+
+def test_a_batchnorm_without_a_bias_is_folded():
+    norm = nn.BatchNorm2d(4)
+    norm.bias = None
+    check(pair(norm), IMAGES, folded=["1"])
+
+
+@pytest.mark.parametrize("which", ["bn", "all"])
+def test_training_mode_is_refused_and_never_changed(which):
+    model = randomise(pair(nn.BatchNorm2d(4))).double()
+    (model if which == "all" else model[1]).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    after, report = fold(model, IMAGES.double())
+    assert report.verdicts[0].outcome == "kept"
+    assert "call model.eval() first" in report.verdicts[0].reason
+    assert model[1].training
+    assert after[1].training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_hand_written_batchnorm_in_training_mode_is_not_folded():
+    model = pair(HandWritten(4), nn.Linear(3, 4)).train()
+    _, report = fold(model, torch.randn(5, 3))
+    assert report.count("folded") == 0
+
+
+class DirectCall(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        n = self.norm
+        return F.batch_norm(self.conv(x), n.running_mean, n.running_var, n.weight, n.bias, eps=n.eps).relu()
+
+
+def test_a_functional_call_has_a_verdict_and_a_way_out():
+    check(DirectCall(), IMAGES, kept=["norm"], because="nn.BatchNorm")
+
+
+class Observed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.seen = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), []
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).relu()
+
+
+@pytest.mark.parametrize("module", ["conv", "bn"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_that_sees_what_folding_would_change_is_in_the_way(module, kind):
+    model = Observed()
+    getattr(model.get_submodule(module), kind)(lambda *args: None)
+    if (module, kind) == ("conv", "register_forward_pre_hook"):
+        check(model, IMAGES, folded=["bn"])
+    else:
+        check(model, IMAGES, kept=["bn"], because="hook")
+
+
+def test_a_hook_that_changes_the_value_is_followed():
+    model = Observed()
+    model.conv.register_forward_hook(lambda module, given, made: made.tanh())
+    check(model, IMAGES, kept=["bn"])
+
+
+def test_a_hook_on_every_module_is_in_the_way():
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        check(Observed(), IMAGES, kept=["bn"], because="hook")
+    finally:
+        handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("wrap", [
+    nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.orthogonal,
+    nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 0.3),
+])  # fmt: skip
+def test_a_computed_weight_is_materialised(wrap):
+    conv = nn.Conv2d(3, 4, 3).eval()
+    model = randomise(pair(nn.BatchNorm2d(4), wrap(conv))).double()
+    model(IMAGES.double())
+    after, _ = check(model, IMAGES, folded=["1"])
+    assert set(after.state_dict()) == {"0.weight", "0.bias"}
+    assert type(after[0]) is nn.Conv2d
+    assert not after[0]._forward_pre_hooks
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def test_a_parametrization_of_ones_own_is_materialised():
+    conv = nn.Conv2d(3, 4, 3)
+    parametrize.register_parametrization(conv, "weight", Halved())
+    check(pair(nn.BatchNorm2d(4), conv), IMAGES, folded=["1"])
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight
+        return F.conv2d(x, (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_a_weight_that_the_forward_computes_is_left():
+    check(pair(nn.BatchNorm2d(4), Standardised(3, 4, 3)), IMAGES, kept=["1"], because="weight is computed")
+
+
+class SameConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class BiaslessConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+class DoubledConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class SquashedConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kind", "outcome"), [(SameConv, "folded"), (BiaslessConv, "half"), (DoubledConv, "folded"), (SquashedConv, "kept")])
+def test_a_subclass_is_judged_by_what_its_forward_runs(kind, outcome, bias):
+    check(pair(nn.BatchNorm2d(4), kind(3, 4, 3, bias=bias)), IMAGES, **{outcome: ["1"]})
+
+
+class DoubledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class SkippedNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+def test_subclasses_of_batchnorm_are_judged_by_what_runs():
+    check(pair(DoubledNorm(4)), IMAGES, folded=["1"])
+    check(pair(SkippedNorm(4)), IMAGES, kept=["1"])
+
+
+def test_a_forward_put_on_the_instance_is_what_runs():
+    model = pair(nn.BatchNorm2d(4))
+    model[1].forward = lambda x: x * 3
+    check(model, IMAGES, kept=["1"])
+
+
+class Uses(Observed):
+    def forward(self, x):
+        return self.bn(self.conv(x)).to(self.bn.weight.dtype)
+
+
+def test_a_batchnorm_whose_tensors_other_code_uses_stays():
+    check(Uses(), IMAGES, kept=["bn"], because="is used by the code of")
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_a_lazy_batchnorm_without_numbers_has_a_reason():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval()
+    after, report = fold(model, IMAGES)
+    assert report.verdicts[0].outcome == "kept"
+    assert "run the model once" in report.verdicts[0].reason
+    assert isinstance(after[1], nn.LazyBatchNorm2d)
+    assert isinstance(model[0].weight, nn.UninitializedParameter)
+    model(IMAGES)
+    check(model, IMAGES, folded=["1"])
+
+
+def test_a_batchnorm_that_does_not_run_has_a_reason():
+    class Auxiliary(Observed):
+        def __init__(self):
+            super().__init__()
+            self.aux = nn.BatchNorm2d(4)
+
+    _, report = fold(randomise(Auxiliary()), IMAGES)
+    assert {v.name: v.outcome for v in report.verdicts} == {"bn": "folded", "aux": "kept"}
+    assert "did not run" in report.verdicts[1].reason
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_scripted_parts_are_one_opaque_call():
+    scripted = torch.jit.script(randomise(pair(nn.BatchNorm2d(4))))
+    model = randomise(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), scripted, nn.BatchNorm2d(4)))
+    after, report = fold(model, IMAGES)
+    outcomes = {v.name: v.outcome for v in report.verdicts}
+    assert outcomes == {"1": "folded", "3": "kept", "2.1": "kept"}
+    agree(model, after, IMAGES, 1e-5)
+
+
+def test_a_model_that_cannot_run_is_refused_by_name():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    with pytest.raises(UnreadableModel, match="inner"):
+        fold(Broken(), torch.randn(2, 5))
