@@ -140,6 +140,14 @@ def test_a_batchnorm_that_cannot_be_folded_is_kept_and_says_why(tmp_path: Path) 
     assert [(one.outcome, bool(one.reason)) for one in exported.verdicts] == [("kept", True)]
 
 
+def test_a_batchnorm_whose_shift_stays_leaves_one_add(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 3, padding=1), nn.Tanh())
+    net(torch.randn(16, 8, 5))
+    exported = export.export(Checkpoint(net.eval(), InputDomain((8, 5))), tmp_path / "net.onnx", "dynamic")
+    assert exported.operators == ("Relu", "Add", "Conv", "Tanh")
+    assert [one.outcome for one in exported.verdicts] == ["scale folded"]
+
+
 class Residual(nn.Module):
     """The motif of a ResNet, which is no nn.Sequential."""
 
@@ -262,6 +270,24 @@ def test_the_target_is_looked_at_before_the_work(ckpt: Path, tmp_path: Path) -> 
         export.export(ckpt, tmp_path / "missing" / "net.onnx")
     with pytest.raises(InputError, match="is a folder"):
         export.export(ckpt, tmp_path)
+
+
+def test_what_needs_onnxscript_says_so(tmp_path: Path) -> None:
+    code = """
+import sys; sys.modules["onnxscript"] = None
+import torch; from torch import nn; import export
+export.export_module(nn.Sequential(nn.GLU()).eval(), torch.randn(5, 4), sys.argv[1])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "net.onnx")],
+        cwd=Path(convert.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "InputError: layer `0` is a GLU" in result.stderr
+    assert result.stderr.endswith("needs onnxscript; pip install onnxscript\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_importing_the_package_imports_no_framework() -> None:

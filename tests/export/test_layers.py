@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from bnfold import layers as checkpoint_layers
-from bnfold.errors import InputError, NotEquivalent
+from bnfold.errors import NotEquivalent
 from export.layers import ROWS, NoRow, Sketch, draw
-from export.prove import Examples, prove
+from export.prove import Examples, _batches, prove
 from export.write import write
 
 IMAGES = {1: (4, 8), 2: (4, 8, 6), 3: (4, 4, 6, 4)}
@@ -170,10 +170,13 @@ def test_the_proof_sees_a_row_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_proof_of_a_free_batch_tries_more_than_one_size() -> None:
-    """A Reshape to one example passes every run of one; only a run of three shows it."""
-    net, inputs = nn.Sequential(nn.Unflatten(1, (2, 4))).eval(), torch.randn(50, 8)
-    proto = write(net, inputs[:2], "batch")
-    fixed = onnx.numpy_helper.from_array(np.array([1, 2, 4]), proto.graph.initializer[0].name)
-    proto.graph.initializer[0].CopyFrom(fixed)
-    with pytest.raises(InputError, match=r"cannot run|refuses"):
-        prove(proto.SerializeToString(), net, Examples(inputs))
+    inputs = np.arange(10_000)[:, None]
+    for count, sizes in {1: [1], 2: [1, 1], 50: [1, 2, 47], 10_000: [1, 2, 4096, 4096, 1805]}.items():
+        parts = list(_batches(inputs[:count], None))
+        assert [len(part) for part in parts] == sizes
+        assert np.array_equal(np.concatenate(parts), inputs[:count])
+
+
+def test_the_proof_fills_the_last_batch_of_a_fixed_size() -> None:
+    parts = list(_batches(np.arange(7)[:, None], 3))
+    assert [part.ravel().tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
