@@ -105,7 +105,8 @@ def calibrate(
 
     Args:
         model: with BatchNorms that keep running statistics, in training or eval mode. A module that is no torch
-            BatchNorm counts as one if it has `running_mean`, `running_var` and `momentum`; channels on axis 1.
+            BatchNorm counts as one if it has `momentum`, `running_mean`, and `running_var` or `running_std`, and its
+            channels on axis 1.
         batches: the set, in batches of any size, read once for each pass: a list, a DataLoader, or a function that
             returns an iterable, such as a generator function. A batch is what `model` is called with: a tensor, a
             tuple of positional arguments, a dict of keyword arguments, or a pair `(args, kwargs)`.
@@ -144,7 +145,7 @@ def _find(model: nn.Module) -> dict[str, Any]:
     if not layers:
         raise InputError(f"{type(model).__name__} has no BatchNorm to calibrate")
     for name, module in layers.items():
-        if not isinstance(module.running_mean, Tensor) or not isinstance(module.running_var, Tensor):
+        if not all(isinstance(buffer, Tensor) for buffer in _buffers(module)):
             raise InputError(
                 f"`{name}` keeps no running statistics and normalises by each batch; "
                 "build it with track_running_stats=True"
@@ -154,8 +155,15 @@ def _find(model: nn.Module) -> dict[str, Any]:
 
 def _is_batchnorm(module: nn.Module) -> bool:
     """Tell whether a module normalises by statistics that follow the data: InstanceNorm and frozen ones do not."""
-    alike = all(hasattr(module, name) for name in ("running_mean", "running_var", "momentum"))
+    alike = all(hasattr(module, name) for name in ("running_mean", "momentum"))
+    alike = alike and (hasattr(module, "running_var") or hasattr(module, "running_std"))
     return isinstance(module, _BatchNorm) or (alike and not isinstance(module, _InstanceNorm))
+
+
+def _buffers(module: Any) -> tuple[Any, Any]:
+    """Return where a BatchNorm keeps its mean and its variance or std."""
+    spread = "running_var" if hasattr(module, "running_var") else "running_std"
+    return module.running_mean, getattr(module, spread)
 
 
 def _reader(batches: Batches, layers: int) -> Callable[[], Iterable[Any]]:
@@ -254,11 +262,10 @@ def _check_finite(name: str, moments: _Moments) -> None:
 
 
 def _set(module: Any, moments: _Moments, correction: int) -> None:
-    """Write mean and variance into a BatchNorm, rounded once."""
-    for buffer, value in (
-        (module.running_mean, moments.mean),
-        (module.running_var, moments.squares / (moments.count - correction)),
-    ):
+    """Write mean and variance, or std, into a BatchNorm, rounded once."""
+    variance = moments.squares / (moments.count - correction)
+    spread = variance if hasattr(module, "running_var") else variance.sqrt()
+    for buffer, value in zip(_buffers(module), (moments.mean, spread), strict=True):
         buffer.copy_(value.view_as(buffer))
 
 
@@ -312,7 +319,7 @@ def _store(model: Model, known: _Known) -> Model:
         if moments.count < 2:
             raise InputError(f"`{name}` got one value per channel, which has no variance; give more examples")
         _set(layers[name], moments, correction=1)
-        for buffer in (layers[name].running_mean, layers[name].running_var):
+        for buffer in _buffers(layers[name]):
             if not buffer.isfinite().all():
                 raise InputError(
                     f"a statistic of `{name}` does not fit {buffer.dtype}; call model.float() first"

@@ -221,13 +221,17 @@ def compare_statistics(net: nn.Module, calibrated: nn.Module) -> tuple[Statistic
     """Return the running statistics of `net` beside those of the same net after `bnfold.calibrate`."""
     pairs = zip(net.named_modules(), calibrated.modules(), strict=True)
     return tuple(
-        Statistics(name, *(_to_numpy(getattr(m, key)) for m in (left, right) for key in _BUFFERS))
+        Statistics(name, *_statistics(left), *_statistics(right))
         for (name, left), right in pairs
-        if all(isinstance(getattr(left, key, None), Tensor) for key in _BUFFERS)
+        if isinstance(getattr(left, "running_mean", None), Tensor)
     )
 
 
-_BUFFERS = ("running_mean", "running_var")
+def _statistics(module: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and variance, that of a layer that tracks the std too."""
+    std = getattr(module, "running_std", None)
+    mean, var = _to_numpy(module.running_mean), _to_numpy(module.running_var if std is None else std)
+    return mean, var if std is None else np.square(var)
 
 
 class _Watch:

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from bnfold.errors import InputError, replacing
 from train.diagnostics import DEAD, Diagnostics, Layer, Record, Spread, Statistics
@@ -40,6 +41,8 @@ __all__ = [
     "draw_statistics",
     "draw_updates",
 ]
+
+Item = TypeVar("Item")
 
 COLOURS = ("#3b82f6", "#d9640a", "#15913f", "#e0393e", "#8b5cf6", "#0e8a9c", "#db2777", "#7c7a12")
 _RAMP = LinearSegmentedColormap.from_list("depth", [COLOURS[i] for i in (0, 4, 6, 3, 1)])
@@ -59,6 +62,8 @@ _WIDTH = 9.0
 _MOST_NAMED = 12
 _MOST_MAPS = 6
 _BLOCKS = 200
+_UNLIKE = 30
+"""Sizes with a larger ratio are drawn on a logarithmic axis."""
 
 
 def draw_activations(record: Record) -> Picture:
@@ -131,15 +136,16 @@ def draw_losses(runs: Mapping[str, Sequence[float]]) -> Picture:
             _draw_loss(rest, name, losses, colour, len(losses) // 20)
         whole.set(title="all steps", xlabel="step", ylabel="loss", yscale="log")
         rest.set(title="without the first twentieth", xlabel="step")
+        whole.yaxis.set_major_locator(MaxNLocator(7))
         whole.yaxis.set_major_formatter("{x:g}")
-        whole.yaxis.set_minor_formatter("{x:g}")
+        whole.yaxis.set_minor_locator(NullLocator())
         if len(runs) > 1:
             _legend(figure, whole)
         return _finish(
             figure, "loss", "Loss",
             "Left, on a logarithmic scale: a hockey stick means that training began by unlearning a confidently wrong "
-            "first guess. Right, what remains without it. Lines are means of neighbouring steps, bands go from the least "
-            "to the most.",
+            "first guess. Right, what remains without it. Lines are means of neighbouring steps, bands go from "
+            "least to most.",
         )  # fmt: skip
 
 
@@ -220,17 +226,38 @@ def draw(
 def _draw_spreads(
     name: str, title: str, label: str, caption: str, lines: Sequence[tuple[str, Spread]]
 ) -> Picture:
-    with _figure(3.4 + 0.2 * min(len(lines), _MOST_NAMED)) as figure:
-        axes = figure.subplots()
-        for (text, spread), colour in zip(lines, _colours(len(lines)), strict=True):
-            axes.plot(*spread.density, color=colour, label=text)
-        reach = [6 * s.std for _, s in lines if math.isfinite(s.std)]
-        ends = [e for _, s in lines for e in (s.least, s.most) if math.isfinite(e)]
-        if ends and max(reach, default=0) > 0:
-            axes.set_xlim(max(min(ends), -max(reach)), min(max(ends), max(reach)))
-        axes.set(xlabel=label, ylabel="density")
-        _legend(figure, axes, 1)
+    """Draw densities, of many only some, beside the std of all, in the order of computation."""
+    colours = _colours(len(lines))
+    chosen = _choose(range(len(lines)), _MOST_NAMED)
+    with _figure(3.4 + 0.2 * len(chosen)) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+        right.set_visible(len(lines) > 1)
+        for i in chosen:
+            left.plot(*lines[i][1].density, color=colours[i], label=lines[i][0])
+        _limit(left, [lines[i][1] for i in chosen])
+        left.set(xlabel=label, ylabel="density")
+        stds = [s.std if s.std > 0 else math.nan for _, s in lines]
+        right.scatter(range(1, len(lines) + 1), stds, c=colours, s=16)
+        right.set(xlabel="layer", ylabel="std", yscale="log" if _ratio(stds) > _UNLIKE else "linear")
+        right.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _legend(figure, left, 1)
         return _finish(figure, name, title, caption)
+
+
+def _limit(axes: Axes, spreads: Sequence[Spread]) -> None:
+    """Keep single outliers from squeezing the densities, and densities of very unlike widths readable."""
+    stds = [s.std for s in spreads if math.isfinite(s.std)]
+    ends = [end for s in spreads for end in (s.least, s.most) if math.isfinite(end)]
+    if ends and (reach := 6 * max(stds, default=0)) > 0:
+        axes.set_xlim(max(min(ends), -reach), min(max(ends), reach))
+    if _ratio(stds) > _UNLIKE:
+        axes.set_yscale("log")
+
+
+def _ratio(stds: Sequence[float]) -> float:
+    """Return the largest over the least of those above zero."""
+    positive = [std for std in stds if std > 0]
+    return max(positive) / min(positive) if positive else 1.0
 
 
 def _draw_loss(axes: Axes, name: str, losses: Sequence[float], colour: str, begin: int) -> None:
@@ -269,7 +296,7 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _choose(items: Sequence[str], count: int) -> list[str]:
+def _choose(items: Sequence[Item], count: int) -> list[Item]:
     """Return at most `count` of the items, evenly, the first and the last among them."""
     chosen = np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))
     return [items[i] for i in chosen]
@@ -285,9 +312,9 @@ def _colours(count: int) -> list[str]:
 def _legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
     """Put the names of the lines below the figure; of many only some, the first and the last among them."""
     handles = axes.get_legend_handles_labels()[0]
-    chosen = _choose([str(i) for i in range(len(handles))], _MOST_NAMED)
     if handles:
-        figure.legend(handles=[handles[int(i)] for i in chosen], loc="outside lower center", ncols=columns)
+        named = _choose(handles, _MOST_NAMED)
+        figure.legend(handles=named, loc="outside lower center", ncols=columns)
 
 
 @contextmanager

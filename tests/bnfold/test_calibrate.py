@@ -275,3 +275,19 @@ def test_bnfold_offers_it_without_importing_torch():
     program += "; m = bnfold.calibrate(nn.Sequential(nn.BatchNorm1d(2)), [torch.eye(2)])"
     program += "; assert m[0].running_mean.tolist() == [0.5, 0.5]"
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_a_layer_that_tracks_the_std_gets_the_std():
+    class Std(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.momentum = 0.001
+            self.register_buffer("running_mean", torch.zeros(3))
+            self.register_buffer("running_std", torch.ones(3))
+
+        def forward(self, x):
+            return (x - self.running_mean) / self.running_std
+
+    x = torch.randn(50, 3, dtype=torch.float64) * 3 + 1
+    found = calibrate(Std().double(), x.split(9))
+    assert_same({"": found.running_std}, {"": x.std(0)})
