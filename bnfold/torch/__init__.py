@@ -11,8 +11,8 @@ tuple and a dict.
 
 from __future__ import annotations
 
-from bnfold.torch.fold import fold, run
+from bnfold.torch.fold import fold, run, verify
 from bnfold.torch.read import Reading, read
 from bnfold.torch.write import write
 
-__all__ = ["Reading", "fold", "read", "run", "write"]
+__all__ = ["Reading", "fold", "read", "run", "verify", "write"]

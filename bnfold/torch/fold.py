@@ -19,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, judge
 from bnfold.errors import NotEquivalent, UnreadableModel
+from bnfold.graph import Graph
 from bnfold.report import Evidence, Report
 from bnfold.torch.read import _first_line, _restored, arrange, read, undisturbed
 from bnfold.torch.recording import leaves
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
 
-__all__ = ["fold", "run"]
+__all__ = ["fold", "run", "verify"]
 
 
 def fold(
@@ -63,6 +64,22 @@ def fold(
     folded = write(model, reading, journey, inplace)
     evidence, notes = ((), ["unverified: verification was switched off"]) if comparison is None else comparison.judge(folded)
     return folded, Report(journey.verdicts, tuple(evidence), tuple(notes), (size, _count(folded)))
+
+
+def verify(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Evidence, ...]:
+    """Compare two modules on the same inputs and on perturbed ones, in float64 and in their own dtype.
+
+    Raises:
+        NotEquivalent: they differ; the message names the worst input and element.
+        UnreadableModel: one of them does not run on these inputs.
+    """
+    comparison = _Comparison(before, inputs, Journey(Graph((), (), ()), ()))
+    comparison.changed = sum(isinstance(getattr(module, "weight", None), Tensor) for module in after.modules())
+    comparison.run_before(before)
+    comparison.run_exact(before, lambda twin: None, after)
+    if comparison.before is None and comparison.exact is None:
+        raise UnreadableModel(" ".join(comparison.notes) or "nothing could be compared")
+    return tuple(comparison.judge(after, rounded=True)[0])
 
 
 def _count(model: nn.Module) -> int:
@@ -141,7 +158,8 @@ class _Comparison:
             except Exception as error:
                 self.notes.append(f"not compared in {self.dtype}: the model does not run in it: {_first_line(error)}")
 
-    def run_exact(self, model: nn.Module, edit: Any) -> None:
+    def run_exact(self, model: nn.Module, edit: Any, other: nn.Module | None = None) -> None:
+        """Run the model in float64, and then another one, or the same one after an edit."""
         if not self.possible:
             return
         try:
@@ -154,8 +172,9 @@ class _Comparison:
             return
         self.narrow = watch.seen
         edit(twin)
+        folded = twin if other is None else widen(other)
         with _double():
-            self.exact = (before, self._run_folded(twin, wide))
+            self.exact = (before, self._run_folded(folded, wide))
 
     def _run_folded(self, model: nn.Module, inputs: Sequence[Any]) -> list[Outputs]:
         try:
@@ -166,16 +185,16 @@ class _Comparison:
                 "some code uses a BatchNorm otherwise than by calling it"
             ) from error
 
-    def judge(self, folded: nn.Module) -> tuple[Sequence[Evidence], Sequence[str]]:
+    def judge(self, folded: nn.Module, rounded: bool = False) -> tuple[Sequence[Evidence], Sequence[str]]:
         if not self.possible or (self.before is None and self.exact is None):
             return (), self.notes or ["unverified"]
         count = len(self.inputs)
         if self.before is None:
             assert self.exact is not None
-            return judge(self.exact, self.exact, "float64", self.changed, count), self.notes
+            return judge(self.exact, self.exact, self.dtype if rounded else "float64", self.changed, count, rounded=rounded), self.notes
         own = (self.before, self._run_folded(folded, self.inputs))
         try:
-            return judge(own, self.exact, self.dtype, self.changed, count), self.notes
+            return judge(own, self.exact, self.dtype, self.changed, count, rounded=rounded), self.notes
         except NotEquivalent:
             if not self.narrow or self.exact is None:
                 raise

@@ -652,30 +652,33 @@ class _Reader:
     # -- changes in place
 
     def _guard_changes(self) -> None:
-        """Keep a BatchNorm where its output is changed in place, and its input is read by somebody else.
+        """Let no BatchNorm go whose output is changed in place while its input is read by somebody else.
 
-        Without it, what is changed would be its input.
+        Without it, what is changed would be its input. Going up, only readers that all want the same could agree to it;
+        going down, the operator that changes it would have to let it pass.
         """
         readers = self._readers()
         producers = {name: item for item in self.items for name in item.outputs}
         for item in self.items:
             if item.call.written:
                 for name in item.inputs:
-                    self._guard(item, name, readers, producers)
+                    if self._guard(item, name, readers, producers):
+                        item.become_opaque(f"{item.op}, in place")
+                        break
 
-    def _guard(self, item: _Item, name: str, readers: dict[str, list[_Item]], producers: dict[str, _Item]) -> None:
+    def _guard(self, item: _Item, name: str, readers: dict[str, list[_Item]], producers: dict[str, _Item]) -> bool:
+        """Whether something else reads the memory that an item would change, if BatchNorms above it were gone."""
         passed: list[_Item] = []
         while (producer := producers.get(name)) is not None and producer.op in _SHARING and producer.inputs:
             name = producer.inputs[0]
             passed += [producer] if producer.is_batchnorm else []
-            if len(readers.get(name, ())) > 1 or name in self.outputs:
-                break
-        else:
-            if producer is not None:
-                return
-        for norm in passed:
-            if norm.affine is not None:
-                norm.refuse(f"`{item.name}` changes its output in place, and without it would change its input")
+            others = readers.get(name, ())
+            if len(others) > 1 or name in self.outputs:
+                if all(other.is_batchnorm for other in others):
+                    for norm in passed:
+                        norm.refuse(f"`{item.name}` changes its output in place, and without it would change its input")
+                return bool(passed)
+        return producer is None and bool(passed)
 
     # -- linear operators
 

@@ -558,6 +558,8 @@ class _Dispatches(TorchDispatchMode):
         return result
 
     def _read_more(self, call: Call, args: Any, kwargs: Any) -> None:
+        if LIKE.get(call.function) == 0:
+            return
         for _, tensor in leaves((args, kwargs)):
             entry = self.recorder.known(tensor)
             if entry is not None and id(entry.value) not in call.reads:

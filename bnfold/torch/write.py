@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from bnfold.algebra import Affine, Array, round_to_odd
 from bnfold.graph import Node
@@ -166,14 +165,11 @@ def _run_hook(hook: Any, module: nn.Module) -> Tensor:
 
 
 def _settle_weight(module: nn.Module, how: str) -> None:
-    """Turn a computed weight into a parameter."""
+    """Make room for a weight that is a parameter. torch's own ways edit what a copy shares with the original."""
     if how == "parametrization":
         return _remove_parametrization(module)
     hook = next(h for h in module._forward_pre_hooks.values() if computes_weight(h))
     key = next(key for key, h in module._forward_pre_hooks.items() if h is hook)
-    if isinstance(hook, prune.BasePruningMethod):
-        prune.remove(module, "weight")
-        return
     del module._forward_pre_hooks[key]
     for name in [n for n in (*module._parameters, *module._buffers) if n.startswith("weight_")]:
         delattr(module, name)
@@ -184,10 +180,7 @@ def _settle_weight(module: nn.Module, how: str) -> None:
 
 
 def _remove_parametrization(module: nn.Module) -> None:
-    """Make the weight a plain one again.
-
-    torch's own `remove_parametrizations` edits the class, which a copy shares with the original.
-    """
+    """Take a parametrization off; the class is left alone, since a copy shares it with the original."""
     left = module._modules["parametrizations"]
     assert left is not None
     del left["weight"]  # type: ignore[attr-defined]
