@@ -2,7 +2,9 @@
 
     python -m train                                   the shipped list, the quick recipe, a few seconds
     python -m train --names makemore --recipe lecture the lecture's list and its loop, some minutes
+    python -m train --list                            the recipes, and what each should show
     python -m train --hidden 100 --layers 6 --seed 7  another net
+    python -m train --layers scratch                  the layers of train/layers.py instead of torch.nn's
 
 Exit code 0; 2 with one line on stderr where an argument or a list cannot be used; 130 after Ctrl-C, which ends the
 training early and still writes the checkpoint. The same seed on the same machine gives the same tensors, bit for bit:
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,11 +30,12 @@ from bnfold.checkpoint import Checkpoint, InputDomain, save
 from bnfold.errors import InputError, run_command
 from data.names import DEFAULT_LIST
 from train.evaluate import measure
+from train.layers import to_torch
 from train.loop import descend, postponed_interrupt
 from train.material import Material, prepare
-from train.net import Sizes, build
-from train.recipes import RECIPES, Recipe
-from train.report import Bar, print_losses
+from train.net import count_parameters
+from train.recipes import RECIPES, Recipe, make
+from train.report import Bar, print_losses, print_recipes
 from train.sample import invent
 
 NOTEBOOK_SEED = 2147483647
@@ -47,33 +50,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the parsed command line; options that were not given and that a recipe has are None."""
-    parser = _Parser(prog="python -m train", description="Train the lecture's net on a list of names.")
+    """Return the parsed command line; what was not given and a recipe decides is None."""
+    parser = _Parser(
+        prog="python -m train", description="Train one of the lecture's nets on a list of names."
+    )
     add = parser.add_argument
     add(
         "--names",
         metavar="FILE",
         help="a UTF-8 file with one name on a line, or makemore (default: shipped list)",
     )
-    add("-o", "--out", type=Path, default=Path("ckpt.pt"), help="where to write (ckpt.pt)")
+    add("-o", "--out", type=Path, default=Path("ckpt.pt"), metavar="FILE", help="where to write (ckpt.pt)")
     add(
         "--recipe",
         choices=RECIPES,
         default="quick",
-        help="; ".join(f"{r.name}: {r.summary}" for r in RECIPES.values()),
+        metavar="NAME",
+        help="how to make and train the net (quick)",
     )
-    add("--context", type=_at_least(1), default=3, metavar="N", help="characters of context (3)")
-    add("--embedding", type=_at_least(1), default=10, metavar="N", help="numbers for each character (10)")
-    add("--hidden", type=_at_least(1), default=200, metavar="N", help="neurons of each hidden layer (200)")
-    add("--layers", type=_at_least(1), default=3, metavar="N", help="linear layers (3)")
-    add("--steps", type=_at_least(1), metavar="N", help="steps of training (the recipe's)")
-    add(
-        "--batch",
-        type=_at_least(2),
-        metavar="N",
-        help="examples, or different contexts, in a step (the recipe's)",
-    )
-    add("--rate", type=_positive, metavar="X", help="the highest learning rate (the recipe's)")
+    add("--list", action="store_true", help="show the recipes, train nothing")
     add(
         "--seed",
         type=_at_least(0),
@@ -81,38 +76,54 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help=f"({NOTEBOOK_SEED}, the notebook's)",
     )
+    change = parser.add_argument_group("instead of what the recipe says").add_argument
+    change("--context", type=_at_least(1), metavar="N", help="characters of context")
+    change("--embedding", type=_at_least(1), metavar="N", help="numbers for each character")
+    change("--hidden", type=_at_least(1), metavar="N", help="neurons of each hidden layer")
+    change(
+        "--layers", type=_layers, action="append", default=[], metavar="N|KIT",
+        help="how many linear layers, or whose: torch (torch.nn's) or scratch (written out); may be given twice",
+    )  # fmt: skip
+    change("--steps", type=_at_least(1), metavar="N", help="steps of training")
+    change("--batch", type=_at_least(2), metavar="N", help="examples, or different contexts, in a step")
+    change("--rate", type=_positive, metavar="X", help="the highest learning rate")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, write the checkpoint, and show what came of it; return the exit code."""
+    console = Console(highlight=False)
+    if options.list:
+        print_recipes(console, RECIPES)
+        return 0
     torch.set_num_threads(1)
     _check_output(options.out)
-    names = data.read_names(options.names)
-    material = prepare(names, options.context)
-    sizes = Sizes(
-        len(material.vocabulary), options.context, options.embedding, options.hidden, options.layers
-    )
     recipe = _season(RECIPES[options.recipe], options)
+    names = data.read_names(options.names)
+    material = prepare(names, recipe.context)
     generator = Generator().manual_seed(options.seed)
-    net = build(sizes, generator)
-    console = Console(highlight=False)
+    net = make(recipe, material, generator)
     with postponed_interrupt() as interrupted:
-        console.print(_introduce(names, material, sizes), soft_wrap=True)
-        steps = _train(net, material, recipe, generator, interrupted)
+        console.print(_introduce(names, material, recipe, net), soft_wrap=True)
+        history = _train(net, material, recipe, generator, interrupted)
         losses = _measure_all(net, material)
-        record = _record(options, names, recipe, steps, losses)
-        save(options.out, Checkpoint(net.eval(), _domain(sizes), material.vocabulary.characters, record))
-    print_losses(console, {"this net": losses, **_references(material)})
+        record = _record(options, names, recipe, history, losses)
+        domain = InputDomain((recipe.context,), "int64", 0, len(material.vocabulary))
+        save(options.out, Checkpoint(to_torch(net).eval(), domain, material.vocabulary.characters, record))
+    print_losses(console, {"this net": losses, **_references(material, recipe)})
+    console.print(_compare_first(history[0], recipe))
     invented = invent(
-        net, material.vocabulary, options.context, SAMPLES, Generator().manual_seed(options.seed)
+        net, material.vocabulary, recipe.context, SAMPLES, Generator().manual_seed(options.seed)
     )
-    console.print("\n".join(invented), markup=False, soft_wrap=True)
-    stopped = f", stopped after {steps} of {recipe.steps} steps" if steps < recipe.steps else ""
-    console.print(
-        f"\nwrote {options.out}{stopped}; next: python -m bnfold.fold {options.out}", soft_wrap=True
-    )
+    console.print("\n".join(["", *invented, ""]), markup=False, soft_wrap=True)
+    stopped = f", stopped after {len(history)} of {recipe.steps} steps" if len(history) < recipe.steps else ""
+    console.print(f"wrote {options.out}{stopped}; next: python -m bnfold.fold {options.out}", soft_wrap=True)
     return 130 if stopped else 0
+
+
+def _layers(text: str) -> int | str:
+    number: int | str = text if text in ("torch", "scratch") else _at_least(1)(text)
+    return number
 
 
 def _at_least(least: int) -> Any:
@@ -142,41 +153,57 @@ def _check_output(path: Path) -> None:
 
 def _season(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     """Return the recipe with what the command line says otherwise."""
-    given = {name: getattr(options, name) for name in ("steps", "batch", "rate")}
-    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    names = ("context", "embedding", "hidden", "steps", "batch", "rate")
+    given: dict[str, Any] = {
+        name: getattr(options, name) for name in names if getattr(options, name) is not None
+    }
+    for value in options.layers:
+        given["kit" if isinstance(value, str) else "layers"] = value
+    return replace(recipe, **given)
 
 
-def _introduce(names: Sequence[str], material: Material, sizes: Sizes) -> str:
+def _introduce(names: Sequence[str], material: Material, recipe: Recipe, net: nn.Sequential) -> str:
     train = material.train
     return (
         f"{len(names):,} names, {train.examples:,} training examples, {len(train):,} different contexts; "
-        f"{sizes.layers} linear layers, {sizes.parameters:,} parameters"
+        f"{recipe.layers} linear layers, {count_parameters(net):,} parameters"
     )
 
 
 def _train(
-    net: nn.Sequential, material: Material, recipe: Recipe, generator: Generator, interrupted: Any
-) -> int:
-    """Train until the end or Ctrl-C; return the number of steps taken."""
-    steps = 0
+    net: nn.Sequential,
+    material: Material,
+    recipe: Recipe,
+    generator: Generator,
+    interrupted: Callable[[], bool],
+) -> list[float]:
+    """Train until the end or Ctrl-C; return the loss of every step taken, at least one."""
+    history = []
     with Bar(recipe.name, recipe.steps) as bar:
         for loss in descend(net, material, recipe, generator):
-            steps += 1
+            history.append(loss)
             bar.advance(loss)
             if interrupted():
                 break
-    return steps
+    return history
+
+
+def _compare_first(loss: float, recipe: Recipe) -> str:
+    beside = recipe.reference.get("first")
+    return f"loss of the first batch {loss:.4f}" + (f", in the notebook {beside:.4f}" if beside else "")
 
 
 def _measure_all(net: nn.Sequential, material: Material) -> Losses:
     return {part: measure(net, getattr(material, part)) for part in ("train", "dev", "test")}
 
 
-def _references(material: Material) -> dict[str, Losses]:
+def _references(material: Material, recipe: Recipe) -> dict[str, Losses]:
     """Return the losses of those who know the letters' frequencies, or nothing, and the least there can be on train."""
     x, y = (tensor.numpy() for tensor in material.examples)
     parts = {part: _targets(material, part) for part in ("train", "dev", "test")}
-    return {
+    notebook = {part: recipe.reference[part] for part in parts if part in recipe.reference}
+    rows: dict[str, Losses] = {"notebook, on its own list": {**notebook}} if notebook else {}
+    return rows | {
         "unigram": {part: data.unigram_loss(y, targets) for part, targets in parts.items()},
         "uniform": dict.fromkeys(parts, data.uniform_loss(len(material.vocabulary))),
         f"least from {material.context} characters": {"train": data.conditional_entropy(x, y)},
@@ -188,12 +215,12 @@ def _targets(material: Material, part: str) -> Any:
     return table.targets.repeat_interleave(table.counts.long()).numpy()
 
 
-def _domain(sizes: Sizes) -> InputDomain:
-    return InputDomain((sizes.context,), "int64", 0, sizes.vocabulary)
-
-
 def _record(
-    options: argparse.Namespace, names: Sequence[str], recipe: Recipe, steps: int, losses: Losses
+    options: argparse.Namespace,
+    names: Sequence[str],
+    recipe: Recipe,
+    history: Sequence[float],
+    losses: Losses,
 ) -> dict[str, Any]:
     """Return how the net came about, in plain values that say nothing of the machine or the hour."""
     return {
@@ -203,11 +230,12 @@ def _record(
             "sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
         },
         "recipe": recipe.name,
+        "layers": recipe.kit,
         "seed": options.seed,
-        "steps": {"planned": recipe.steps, "taken": steps},
+        "steps": {"planned": recipe.steps, "taken": len(history)},
         "batch": recipe.batch,
         "rate": recipe.rate,
-        "losses": losses,
+        "losses": {"first": history[0], **losses},
     }
 
 

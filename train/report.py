@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Bar", "print_losses"]
+from train.recipes import Recipe
+
+__all__ = ["Bar", "print_losses", "print_recipes"]
 
 _REFRESH_SECONDS = 0.1
 _SMOOTHING = 0.98
@@ -24,13 +26,13 @@ class Bar:
             TextColumn(title),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[pace]:,.0f} steps/s"),
             TimeRemainingColumn(),
         )
         silent = not console.is_terminal
         self._progress = Progress(*columns, console=console, auto_refresh=False, disable=silent)
-        self._task = self._progress.add_task(title, total=steps, loss=float("nan"), pace=0.0)
+        self._task = self._progress.add_task(title, total=steps, loss="", pace=0.0)
         self._smooth = 0.0
         self._done = 0
         self._begun = self._drawn = time.monotonic()
@@ -55,7 +57,7 @@ class Bar:
         self._drawn = now
         loss = self._smooth / (1 - _SMOOTHING ** max(self._done, 1))
         pace = self._done / max(now - self._begun, 1e-9)
-        self._progress.update(self._task, completed=self._done, loss=loss, pace=pace, refresh=True)
+        self._progress.update(self._task, completed=self._done, loss=f"{loss:.4f}", pace=pace, refresh=True)
 
 
 def print_losses(console: Console, rows: Mapping[str, Mapping[str, float | None]]) -> None:
@@ -67,4 +69,12 @@ def print_losses(console: Console, rows: Mapping[str, Mapping[str, float | None]
     for name, losses in rows.items():
         cells = (losses.get(part) for part in ("train", "dev", "test"))
         table.add_row(name, *("" if cell is None else f"{cell:.4f}" for cell in cells))
+    console.print(table)
+
+
+def print_recipes(console: Console, recipes: Mapping[str, Recipe]) -> None:
+    """Print one row for each recipe: its name, its steps, what it is, and what one should see."""
+    table = Table("recipe", "steps", "what it is", "what one should see")
+    for recipe in recipes.values():
+        table.add_row(recipe.name, f"{recipe.steps:,}", recipe.summary, recipe.expect)
     console.print(table)

@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import train.__main__ as command
 from bnfold.checkpoint import load
 from tests.conftest import CHECKOUT
+from train.evaluate import measure
+from train.material import prepare
+from train.recipes import RECIPES
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -91,6 +95,46 @@ def test_the_record_says_how_the_net_came_about(names: Path, tmp_path: Path, cap
     assert found.model.linear1.in_features == 8
 
 
+def test_layers_takes_a_number_and_a_kit(names: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "ckpt.pt"
+    arguments = [
+        "--names",
+        str(names),
+        "-o",
+        str(out),
+        "--steps",
+        "5",
+        "--layers",
+        "scratch",
+        "--layers",
+        "2",
+    ]
+    assert command.main(arguments) == 0
+    found = load(out)
+    assert found.record["layers"] == "scratch"
+    assert [name for name, _ in found.model.named_children()][-1] == "bn2"
+
+
+def test_the_recipes_are_listed(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in RECIPES)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", ["batchnorm", "deep"])
+def test_every_kind_of_net_becomes_a_checkpoint_that_measures_the_same(
+    recipe: str, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "ckpt.pt"
+    assert command.main(["--recipe", recipe, "--steps", "40", "-o", str(out)]) == 0
+    found = load(out)
+    material = prepare(data.read_names(None))
+    assert measure(found.model, material.dev) == pytest.approx(found.record["losses"]["dev"], rel=1e-4)
+    assert "in the notebook" in capsys.readouterr().out
+
+
 def test_any_alphabet_will_do(tmp_path: Path, capsys) -> None:
     path = tmp_path / "слова.txt"
     path.write_text("мир\nдом\nлес\nснег\nвода\nогонь\nx.y\n", encoding="utf-8")
@@ -136,6 +180,8 @@ def test_an_interrupt_leaves_a_usable_checkpoint(names: Path, tmp_path: Path) ->
         (["--rate", "-1"], "-1 is no positive number"),
         (["--seed", str(2**64)], "more than 63 bits"),
         (["--recipe", "soup"], "soup"),
+        (["--layers", "paper"], "paper"),
+        (["--layers", "0"], "0 is less than 1"),
         (["--nonsense"], "--nonsense"),
         (["--hidden", "1000000"], "make the net smaller"),
         (["--names", "missing.txt"], "missing.txt"),

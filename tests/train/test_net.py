@@ -11,7 +11,7 @@ from torch import Generator, nn
 import data
 from bnfold.checkpoint import Checkpoint, InputDomain, load, save
 from bnfold.errors import InputError
-from train.net import Sizes, build, count_parameters
+from train.net import Design, Scale, Sizes, build, count_parameters
 
 
 def standard(seed: int = 1, **sizes: int) -> nn.Sequential:
@@ -33,7 +33,7 @@ def test_the_layers_have_the_lectures_names_and_order() -> None:
 
 @pytest.mark.parametrize(("sizes", "count"), [({}, 52_524), ({"hidden": 100, "layers": 6}, 47_024)])
 def test_the_parameters_are_as_many_as_the_lecture_counts(sizes: dict[str, int], count: int) -> None:
-    assert count_parameters(standard(**sizes)) == Sizes(27, **sizes).parameters == count
+    assert count_parameters(standard(**sizes)) == count
 
 
 def test_weights_have_the_kaiming_scale() -> None:
@@ -84,6 +84,53 @@ def test_a_net_is_a_checkpoint_whatever_its_sizes(tmp_path) -> None:
     save(tmp_path / "ckpt.pt", Checkpoint(net, InputDomain((5,), "int64", 0, 27)))
     x = torch.randint(0, 27, (9, 5))
     assert torch.equal(load(tmp_path / "ckpt.pt").model(x), net(x))
+
+
+def names_of(design: Design, **sizes: int) -> str:
+    """Return the names of the layers between flatten and the logits."""
+    net = build(Sizes(27, **sizes), Generator().manual_seed(0), design)
+    return " ".join(name for name, _ in list(net.named_children())[2:])
+
+
+def test_a_design_says_which_layers_there_are() -> None:
+    two = {"layers": 2}
+    assert names_of(Design(batchnorm="after"), **two) == "linear1 tanh1 bn1 linear2 bn2"
+    assert names_of(Design(batchnorm="none", nonlinearity="ReLU"), **two) == "linear1 relu1 linear2"
+    assert names_of(Design(nonlinearity="none", last_batchnorm=False), **two) == "linear1 bn1 linear2"
+
+
+def test_a_design_says_how_the_weights_begin() -> None:
+    design = Design(
+        weights=Scale(2.0),
+        last_weights=Scale(0.0),
+        biases=Scale(0.5),
+        last_bias=Scale(3.0),
+        embeddings=Scale(0.0),
+        last_gamma=0.25,
+        momentum=0.01,
+    )
+    net = build(Sizes(500, hidden=300, layers=2), Generator().manual_seed(0), design)
+    assert net.linear1.weight.std().item() == pytest.approx(2, rel=0.05)
+    assert net.linear1.bias.std().item() == pytest.approx(0.5, rel=0.2)
+    assert net.linear2.bias.std().item() == pytest.approx(3, rel=0.2)
+    assert net.linear2.weight.eq(0).all()
+    assert net.embedding.weight.eq(0).all()
+    assert net.bn2.weight.eq(0.25).all()
+    assert net.bn1.momentum == net.bn2.momentum == 0.01
+
+
+@pytest.mark.parametrize("statistics", ["torch", "unbiased", "std"])
+def test_scratch_and_torch_layers_begin_alike_and_give_the_same_in_eval_mode(statistics: str) -> None:
+    design, x = (
+        Design(statistics=statistics),
+        torch.randint(0, 27, (50, 3), generator=Generator().manual_seed(0)),
+    )
+    torchs, ours = (build(Sizes(27), Generator().manual_seed(1), design, kit) for kit in ("torch", "scratch"))
+    assert {type(layer).__module__ for layer in ours} == {"train.layers"}
+    assert [name for name, _ in torchs.named_children()] == [name for name, _ in ours.named_children()]
+    for name, parameter in torchs.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name))
+    torch.testing.assert_close(ours.eval()(x), torchs.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 def test_sizes_that_no_net_can_have_are_refused() -> None:
