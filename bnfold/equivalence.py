@@ -61,6 +61,7 @@ def judge(
     changed: int,
     inputs: int,
     exhaustive: bool = False,
+    rounded: bool = False,
 ) -> tuple[Evidence, ...]:
     """Ask both questions.
 
@@ -71,6 +72,8 @@ def judge(
         changed: how many operators were given new weights.
         inputs: how many examples these outputs are of.
         exhaustive: whether those are all the inputs there are.
+        rounded: whether the second model's weights were rounded to `dtype` before they came to `exact`, as those of a
+            finished model were; then float64 shows that rounding, and is held to the bound of the second question.
 
     Returns:
         One `Evidence` per question; float64 models and models that cannot run in float64 are asked one.
@@ -89,17 +92,17 @@ def judge(
     truth = _where_finite(exact[0], own[0])
     noise = measure(truth, own[0], discrete=False).deviation if dtype != "float64" else 0.0
     carried = _MARGIN**2 * noise * UNIT_ROUNDOFF["float64"] / unit
-    bound, source = (
-        (ALGEBRA, "of the largest output") if carried < ALGEBRA else (carried, "the model's own noise")
-    )
+    within = _MARGIN * noise + rounding
+    because = f"{_MARGIN:g} x (unfolded error {noise:.1e} + {changed + 1} roundings of {unit:.1e})"
+    bound, source = max((ALGEBRA, "of the largest output"), (carried, "the model's own noise"))
+    if rounded:
+        bound, source = max((bound, source), (within, because))
     worst = compare(*exact, bound, "float64", discrete=True)
     evidence = (_evidence("float64", exact[0], worst, bound, source, inputs, exhaustive),)
     if dtype == "float64":
         return evidence
-    bound = _MARGIN * noise + rounding
-    source = f"{_MARGIN:g} x (unfolded error {noise:.1e} + {changed + 1} roundings of {unit:.1e})"
-    worst = compare(truth, own[1], bound, dtype, discrete=False)
-    return (*evidence, _evidence(dtype, exact[0], worst, bound, source, inputs, exhaustive))
+    worst = compare(truth, own[1], within, dtype, discrete=False)
+    return (*evidence, _evidence(dtype, exact[0], worst, within, because, inputs, exhaustive))
 
 
 def compare(

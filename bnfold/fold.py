@@ -131,7 +131,7 @@ def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
 def _fold_torch(options: argparse.Namespace) -> tuple[Report, str]:
     from bnfold import checkpoint
 
-    if options.model is None and checkpoint.identify(options.file) == "checkpoint":
+    if options.model is None and checkpoint.identify(options.file) != "exported program":
         return _fold_checkpoint(options)
     from bnfold import torch as frontend
 

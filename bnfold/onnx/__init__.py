@@ -133,8 +133,10 @@ def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ..
     from bnfold.onnx.proof import Proof
 
     (first, folder), (second, other) = _own_copy(before), _own_copy(after)
-    proof = Proof(read(first, folder), inputs)
-    return proof.judge(lambda: Runner(second, other), lambda: proof.run_wide(second, other), 1)
+    picture = read(first, folder)
+    weights = sum(node.linear is not None for node in picture.graph.nodes)
+    proof = Proof(picture, inputs)
+    return proof.judge(lambda: Runner(second, other), lambda: proof.run_wide(second, other), weights, rounded=True)
 
 
 # ---------------------------------------------------------------- one fold

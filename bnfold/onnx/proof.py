@@ -166,9 +166,13 @@ class Proof:
             return None
 
     def judge(
-        self, make: Callable[[], Runner], exact: Callable[[], list[Outputs] | None], changed: int
+        self,
+        make: Callable[[], Runner],
+        exact: Callable[[], list[Outputs] | None],
+        changed: int,
+        rounded: bool = False,
     ) -> tuple[Evidence, ...]:
-        """Compare with the folded model, which `make` gets ready to run.
+        """Compare with the folded model, which `make` gets ready to run; see `bnfold.equivalence.judge`.
 
         Raises:
             NotEquivalent: it computes something else.
@@ -177,11 +181,12 @@ class Proof:
         if self.is_exact_only:
             if self.exact is None or wide is None:
                 raise InputError("the folded model could not be run in float64")
-            return judge((self.exact, wide), (self.exact, wide), "float64", changed, self._examples())
+            dtype = self._dtype() if rounded else "float64"
+            return judge((self.exact, wide), (self.exact, wide), dtype, changed, self._examples(), rounded=rounded)
         runner = make()
         after = [runner(feed) for feed in self.feeds]
         pair = (self.exact, wide) if self.exact is not None and wide is not None else None
-        return judge((self.before, after), pair, self._dtype(), changed, self._examples())
+        return judge((self.before, after), pair, self._dtype(), changed, self._examples(), rounded=rounded)
 
     def _dtype(self) -> str:
         """The coarsest floating-point type of the model."""

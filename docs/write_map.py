@@ -1,0 +1,65 @@
+"""Write the map at the end of the README: one line for each file, which is the first line of its docstring.
+
+    python docs/write_map.py          writes it
+    python docs/write_map.py --check  fails where it is out of date
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- map: written by docs/write_map.py -->\n", "<!-- end of the map -->\n"
+FOLDERS = {
+    "bnfold": "the library, and the only package in the wheel",
+    "bnfold/onnx": "the ONNX frontend",
+    "bnfold/torch": "the PyTorch frontend",
+    "data": "names, vocabulary, contexts, splits",
+    "train": "the lecture's nets, recipes, diagnostics and laboratory",
+    "export": "from a checkpoint to ONNX, and names out of onnxruntime",
+    "benchmarks": "everything that is claimed about speed and about other tools, to be run again",
+    "docs": "what was decided, measured and drawn",
+}
+
+
+def describe(path: Path) -> str:
+    """The first sentence of a Python file's docstring, or the heading of a page."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    else:
+        line = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
+    return line.removesuffix(".")
+
+
+def draw() -> str:
+    """The whole map."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    lines = []
+    for folder, says in FOLDERS.items():
+        lines += [f"\n**`{folder}/`** {says}\n", "| file | |", "|---|---|"]
+        for name in tracked:
+            path = Path(name)
+            if str(path.parent) == folder and path.suffix in (".py", ".md") and (says := describe(ROOT / path)):
+                lines.append(f"| [`{path.name}`]({name}) | {says.replace('|', '&#124;')} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def main() -> int:
+    """Write the map into the README, or check it."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    new = before + START + draw() + END + after
+    if "--check" in sys.argv:
+        return int(new != text)
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""The command `python -m bnfold.fold`: what it writes, says and refuses, and with which exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import parser
+from torch import nn
+
+import bnfold
+from bnfold import checkpoint
+from bnfold.checkpoint import Checkpoint, InputDomain
+from bnfold.fold import main
+
+CHAIN = """
+<ir_version: 8, opset_import: ["" : 17]>
+chain (float[N, 3, 8, 8] x) => (float[N, 4, 6, 6] y)
+{
+    c = Conv (x, w)
+    y = BatchNormalization (c, gamma, beta, mean, var)
+}
+"""
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    """The lecture's net, small, with statistics of its own inputs and gammas of both signs."""
+    torch.manual_seed(0)
+    layers = [nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 16, bias=False), nn.BatchNorm1d(16), nn.Tanh()]
+    net = nn.Sequential(*layers, nn.Linear(16, 5, bias=False), nn.BatchNorm1d(5))
+    with torch.no_grad():
+        for layer in net:
+            if isinstance(layer, nn.BatchNorm1d):
+                layer.weight.copy_(torch.randn(layer.num_features))
+                layer.bias.copy_(torch.randn(layer.num_features))
+        for _ in range(50):
+            net(torch.randint(5, (64, 3)))
+    return net.eval()
+
+
+@pytest.fixture
+def ckpt(net: nn.Sequential, tmp_path: Path) -> Path:
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, Checkpoint(net, InputDomain((3,), "int64", 0, 5)))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    proto = parser.parse_model(CHAIN)
+    arrays = {"w": random.normal(size=(4, 3, 3, 3)), "gamma": random.normal(size=4), "beta": random.normal(size=4)}
+    arrays |= {"mean": random.normal(size=4), "var": random.uniform(0.5, 2, 4)}
+    for name, array in arrays.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    path = tmp_path / "model.onnx"
+    onnx.save(proto, path)
+    return path
+
+
+def test_new_weights_are_those_of_a_hand_calculation_and_the_batchnorms_are_gone(net, ckpt):
+    assert main([str(ckpt)]) == 0
+    folded = checkpoint.load(ckpt.with_name("ckpt.folded.pt"))
+    assert [type(layer).__name__ for layer in folded.model] == ["Embedding", "Flatten", "Linear", "Tanh", "Linear"]
+    norm, state = net[6], folded.model.state_dict()
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    w2 = scale[:, None] * net[5].weight.double()
+    b2 = norm.bias.double() - scale * norm.running_mean.double()
+    assert torch.equal(state["5.weight"], w2.float())
+    assert torch.equal(state["5.bias"], b2.float())
+
+
+def test_every_input_is_tried_and_the_output_says_so(ckpt, capsys):
+    assert main([str(ckpt)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("all 125") == 2
+    assert "float64" in said
+    assert "float32" in said
+    assert "2 of 2 BatchNorms folded, verified" in said
+    assert "next: python -m export" in said
+
+
+def test_the_folded_checkpoint_knows_its_source_and_folds_again_into_itself(ckpt):
+    assert main([str(ckpt)]) == 0
+    folded = ckpt.with_name("ckpt.folded.pt")
+    once = checkpoint.load(folded)
+    assert [verdict["outcome"] for verdict in once.folded["verdicts"]] == ["folded", "folded"]
+    assert main([str(folded)]) == 0
+    again = checkpoint.load(ckpt.with_name("ckpt.folded.folded.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(once.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_a_dry_run_reports_and_writes_no_model(ckpt, capsys):
+    record = ckpt.with_name("report.json")
+    assert main([str(ckpt), "--dry-run", "--json", str(record)]) == 0
+    assert "nothing written" in capsys.readouterr().out
+    assert not ckpt.with_name("ckpt.folded.pt").exists()
+    assert json.loads(record.read_text())["counts"] == {"folded": 2, "scale folded": 0, "kept": 0}
+
+
+def test_a_fold_that_is_not_equivalent_ends_with_1_and_leaves_an_existing_output(ckpt, monkeypatch, capsys):
+    output = ckpt.with_name("ckpt.folded.pt")
+    output.write_bytes(b"precious")
+
+    def corrupt(model, inputs, **options):
+        folded, report = bnfold.fold(model, inputs, verify=False)
+        with torch.no_grad():
+            folded[2].weight[0, 0] += 1e-3
+        bnfold.verify(model, folded, inputs)
+        return folded, report
+
+    monkeypatch.setattr(sys.modules["bnfold.fold"], "fold", corrupt)
+    assert main([str(ckpt)]) == 1
+    assert "differ" in capsys.readouterr().err
+    assert output.read_bytes() == b"precious"
+    assert not list(ckpt.parent.glob(".bnfold-*"))
+
+
+def test_an_onnx_file_is_folded_and_keeps_its_names(model, capsys):
+    assert main([str(model), "-o", str(model.with_name("out.onnx"))]) == 0
+    folded = onnx.load(model.with_name("out.onnx"))
+    assert [node.op_type for node in folded.graph.node] == ["Conv"]
+    assert [value.name for value in folded.graph.output] == ["y"]
+    assert "1 of 1 BatchNorm folded, verified" in capsys.readouterr().out
+
+
+def test_verify_passes_a_folded_file_and_catches_one_weight(model):
+    before = onnx.load(model)
+    folded, _ = bnfold.fold(before)
+    assert [item.question for item in bnfold.verify(before, folded)] == ["float64", "float32"]
+    weight = folded.graph.initializer[0]
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array.flat[0] += 1e-3
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    with pytest.raises(bnfold.NotEquivalent, match="differ in float64"):
+        bnfold.verify(before, folded)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.pt", None, "no such file"),
+        ("empty.pt", b"", ""),
+        ("empty.onnx", b"", ""),
+        ("text.onnx", b"not a model at all, but a line of text", ""),
+        ("truncated.onnx", "model", ""),
+        ("truncated.pt", "ckpt", ""),
+        ("pickle.pt", b"\x80\x02cos\nsystem\nq\x00X\x02\x00\x00\x00lsq\x01\x85q\x02Rq\x03.", ""),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(name, content, says, model, ckpt, tmp_path, capsys):
+    path = tmp_path / name
+    if isinstance(content, str):
+        whole = (model if content == "model" else ckpt).read_bytes()
+        content = whole[: len(whole) // 2]
+    if content is not None:
+        path.write_bytes(content)
+    assert main([str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert says in said
+    assert not path.with_name(f"{path.stem}.folded{path.suffix}").exists()
+
+
+def test_a_folder_and_a_target_without_one_are_refused(ckpt, tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "it is a folder" in capsys.readouterr().err
+    assert main([str(ckpt), "-o", str(tmp_path / "nowhere" / "out.pt")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_an_onnx_file_imports_no_torch(model):
+    code = (
+        "import sys; from bnfold.fold import main; code = main([sys.argv[1]]); "
+        "sys.exit(code or 10 * ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
