@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 
 from rich import box
 from rich.console import Console
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"nodes: {exported.counts}")
     print(f"wrote {exported.path}")
     if checkpoints.load(options.checkpoint).vocabulary:
-        print(f"next: python -m export.sample {exported.path} --count 20 --seed 1")
+        print(f"next: python -m export.sample {quote(str(exported.path))} --count 20 --seed 1")
 
 
 def tabulate(timings: Sequence[Timing]) -> Table:

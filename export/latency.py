@@ -80,7 +80,10 @@ def compare_latencies(
         plain = write(
             unfolded, example.repeat(2, *[1] * (example.ndim - 1)), optimise=False
         ).SerializeToString()
-        files = {"onnxruntime, optimisations off": (plain, False), "onnxruntime": (plain, True)}
+        files = {
+            "onnxruntime, unfolded, optimisations off": (plain, False),
+            "onnxruntime, unfolded": (plain, True),
+        }
     nets["torch, folded"], files["onnxruntime, folded"] = folded, (content, True)
     with _one_thread():
         runs = {name: _call_torch(net, example) for name, net in nets.items()}
