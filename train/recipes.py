@@ -176,10 +176,11 @@ UNSCALED = SHORT.vary(
 )
 RELU = ORIGINAL.vary(
     "relu",
-    "one hidden layer of ReLUs, Kaiming scale with gain sqrt 2",
-    "about half of the outputs are zero, few neurons are dead",
+    "two hidden layers of ReLUs, Kaiming scale with gain sqrt 2, no BatchNorm",
+    "many outputs are zero, but no neuron is zero for every example",
     steps=1000,
     schedule=constant,
+    layers=3,
     nonlinearity="ReLU",
     weights=Scale(2**0.5, fan_in=True),
     biases=Scale(0.0),
@@ -273,7 +274,12 @@ _ROWS = (
         last_weights=Scale(0.1),
     ),
     RELU,
-    RELU.vary("dead-relu", "relu at rate 1.6", "many neurons are zero for every example, for good", rate=1.6),
+    RELU.vary(
+        "dead-relu",
+        "relu at rate 1.5",
+        "a third of the second layer is zero for every example, for good",
+        rate=1.5,
+    ),
     ZEROS,
     ZEROS.vary(
         "zeros-batchnorm",
