@@ -84,7 +84,7 @@ def monai_cases() -> Iterator[Case]:
     yield "DenseNet121", lambda: nets.DenseNet121(3, 1, 2), torch.randn(2, 1, 64, 64, 64)
     yield "DynUNet", lambda: nets.DynUNet(3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], norm_name="batch"), volume
     yield "AttentionUnet", lambda: nets.AttentionUnet(3, 1, 2, (4, 8, 16), (2, 2)), volume
-    yield "HighResNet", lambda: nets.HighResNet(3, 1, 2, norm_type="batch"), volume
+    yield "HighResNet", lambda: nets.HighResNet(2, 1, 2, norm_type="batch"), torch.randn(2, 1, 32, 32)
     yield "SENet154", lambda: nets.SEResNet50(spatial_dims=3, in_channels=1, num_classes=2), volume
     yield "EfficientNetBN", lambda: nets.EfficientNetBN("efficientnet-b0", spatial_dims=2, in_channels=3), _images(64)
     yield "ResNet18", lambda: nets.resnet18(spatial_dims=3, n_input_channels=1), volume

@@ -634,7 +634,9 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
     recorder = _Recorder(model, mode)
     inputs = {}
-    for path, tensor in leaves((args, kwargs) if kwargs else args):
+    given = dict(leaves((args, kwargs) if kwargs else args))
+    for path, tensor in given.items():
+        path = path if len(given) > 1 else ""
         value = recorder.known(tensor)
         inputs[path] = value.value if value is not None else _enter_input(recorder, path, tensor)
     with ExitStack() as stack:

@@ -282,6 +282,13 @@ def _instance_norm(draft: Draft, call: Call, input: Value, use_input_stats: Any,
     return _normalise(draft, call, input, statistics, bool(use_input_stats), eps)
 
 
+for _home in (torch, torch._VF):
+    _order = "input weight bias running_mean running_var"
+    _rest = "momentum eps cudnn_enabled"
+    ROWS[_home.batch_norm] = _Signature(f"{_order} training {_rest}"), _batch_norm
+    ROWS[_home.instance_norm] = _Signature(f"{_order} use_input_stats {_rest}"), _instance_norm
+
+
 def _normalise(
     draft: Draft, call: Call, x: Value, statistics: dict[str, Value | None], training: bool, eps: float
 ) -> bool:

@@ -237,6 +237,8 @@ def _edit_norm(model: nn.Module, place: NormPlace, new: Node | None) -> list[Ten
     left: nn.Module | None = None
     if new is not None:
         assert new.affine is not None
+        if new.is_batchnorm and type(module) in _REWRITABLE and module.affine and module.track_running_stats:
+            return _rewrite_norm(module, new.affine)
         left = _leftover(module, place, new.affine, new.attributes.get("form", "muladd"))
     made = [] if left is None else list(left.parameters())
     if not place.tail:
@@ -248,6 +250,26 @@ def _edit_norm(model: nn.Module, place: NormPlace, new: Node | None) -> list[Ten
     if left is not None:
         children["affine"], steps = left, ["affine", *steps]
     _become(module, Tail(copy.copy(children), steps))
+    return made
+
+
+_REWRITABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _rewrite_norm(module: nn.Module, affine: Affine) -> list[Tensor]:
+    """Give a BatchNorm that absorbed another affine the numbers of both: mean 0, variance 1, no eps."""
+    channels = module.num_features
+    made = []
+    for name, values in (("weight", affine.scale), ("bias", affine.shift)):
+        like = module._parameters[name]
+        assert like is not None and isinstance(channels, int)
+        made.append(_put(module, name, np.broadcast_to(values.ravel(), channels), like))
+    for name, value in (("running_mean", 0.0), ("running_var", 1.0)):
+        buffer = module._buffers[name]
+        assert buffer is not None
+        module._buffers[name] = torch.full_like(buffer, value)
+        made.append(module._buffers[name])
+    module.eps = 0.0
     return made
 
 
