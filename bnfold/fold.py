@@ -146,14 +146,20 @@ def _fold_torch(options: argparse.Namespace) -> tuple[Report, str]:
 
 
 def _fold_checkpoint(options: argparse.Namespace) -> tuple[Report, str]:
-    """Fold a self-describing checkpoint: exercise E02 of the lecture, for any net."""
+    """Fold a self-describing checkpoint: exercise E02 of the lecture, for any net.
+
+    It holds layers of torch.nn only, so no per-channel Add can be left in it, and no multiply.
+    """
     from bnfold import checkpoint
+
+    if options.lower:
+        raise InputError(f"{options.file} is a checkpoint, which holds layers of torch.nn only; leave --lower out")
 
     source = checkpoint.load(options.file)
     count = source.input.count
     exhaustive = count is not None and count <= _EVERY
     inputs = source.input.every() if exhaustive else source.input.sample(64)
-    model, report = fold(source.model, inputs, **_choices(options))
+    model, report = fold(source.model, inputs, verify=options.verify, halves=False)
     evidence = (replace(item, inputs=len(inputs), exhaustive=exhaustive) for item in report.evidence)
     report = replace(report, evidence=tuple(evidence))
     if not options.dry_run:

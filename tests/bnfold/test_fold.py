@@ -95,6 +95,17 @@ def test_the_folded_checkpoint_knows_its_source_and_folds_again_into_itself(ckpt
     assert all(torch.equal(a, b) for a, b in zip(once.model.parameters(), again.model.parameters(), strict=True))
 
 
+def test_a_batchnorm_of_which_only_the_scale_could_go_stays_whole_in_a_checkpoint(tmp_path, capsys):
+    path = tmp_path / "padded.pt"
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Conv1d(3, 3, 3, padding=1)).eval()
+    net[0].running_var.fill_(4.0)
+    checkpoint.save(path, Checkpoint(net, InputDomain((3, 8), "float32")))
+    assert main([str(path)]) == 0
+    assert "1 kept" in capsys.readouterr().out
+    assert [type(layer) for layer in checkpoint.load(tmp_path / "padded.folded.pt").model] == [nn.BatchNorm1d, nn.Conv1d]
+    assert main([str(path), "--lower"]) == 2
+
+
 def test_a_dry_run_reports_and_writes_no_model(ckpt, capsys):
     record = ckpt.with_name("report.json")
     assert main([str(ckpt), "--dry-run", "--json", str(record)]) == 0
