@@ -115,6 +115,52 @@ class ConvTranspose(OpRun):  # type: ignore[misc]
         return (result if bias is None else result + bias.reshape(-1, *[1] * spatial),)
 
 
+class MaxPool(OpRun):  # type: ignore[misc]
+    """The pooling of the ONNX operator page, without indices."""
+
+    op_domain = ""
+
+    def _run(self, data: Tensor, **options: Any) -> tuple[Tensor]:
+        if len(self.onnx_node.output) > 1:
+            raise NotImplementedError("MaxPool with indices")
+        windows, _ = _pooled(data, options, -np.inf)
+        return (np.max(windows, axis=0),)
+
+
+class AveragePool(OpRun):  # type: ignore[misc]
+    """The pooling of the ONNX operator page."""
+
+    op_domain = ""
+
+    def _run(self, data: Tensor, **options: Any) -> tuple[Tensor]:
+        windows, inside = _pooled(data, options, 0.0)
+        return (np.sum(windows, axis=0) / np.sum(inside, axis=0),)
+
+
+def _pooled(data: Tensor, options: dict[str, Any], filling: float) -> tuple[Tensor, Tensor]:
+    """What every window holds, tap by tap, and which taps count."""
+    kernel = options["kernel_shape"]
+    strides = options.get("strides") or [1] * len(kernel)
+    dilations = options.get("dilations") or [1] * len(kernel)
+    pads = _padding(data.shape[2:], kernel, options.get("auto_pad") or "NOTSET", options.get("pads"), strides, dilations)
+    sizes, beyond = [], []
+    for n, k, d, s, (a, b) in zip(data.shape[2:], kernel, dilations, strides, pads, strict=True):
+        span = n + a + b - (k - 1) * d - 1
+        size = span // s + 1
+        if options.get("ceil_mode") and span % s and size * s < n + a:
+            size += 1
+        sizes.append(size)
+        beyond.append(max(0, (size - 1) * s + (k - 1) * d + 1 - n - a - b))
+    around = [(0, 0), (0, 0), *pads]
+    further = [(0, 0), (0, 0), *((0, extra) for extra in beyond)]
+    counted = np.pad(np.ones(data.shape), around, constant_values=float(bool(options.get("count_include_pad"))))
+    counted = np.pad(counted, further)
+    padded = np.pad(np.pad(data, around, constant_values=filling), further, constant_values=filling)
+    cuts = [_window(offset, sizes, strides, dilations) for offset in itertools.product(*map(range, kernel))]
+    windows = np.stack([padded[(slice(None), slice(None), *cut)] for cut in cuts])
+    return windows, np.stack([counted[(slice(None), slice(None), *cut)] for cut in cuts])
+
+
 class BatchNormalization(OpRun):  # type: ignore[misc]
     """Inference only: before operator set 14 the reference implementation normalises by the batch."""
 
@@ -135,9 +181,11 @@ class MaxPool(ReferenceMaxPool):  # type: ignore[misc]
 
     op_domain = ""
 
-    def _run(self, data: Tensor, ceil_mode: int = 0, kernel_shape: Sequence[int] = (), **options: Any) -> Any:
+    def _run(  # type: ignore[override]
+        self, data: Tensor, ceil_mode: int = 0, kernel_shape: Sequence[int] = (), **options: Any
+    ) -> Any:
         if len(self.onnx_node.output) > 1 or ceil_mode or data.dtype.kind != "f":
-            return super()._run(data, ceil_mode=ceil_mode, kernel_shape=kernel_shape, **options)
+            return super()._run(data, ceil_mode=ceil_mode, kernel_shape=kernel_shape, **options)  # type: ignore[no-untyped-call]
         ones = [1] * len(kernel_shape)
         strides, dilations = options.get("strides") or ones, options.get("dilations") or ones
         both = _padding(

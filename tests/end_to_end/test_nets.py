@@ -1,0 +1,133 @@
+"""Small versions of well-known nets, folded as modules and as ONNX files: the same verdicts, and the same numbers."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import bnfold
+from benchmarks.nets import NETS, build
+from bnfold.onnx.run import run_exactly
+
+BOUND = 1e-12
+
+# How many BatchNorms there are, and of how many the scale alone goes and how many stay, with all gammas positive and
+# with 30 % of them negative. Counted by hand from what stands before and behind each BatchNorm; the reasons are in
+# docs/worth.md.
+EXPECTED = {
+    "DenseNet-121": (13, (7, 0), (0, 7)),
+    "pre-activation ResNet-50": (13, (4, 0), (0, 5)),
+    "IResNet-50": (17, (4, 0), (4, 0)),
+    "x-vector": (5, (1, 0), (0, 1)),
+    "TDNN": (5, (0, 0), (0, 0)),
+    "TDNN, ReLU first": (5, (0, 0), (0, 0)),
+    "CREPE": (3, (2, 0), (0, 3)),
+    "CREPE, no padding": (3, (0, 0), (0, 3)),
+    "InceptionTime": (4, (0, 0), (0, 0)),
+    "Inception v1": (57, (0, 0), (0, 0)),
+    "airbench94": (6, (0, 0), (0, 0)),
+    "RepVGG-A0": (12, (0, 0), (0, 0)),
+    "LeViT-128S": (20, (0, 0), (0, 0)),
+    "ShuffleNet v2": (18, (0, 0), (0, 0)),
+    "ConvE": (3, (0, 0), (0, 0)),
+    "tabular": (3, (0, 0), (0, 0)),
+    "tagger": (2, (0, 0), (0, 0)),
+}
+
+CASES = [(name, gammas) for name in EXPECTED for gammas in ("positive", "mixed")]
+
+
+def double(model, inputs):
+    return model.double(), tuple(each.double() if each.is_floating_point() else each for each in inputs)
+
+
+def export(model, inputs):
+    data = io.BytesIO()
+    keep = torch.onnx.TrainingMode.PRESERVE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, inputs, data, dynamo=False, do_constant_folding=False, training=keep)
+    return onnx.load_from_string(data.getvalue())
+
+
+def count(model):
+    return Counter(node.op_type for node in model.graph.node)["BatchNormalization"]
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(*inputs).numpy()
+
+
+def run_file(model, inputs):
+    feed = dict(
+        zip((item.name for item in model.graph.input), (each.numpy() for each in inputs), strict=True)
+    )
+    (output,) = run_exactly(model, [feed])[0].values()
+    return output
+
+
+def deviation(before, after):
+    return np.abs(before - after).max() / np.abs(before).max()
+
+
+def outcomes(report):
+    return [verdict.outcome for verdict in report.verdicts]
+
+
+def test_every_net_has_its_expectation():
+    assert EXPECTED.keys() == NETS.keys()
+
+
+@pytest.mark.parametrize(("name", "gammas"), CASES)
+def test_both_frontends_decide_alike_and_compute_the_same_in_float64(name, gammas):
+    norms, positive, mixed = EXPECTED[name]
+    module, inputs = double(*build(name, gammas, small=True))
+    file = export(module, inputs)
+    assert count(file) == norms, "the exporter folded by itself"
+
+    folded, report = bnfold.fold(module, inputs, verify=False)
+    folded_file, file_report = bnfold.fold(file, verify=False)
+
+    halves, kept = positive if gammas == "positive" else mixed
+    assert (report.count("folded"), report.count("scale folded"), report.count("kept")) == (
+        norms - halves - kept,
+        halves,
+        kept,
+    )
+    assert outcomes(file_report) == outcomes(report)
+    assert count(folded_file) == kept
+    assert deviation(run(module, inputs), run(folded, inputs)) <= BOUND
+    assert deviation(run_file(file, inputs), run_file(folded_file, inputs)) <= BOUND
+    # the file holds eps, and constants of the activations, in float32
+    assert deviation(run(module, inputs), run_file(folded_file, inputs)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_output_depends_on_every_input_enough_for_a_wrong_fold_to_show(name):
+    module, inputs = build(name, "mixed", small=True)
+    other = NETS[name].small_inputs(1)
+    assert deviation(run(module, inputs), run(module, other)) > 1e-2
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_variance_off_by_a_fraction_of_a_percent_is_caught(name):
+    module, inputs = double(*build(name, "mixed", small=True))
+    folded, _ = bnfold.fold(module, inputs, verify=False)
+    norm = next(part for part in module.modules() if hasattr(part, "running_var"))
+    norm.running_var[0] *= 1.002
+    assert deviation(run(module, inputs), run(folded, inputs)) > 1000 * BOUND
+
+
+@pytest.mark.parametrize("name", ["DenseNet-121", "IResNet-50", "CREPE"])
+def test_halves_can_be_left_alone(name):
+    norms, (halves, _), _ = EXPECTED[name]
+    module, inputs = build(name, small=True)
+    _, report = bnfold.fold(module, inputs, halves=False)
+    assert (report.count("folded"), report.count("kept")) == (norms - halves, halves)
