@@ -82,8 +82,9 @@ def travel(
         for every BatchNorm.
     """
     options, fits = options or Options(), fits or (lambda node: "")
-    journey = _travel(graph, options, fits)
-    return _duplicate(graph, options, fits, journey) if options.duplicate and journey.kept else journey
+    with np.errstate(over="ignore", invalid="ignore"):
+        journey = _travel(graph, options, fits)
+        return _duplicate(graph, options, fits, journey) if options.duplicate and journey.kept else journey
 
 
 def _duplicate(graph: Graph, options: Options, fits: Callable[[Node], str], journey: Journey) -> Journey:
@@ -123,13 +124,17 @@ class _Driver:
         self.nodes = {node.name: node for node in graph.nodes}
         self.position = {node.name: place for place, node in enumerate(graph.nodes)}
         self.erased: set[str] = set()
-        self.outputs = frozenset(graph.outputs)
+        self.outputs = set(graph.outputs)
         self.origins: dict[str, str] = {}
-        self.names: dict[str, list[str]] = {}
+        self.reads: dict[str, dict[str, None]] = {}
         self.places: dict[str, list[str]] = {}
         for node in graph.nodes:
             if node.site or node.linear is not None or node.is_batchnorm:
                 self.places.setdefault(node.place, []).append(node.name)
+        self.centred: set[str] = set()
+        for node in graph.nodes:
+            if node.linear is not None and node.linear.centre is not None:
+                self._mark(node.inputs[0])
         self.verdicts: dict[str, Verdict] = {}
 
     # -- the graph as it is by now
@@ -146,25 +151,37 @@ class _Driver:
         self.origins.update(dict.fromkeys(path, value))
         return value
 
+    def _mark(self, value: str) -> None:
+        """Note that a linear operator with a centre reads this value, or what BatchNorms make of it."""
+        while value not in self.centred:
+            self.centred.add(value)
+            producer = self.graph.producer(value)
+            if producer is not None and producer.is_batchnorm:
+                value = producer.inputs[0]
+
     def erase(self, node: Node) -> None:
         """Let whoever reads the output of a node read its input, under either name."""
         self.erased.add(node.name)
         below, above = node.outputs[0], self.source(node.inputs[0])
         self.origins[below] = above
-        self.names.setdefault(above, [above]).extend(self.names.pop(below, [below]))
+        names = self._reads(above)
+        names.update(self._reads(below))
+        del names[node.name]
+        if below in self.outputs:
+            self.outputs.add(above)
 
     def producer(self, value: str) -> Node | None:
         producer = self.graph.producer(self.source(value))
         return None if producer is None else self.nodes[producer.name]
 
+    def _reads(self, value: str) -> dict[str, None]:
+        if value not in self.reads:
+            self.reads[value] = dict.fromkeys(node.name for node in self.graph.readers(value))
+        return self.reads[value]
+
     def readers(self, value: str) -> Iterator[Node]:
-        """The nodes that read a value under any of the names that it has by now, each once."""
-        seen: set[str] = set()
-        for name in self.names.get(value, (value,)):
-            for node in self.graph.readers(name):
-                if node.name not in self.erased and node.name not in seen:
-                    seen.add(node.name)
-                    yield self.nodes[node.name]
+        """The nodes that read a value by now, each once."""
+        return (self.nodes[name] for name in self._reads(value))
 
     def is_shared(self, value: str) -> bool:
         """Whether a value is read more than once, be it by one node."""
@@ -172,7 +189,7 @@ class _Driver:
         return len(list(islice(reads, 2))) > 1
 
     def is_output(self, value: str) -> bool:
-        return any(name in self.outputs for name in self.names.get(value, (value,)))
+        return value in self.outputs
 
     def takes_shift(self, value: str, patience: int = 64) -> bool:
         """Whether a shift could go up from here, by the look of the operators above; after so many steps, no."""
@@ -492,9 +509,9 @@ class Attempt:
         shape = self.driver.shape(node.outputs[0])
         if shape is None or self.driver.shape(node.inputs[place]) != shape:
             return None
-        if not any(map(self.driver.is_shared, self._back(node.inputs[place], members))):
-            return None
         origin = self._origin(node.inputs[place], members)
+        if origin not in self.driver.centred:
+            return None
         around = [value for other, value in enumerate(node.inputs) if other != place]
         for value in map(self.driver.source, around):
             if self.driver.is_shared(value) or self.driver.is_output(value):
@@ -512,16 +529,13 @@ class Attempt:
         return None
 
     def _origin(self, value: str, members: bool) -> str:
-        return self._back(value, members)[-1]
-
-    def _back(self, value: str, members: bool) -> list[str]:
-        """This value and, behind it, those that it will be once the members are gone too."""
-        values = [self.driver.source(value)]
-        producer = self.driver.producer(values[0])
+        """The value that this one is by now, or will be once the members are gone too."""
+        value = self.driver.source(value)
+        producer = self.driver.producer(value)
         while members and producer is not None and not self.half and self._is_member(producer):
-            values.append(self.driver.source(producer.inputs[0]))
-            producer = self.driver.producer(values[-1])
-        return values
+            value = self.driver.source(producer.inputs[0])
+            producer = self.driver.producer(value)
+        return value
 
     # -- what must hold in the end
 
