@@ -212,9 +212,10 @@ def draw(
     Raises:
         InputError: no step was watched, or `folder` is a file.
     """
-    folder, pictures = Path(folder), draw_all(diagnostics, statistics)
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder for the pictures")
+    pictures = draw_all(diagnostics, statistics)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         with replacing(folder / f"{picture.name}.svg") as temporary:
