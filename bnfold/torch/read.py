@@ -510,6 +510,13 @@ class _Reader:
     # -- BatchNorms
 
     def _find_norms(self) -> None:
+        self.readers = self._readers()
+        self.drawn: dict[int, list[_Item]] = {}
+        self.children: dict[int, list[Frame]] = {}
+        for item in self.items:
+            self.drawn.setdefault(id(item.call), []).append(item)
+        for frame in self.recording.frames:
+            self.children.setdefault(id(frame.parent), []).append(frame)
         for frame in self.recording.frames:
             if frame.module is not None and frame.path and frame.plain:
                 self._find_norm(frame)
@@ -518,8 +525,8 @@ class _Reader:
                 self._leave_functional(item)
 
     def _within(self, frame: Frame) -> list[_Item]:
-        calls = {id(call) for call in self.recording.calls[frame.start : frame.stop]}
-        return [item for item in self.items if id(item.call) in calls]
+        calls = self.recording.calls[frame.start : frame.stop]
+        return [item for call in calls for item in self.drawn.get(id(call), ())]
 
     def _find_norm(self, frame: Frame) -> None:
         """Make one BatchNormalization of what a module call does first, if that is one affine map."""
@@ -551,9 +558,8 @@ class _Reader:
 
     def _is_private(self, head: list[_Item]) -> bool:
         """Whether nobody else reads what lies between the parts of an affine map."""
-        readers = self._readers()
         between = [item.outputs[0] for item in head[:-1]]
-        return all(len(readers.get(name, ())) == 1 and name not in self.outputs for name in between)
+        return all(len(self.readers.get(name, ())) == 1 and name not in self.outputs for name in between)
 
     def _find_tail(
         self, frame: Frame, rest: list[_Item], value: str
@@ -561,7 +567,7 @@ class _Reader:
         """What a module does after its affine map: its own children and plain activations, one after another."""
         assert frame.module is not None
         steps: list[tuple[str, nn.Module | None]] = []
-        children = [f for f in self.recording.frames if f.parent is frame]
+        children = self.children.get(id(frame), [])
         while rest or children:
             inner = self._within(children[0]) if children else []
             if children and (not rest or not inner or inner[0] is rest[0]):
@@ -598,6 +604,8 @@ class _Reader:
         self._refuse_borrowed(one, frame)
         at = self.items.index(head[0])
         gone = {id(item) for item in head}
+        for item in head:
+            self.drawn[id(item.call)] = [one] if item is first else []
         self.items[:] = [item for item in self.items[:at] if id(item) not in gone] + [
             one, *(item for item in self.items[at:] if id(item) not in gone)
         ]
@@ -755,10 +763,12 @@ class _Reader:
     def _other_reads(self) -> dict[int, str]:
         """Parameters that are read otherwise than as the weight or bias of a linear operator, and by whom."""
         reads: dict[int, str] = {}
+        computed = [i.place.weight for i in self.items if isinstance(i.place, LinearPlace) and i.place.computed]
+        inside = tuple(f"{slot.module}.parametrizations.weight" for slot in computed)
         for item in self.items:
-            own = {id(item.weight), id(item.bias)} if item.place is not None and item.linear is not None else set()
-            if self._computes_weight(item):
+            if inside and (item.call.frame.path or "").startswith(inside):
                 continue
+            own = {id(item.weight), id(item.bias)} if item.place is not None and item.linear is not None else set()
             calls = [item.call] if item.joined is None else [item.call, item.joined]
             for value in (value for call in calls for value in call.reads.values()):
                 if id(value) not in own:
@@ -766,16 +776,6 @@ class _Reader:
         for value in self.recording.outputs.values():
             reads.update(dict.fromkeys(_roots(value), "the output of the model"))
         return reads
-
-    def _computes_weight(self, item: _Item) -> bool:
-        """Whether an operation is part of a parametrization that will be materialised."""
-        path = item.call.frame.path or ""
-        return any(
-            isinstance(other.place, LinearPlace)
-            and other.place.computed == "parametrization"
-            and _inside(path, f"{other.place.weight.module}.parametrizations.weight")
-            for other in self.items
-        )
 
     def _check_reads(self, item: _Item, used: Mapping[int, str]) -> None:
         if item.linear is None or item.weight is None:

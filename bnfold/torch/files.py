@@ -1,0 +1,181 @@
+"""Fold the weights of a model that the user names: a state dict in a file, and the factory that builds the module.
+
+    fold_checkpoint_file("weights.pt", "out.pt", model="package.module:factory", shapes=["1x3x224x224"])
+
+The file holds a state dict, a dict with one under `state_dict`, `model` or `model_state_dict`, or is a `.safetensors`
+file; it is read with `weights_only=True` and nothing in it chooses what is imported. The output has the form of the
+input: the same other entries, the same `module.` prefix (that of a model trained in parallel). It belongs to the
+*folded* module: fold what the factory builds (`verify=False`), then load it. With `-o out.pt2` the folded module is
+written as an exported program instead, which needs no factory any more.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfold.errors import InputError, replacing
+from bnfold.report import Report
+from bnfold.torch.fold import fold
+
+__all__ = ["fold_checkpoint_file", "load_factory", "load_state", "make_inputs"]
+
+_KEYS = ("state_dict", "model_state_dict", "model")
+
+
+def fold_checkpoint_file(
+    source: str | Path,
+    target: str | Path | None,
+    *,
+    model: str | None = None,
+    shapes: Sequence[str] | None = None,
+    **options: Any,
+) -> Report:
+    """Fold the weights in a file and write them to another one.
+
+    Args:
+        source: a state dict (see above), or an exported program (`.pt2`), which needs no `model`.
+        target: where to write; None writes nothing.
+        model: "package.module:factory"; the factory is called without arguments.
+        shapes: one per positional argument, see `make_inputs`.
+        **options: see `bnfold.torch.fold`.
+
+    Raises:
+        InputError: the file, the factory or a shape cannot be used, or the weights are of another model.
+        UnreadableModel, NotEquivalent: see `bnfold.torch.fold`.
+    """
+    if model is None:
+        from bnfold.torch.program import fold_program_file
+
+        return fold_program_file(source, target, **options)
+    if not shapes:
+        raise InputError("name the shape of each input of the model, as in --input 1x3x224x224")
+    inputs = make_inputs(shapes)
+    module = load_factory(model)
+    container, state, prefix = load_state(source)
+    _fill(module, state, source)
+    folded, report = fold(module.eval(), inputs, **options)
+    if target is not None:
+        _save(folded, inputs, Path(target), container, prefix)
+    note = "these are weights of the folded module: fold what the factory builds (verify=False), then load them"
+    return replace(report, notes=(*report.notes, note)) if Path(target or "").suffix != ".pt2" else report
+
+
+def load_factory(name: str) -> nn.Module:
+    """Import and call what builds a module, "package.module:factory", as named by the user on the command line.
+
+    Raises:
+        InputError: it cannot be imported, or builds no module.
+    """
+    path, _, attribute = name.partition(":")
+    if not path or not attribute:
+        raise InputError(f"{name!r} is no package.module:factory")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory: Any = importlib.import_module(path)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{name} cannot be imported: {error}") from error
+    return _build(name, factory)
+
+
+def _build(name: str, factory: Callable[[], Any]) -> nn.Module:
+    try:
+        module = factory if isinstance(factory, nn.Module) else factory()
+    except Exception as error:
+        raise InputError(f"{name} cannot be called without arguments: {type(error).__name__}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise InputError(f"{name} builds a {type(module).__name__}, which is no nn.Module")
+    return module
+
+
+def make_inputs(shapes: Sequence[str]) -> tuple[Tensor, ...]:
+    """Random inputs of given shapes: "1x3x224x224" for float32, "2x16:int64" (or bool, float16, ...) for others.
+
+    Whole numbers are 0 and 1, so that they are rows of any embedding.
+
+    Raises:
+        InputError: a shape cannot be read.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return tuple(_make_input(text, generator) for text in shapes)
+
+
+def _make_input(text: str, generator: torch.Generator) -> Tensor:
+    sizes, _, kind = text.partition(":")
+    try:
+        shape = [int(size) for size in sizes.split("x")] if sizes else []
+        dtype = getattr(torch, kind or "float32")
+        if min(shape, default=1) < 1 or not isinstance(dtype, torch.dtype):
+            raise ValueError(text)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{text!r} is no shape; write 1x3x224x224, or 2x16:int64 for whole numbers") from error
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+
+
+def load_state(path: str | Path) -> tuple[Any, dict[str, Tensor], str]:
+    """The state dict in a file: what was read, the tensors by name, and the prefix that every name had.
+
+    Raises:
+        InputError: it cannot be read, or holds no state dict.
+    """
+    container = _read(Path(path))
+    state = container
+    for key in _KEYS:
+        if isinstance(container, dict) and isinstance(container.get(key), dict):
+            state = container[key]
+            break
+    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise InputError(f"{path} holds no state dict: it should be one, or have one under `state_dict`")
+    prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    return container, {name.removeprefix(prefix): tensor for name, tensor in state.items()}, prefix
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise InputError(f"{path}: reading it needs the package safetensors") from error
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{path} cannot be read as weights: {first}") from error
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise InputError(f"{source} holds the weights of another model: {lines[0]:.300}") from error
+
+
+def _save(folded: nn.Module, inputs: tuple[Tensor, ...], target: Path, container: Any, prefix: str) -> None:
+    with replacing(target) as temporary:
+        if target.suffix == ".pt2":
+            torch.export.save(torch.export.export(folded, inputs), temporary)
+            return
+        state = {f"{prefix}{name}": tensor.detach() for name, tensor in folded.state_dict().items()}
+        if target.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, temporary)
+            return
+        key = next((key for key in _KEYS if isinstance(container.get(key), dict)), None)
+        torch.save(state if key is None else {**container, key: state}, temporary)
