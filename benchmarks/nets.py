@@ -678,7 +678,7 @@ def build(name: str, gammas: str = "positive", small: bool = False) -> tuple[nn.
     net = NETS[name]
     torch.manual_seed(0)
     model, inputs = (net.small(), net.small_inputs) if small else (net.full(), net.inputs)
-    anchor(model, inputs(8 if small else 2), 0.3 if gammas == "mixed" else 0.0)
+    anchor(model, inputs(8), 0.3 if gammas == "mixed" else 0.0)
     return model, inputs(1)
 
 

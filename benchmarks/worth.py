@@ -11,7 +11,7 @@ Latency is that of onnxruntime on one thread, one example, once with a session's
 part of what is measured, and once with all optimisations off. What is counted is the CPU time of that thread, which
 other work on the machine disturbs less than the clock on the wall. The models take turns; each round takes the best of
 a few calls, and printed is the median over the rounds of the ratio to the unfolded model. The best other tool is the
-one that leaves the fewest BatchNorms, and of several the one that leaves the fewest nodes.
+one that leaves the fewest BatchNorms, and of several the fastest.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def apply(
     before, after = count(case.model), count(model)
     adds = sum(max(0, after[op] - before[op]) for op in ("Add", "Mul", "Sub", "Div"))
     off = float(np.abs(output - truth).max() / np.abs(truth).max())
-    wrong = not off <= max(1e-4, 100 * noise)
+    wrong = not off <= max(1e-4, 20 * noise)
     return Result(
         after["BatchNormalization"], adds, off, "wrong output" if wrong else ""
     ), None if wrong else model
@@ -228,7 +228,7 @@ def examine(
     if count(case.model)["BatchNormalization"] != norms:
         raise RuntimeError(f"the exported {name} should have {norms} BatchNorms")
     feed, truth = [each.numpy() for each in inputs], compute_truth(case)
-    plain, _ = apply(lambda case: case.model, case, feed, truth, 0.0)
+    plain, _ = apply(lambda case: case.model, case, feed, truth, float("inf"))
     results, models = {"unfolded": plain}, {"unfolded": case.model}
     for tool, run in (tools | OURS).items():
         try:
@@ -239,7 +239,12 @@ def examine(
     usable = [tool for tool in tools if models.get(tool) is not None]
     if not usable:
         return results
-    best = min(usable, key=lambda tool: (results[tool].left, count(models[tool]).total()))
+    fewest = min(results[tool].left for tool in usable)
+    best = (
+        fastest({tool: models[tool] for tool in usable if results[tool].left == fewest}, feed)
+        if rounds
+        else usable[0]
+    )
     results["best other"] = Result(**{**asdict(results[best]), "problem": best})
     if rounds:
         chosen = {
@@ -251,6 +256,12 @@ def examine(
             for tool, times in measure(chosen, feed, optimise, rounds).items():
                 results[tool].latency[label] = times
     return results
+
+
+def fastest(models: dict[str, onnx.ModelProto], feed: Feed) -> str:
+    """The fastest of a few models in a session with default options; a first look, before what is reported."""
+    times = measure(models, feed, True, 5)
+    return min(times, key=lambda tool: times[tool][0])
 
 
 missing: set[str] = set()
@@ -270,7 +281,7 @@ def quiet() -> Any:
 def measure(
     models: dict[str, onnx.ModelProto], feed: Feed, optimise: bool, rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """Milliseconds of each model, and the ratio to the unfolded one, medians over rounds in which they take turns."""
+    """Milliseconds of each model, and the ratio to the first, medians over rounds in which they take turns."""
     calls = {tool: caller(model, feed, optimise) for tool, model in models.items()}
     times: dict[str, list[float]] = {tool: [] for tool in calls}
     once = min(clock(call) for call in calls.values() for _ in range(2))
@@ -279,7 +290,7 @@ def measure(
     for number in range(rounds):
         for tool in order[number % len(order) :] + order[: number % len(order)]:
             times[tool].append(min(clock(calls[tool]) for _ in range(repeats)))
-    plain = times["unfolded"]
+    plain = times[order[0]]
     ratios = {tool: median(a / b for a, b in zip(each, plain, strict=True)) for tool, each in times.items()}
     return {tool: (1000 * median(each), ratios[tool]) for tool, each in times.items()}
 
