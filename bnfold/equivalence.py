@@ -62,6 +62,7 @@ def judge(
     inputs: int,
     exhaustive: bool = False,
     rounded: bool = False,
+    noise: float = 0.0,
 ) -> tuple[Evidence, ...]:
     """Ask both questions.
 
@@ -74,6 +75,7 @@ def judge(
         exhaustive: whether those are all the inputs there are.
         rounded: whether the second model's weights were rounded to `dtype` before they came to `exact`, as those of a
             finished model were; then float64 shows that rounding, and is held to the bound of the second question.
+        noise: what is known of the unfolded model's own noise besides its distance from float64.
 
     Returns:
         One `Evidence` per question; float64 models and models that cannot run in float64 are asked one.
@@ -85,12 +87,13 @@ def judge(
     rounding = _MARGIN * (changed + 1) * unit
     if exact is None:
         source = f"{_MARGIN:g} x {changed + 1} roundings of {unit:.1e}; float64 could not be run"
+        bound = max(rounding, 64 * unit, _MARGIN * noise)
         _check_shapes(*own)
-        worst = compare(*own, max(rounding, 64 * unit), dtype, discrete=False)
-        return (_evidence(dtype, own[0], worst, max(rounding, 64 * unit), source, inputs, exhaustive),)
+        worst = compare(*own, bound, dtype, discrete=False)
+        return (_evidence(dtype, own[0], worst, bound, source, inputs, exhaustive),)
     own = _where_finite(own[0], own[0]), _where_finite(own[1], own[0])
     truth = _where_finite(exact[0], own[0])
-    noise = measure(truth, own[0], discrete=False).deviation if dtype != "float64" else 0.0
+    noise = max(noise, measure(truth, own[0], discrete=False).deviation) if dtype != "float64" else 0.0
     carried = _MARGIN**2 * noise * UNIT_ROUNDOFF["float64"] / unit
     within = _MARGIN * noise + rounding
     because = f"{_MARGIN:g} x (unfolded error {noise:.1e} + {changed + 1} roundings of {unit:.1e})"

@@ -78,17 +78,26 @@ def load(tensor: TensorProto, folder: Path | None) -> Tensor:
 
 
 def _map_external(tensor: TensorProto, folder: Path | None) -> Tensor:
-    path, offset, length = locate(tensor, folder)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    shape = tuple(tensor.dims)
-    size = math.prod(shape) * dtype.itemsize
+    path, offset, size = check_external(tensor, folder)
+    dtype, shape = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
     if dtype.itemsize * 8 != _bits(tensor.data_type):
         raise InputError(f"the tensor `{tensor.name}` is packed more densely than bnfold reads")
-    if path.stat().st_size < offset + size or (length and length < size):
-        raise InputError(f"the data of `{tensor.name}` in {path.name} is shorter than its shape says")
     if not size:
         return np.empty(shape, dtype)
     return np.memmap(path, np.uint8, "r", offset, (size,)).view(dtype).reshape(shape)
+
+
+def check_external(tensor: TensorProto, folder: Path | None) -> tuple[Path, int, int]:
+    """The file, offset and length of a tensor's external data.
+
+    Raises:
+        InputError: there is no such file, it lies outside the model's folder, or it is too short.
+    """
+    path, offset, length = locate(tensor, folder)
+    size = -(-math.prod(tensor.dims) * _bits(tensor.data_type) // 8)
+    if path.stat().st_size < offset + size or (length and length < size):
+        raise InputError(f"the data of `{tensor.name}` in {path.name} is shorter than its shape says")
+    return path, offset, size
 
 
 def _bits(data_type: int) -> int:
@@ -192,6 +201,8 @@ class Constants:
             return None
         try:
             return self.array(value)
+        except InputError:
+            raise
         except (ValueError, TypeError, IndexError, KeyError, ArithmeticError, NotImplementedError, MemoryError):
             return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def evaluate(model: onnx.ModelProto, feeds: Sequence[dict[str, Tensor]]) -> list
         InputError: the reference implementation cannot run it.
     """
     try:
-        evaluator = ReferenceEvaluator(model, new_ops=[Conv, ConvTranspose, BatchNormalization, MaxPool])
+        evaluator = ReferenceEvaluator(model, new_ops=[Conv, ConvTranspose, BatchNormalization, MaxPool, AveragePool])
         with np.errstate(all="ignore"):
             return [evaluator.run(None, feed) for feed in feeds]
     except Exception as error:
@@ -115,50 +115,43 @@ class ConvTranspose(OpRun):  # type: ignore[misc]
         return (result if bias is None else result + bias.reshape(-1, *[1] * spatial),)
 
 
-class MaxPool(OpRun):  # type: ignore[misc]
-    """The pooling of the ONNX operator page, without indices."""
+class MaxPool(ReferenceMaxPool):  # type: ignore[misc]
+    """Of floats, without indices: the reference implementation fails on padded sequences, and is slow."""
 
     op_domain = ""
 
-    def _run(self, data: Tensor, **options: Any) -> tuple[Tensor]:
-        if len(self.onnx_node.output) > 1:
-            raise NotImplementedError("MaxPool with indices")
-        windows, _ = _pooled(data, options, -np.inf)
-        return (np.max(windows, axis=0),)
+    def _run(self, data: Tensor, **options: Any) -> Any:
+        if len(self.onnx_node.output) > 1 or data.dtype.kind != "f":
+            return super()._run(data, **options)
+        return (functools.reduce(np.maximum, _taps(data, options, -np.inf)),)
 
 
 class AveragePool(OpRun):  # type: ignore[misc]
-    """The pooling of the ONNX operator page."""
+    """The mean over what lies inside a window; what lies in the padding counts where the node says so."""
 
     op_domain = ""
 
     def _run(self, data: Tensor, **options: Any) -> tuple[Tensor]:
-        windows, inside = _pooled(data, options, 0.0)
-        return (np.sum(windows, axis=0) / np.sum(inside, axis=0),)
+        counted = _taps(np.ones_like(data[:1, :1]), options, float(bool(options.get("count_include_pad"))))
+        return (functools.reduce(np.add, _taps(data, options, 0.0)) / functools.reduce(np.add, counted),)
 
 
-def _pooled(data: Tensor, options: dict[str, Any], filling: float) -> tuple[Tensor, Tensor]:
-    """What every window holds, tap by tap, and which taps count."""
+def _taps(data: Tensor, options: dict[str, Any], padding: float) -> Iterator[Tensor]:
+    """What each tap of a sliding window sees, at all positions; a last window may reach beyond the padding."""
     kernel = options["kernel_shape"]
     strides = options.get("strides") or [1] * len(kernel)
     dilations = options.get("dilations") or [1] * len(kernel)
     pads = _padding(data.shape[2:], kernel, options.get("auto_pad") or "NOTSET", options.get("pads"), strides, dilations)
     sizes, beyond = [], []
-    for n, k, d, s, (a, b) in zip(data.shape[2:], kernel, dilations, strides, pads, strict=True):
-        span = n + a + b - (k - 1) * d - 1
-        size = span // s + 1
-        if options.get("ceil_mode") and span % s and size * s < n + a:
-            size += 1
-        sizes.append(size)
-        beyond.append(max(0, (size - 1) * s + (k - 1) * d + 1 - n - a - b))
-    around = [(0, 0), (0, 0), *pads]
-    further = [(0, 0), (0, 0), *((0, extra) for extra in beyond)]
-    counted = np.pad(np.ones(data.shape), around, constant_values=float(bool(options.get("count_include_pad"))))
-    counted = np.pad(counted, further)
-    padded = np.pad(np.pad(data, around, constant_values=filling), further, constant_values=filling)
-    cuts = [_window(offset, sizes, strides, dilations) for offset in itertools.product(*map(range, kernel))]
-    windows = np.stack([padded[(slice(None), slice(None), *cut)] for cut in cuts])
-    return windows, np.stack([counted[(slice(None), slice(None), *cut)] for cut in cuts])
+    for n, k, d, s, (before, after) in zip(data.shape[2:], kernel, dilations, strides, pads, strict=True):
+        span = n + before + after - (k - 1) * d - 1
+        one_more = bool(options.get("ceil_mode")) and span % s > 0 and (span // s + 1) * s < n + before
+        sizes.append(span // s + 1 + one_more)
+        beyond.append((0, max(0, (sizes[-1] - 1) * s + (k - 1) * d + 1 - n - before - after)))
+    padded = np.pad(data, [(0, 0), (0, 0), *pads], constant_values=padding)
+    padded = np.pad(padded, [(0, 0), (0, 0), *beyond], constant_values=min(padding, 0.0))
+    for offset in itertools.product(*map(range, kernel)):
+        yield padded[(slice(None), slice(None), *_window(offset, sizes, strides, dilations))]
 
 
 class BatchNormalization(OpRun):  # type: ignore[misc]
@@ -174,30 +167,6 @@ class BatchNormalization(OpRun):  # type: ignore[misc]
         shape = (1, -1, *[1] * (data.ndim - 2)) if scale.ndim == 1 else (1, *scale.shape)
         scale, bias, mean, var = (np.reshape(a, shape) for a in (scale, bias, mean, var))
         return ((data - mean) / np.sqrt(var + (options.get("epsilon", EPSILON))) * scale + bias,)
-
-
-class MaxPool(ReferenceMaxPool):  # type: ignore[misc]
-    """The common case, of floats: the reference implementation fails on padded sequences, and is slow."""
-
-    op_domain = ""
-
-    def _run(  # type: ignore[override]
-        self, data: Tensor, ceil_mode: int = 0, kernel_shape: Sequence[int] = (), **options: Any
-    ) -> Any:
-        if len(self.onnx_node.output) > 1 or ceil_mode or data.dtype.kind != "f":
-            return super()._run(data, ceil_mode=ceil_mode, kernel_shape=kernel_shape, **options)  # type: ignore[no-untyped-call]
-        ones = [1] * len(kernel_shape)
-        strides, dilations = options.get("strides") or ones, options.get("dilations") or ones
-        both = _padding(
-            data.shape[2:], kernel_shape, options.get("auto_pad") or "NOTSET", options.get("pads"), strides, dilations
-        )
-        padded = np.pad(data, [(0, 0), (0, 0), *both], constant_values=-np.inf)
-        sizes = [
-            (n - (k - 1) * d - 1) // s + 1
-            for n, k, d, s in zip(padded.shape[2:], kernel_shape, dilations, strides, strict=True)
-        ]
-        cuts = (_window(offset, sizes, strides, dilations) for offset in itertools.product(*map(range, kernel_shape)))
-        return (functools.reduce(np.maximum, (padded[(slice(None), slice(None), *cut)] for cut in cuts)),)
 
 
 def _window(

@@ -20,7 +20,7 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.errors import InputError
-from bnfold.onnx.constants import locate
+from bnfold.onnx.constants import check_external, locate
 from bnfold.onnx.scope import bodies
 
 __all__ = ["load_file", "save_file", "stored_tensors", "writing"]
@@ -46,7 +46,7 @@ def load_file(path: Path) -> onnx.ModelProto:
     check(model, str(path))
     for tensor in stored_tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
-            locate(tensor, path.parent)
+            check_external(tensor, path.parent)
     return model
 
 
@@ -130,14 +130,15 @@ def save_file(
     names = _Locations(path, source)
     if model.ByteSize() >= LIMIT - (1 << 20):
         external = {t.name: external.get(t.name, f"{(source or path).name}.data") for t in _large(model)} | external
-    files: dict[Path, _Companion] = {}
+    files: dict[str, _Companion] = {}
     for tensor in stored_tensors(model):
         old = _location(tensor) or external.get(tensor.name, "")
         if not old:
             continue
         location = names(old)
-        companion = files.setdefault(path.parent / location, _Companion(path.parent / location))
-        companion.append(tensor, None if source is None else source.parent, location)
+        if location not in files:
+            files[location] = _Companion(path.parent / location)
+        files[location].append(tensor, None if source is None else source.parent, location)
     path.write_bytes(model.SerializeToString())
 
 

@@ -1,0 +1,257 @@
+"""Files: external data, atomic writing, what a stranger's file may hold, and the command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import bnfold
+import bnfold.onnx
+from bnfold.errors import InputError, NotEquivalent
+from tests.onnx_models import count, model, norm, run, weights, write
+
+TEXT = """g (float[N, 3, 6, 6] x) => (float[N, 8, 4, 4] y) {
+    h = Conv(x, w, c) y = BatchNormalization(h, s, b, m, v) }"""
+
+
+def net(**more):
+    return model(TEXT, {"w": weights(8, 3, 3, 3), "c": weights(8), **norm(8), **more})
+
+
+def save_external(path, some=None, **options):
+    options = {"size_threshold": 0, "location": path.name + ".data"} | options
+    onnx.save_model(some or net(), path, save_as_external_data=True, **options)
+    return path
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_same(source, target):
+    feed = {"x": weights(2, 3, 6, 6)}
+    before, after = (onnx.load(path) for path in (source, target))
+    np.testing.assert_allclose(run(after, feed)["y"], run(before, feed)["y"], atol=2e-5)
+
+
+def test_a_file_becomes_a_file(tmp_path):
+    source = write(tmp_path / "net.onnx", net())
+    report = bnfold.fold_file(source, tmp_path / "out.onnx")
+    assert report.verified
+    assert_same(source, tmp_path / "out.onnx")
+    assert sorted(os.listdir(tmp_path)) == ["net.onnx", "out.onnx"]
+
+
+def test_no_target_writes_nothing(tmp_path):
+    source = write(tmp_path / "net.onnx", net())
+    assert bnfold.onnx.fold_file(source, None).count("folded") == 1
+    assert os.listdir(tmp_path) == ["net.onnx"]
+
+
+def test_a_file_may_be_folded_in_place(tmp_path):
+    source = save_external(tmp_path / "net.onnx")
+    copy = onnx.load(source)
+    bnfold.fold_file(source, source)
+    assert sorted(os.listdir(tmp_path)) == ["net.onnx", "net.onnx.data"]
+    feed = {"x": weights(2, 3, 6, 6)}
+    np.testing.assert_allclose(run(onnx.load(source), feed)["y"], run(copy, feed)["y"], atol=2e-5)
+
+
+def test_external_data_stays_external_and_is_named_after_the_new_model(tmp_path):
+    source = save_external(tmp_path / "net.onnx")
+    before = contents(tmp_path)
+    bnfold.fold_file(source, tmp_path / "out.onnx")
+    after = contents(tmp_path)
+    assert set(after) - set(before) == {Path("out.onnx"), Path("out.onnx.data")}
+    assert {path: after[path] for path in before} == before
+    folded = onnx.load(tmp_path / "out.onnx", load_external_data=False)
+    assert all(t.data_location == onnx.TensorProto.EXTERNAL for t in folded.graph.initializer)
+    assert_same(source, tmp_path / "out.onnx")
+    onnx.checker.check_model(tmp_path / "out.onnx", full_check=True)
+
+
+def test_one_file_per_tensor_stays_so(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "to").mkdir()
+    source = save_external(tmp_path / "in" / "net.onnx", all_tensors_to_one_file=False, location=None)
+    bnfold.fold_file(source, tmp_path / "to" / "net.onnx")
+    assert sorted(os.listdir(tmp_path / "to")) == ["c", "net.onnx", "w"]
+    assert_same(source, tmp_path / "to" / "net.onnx")
+
+
+def test_data_in_a_folder_of_its_own(tmp_path):
+    (tmp_path / "weights").mkdir()
+    source = save_external(tmp_path / "net.onnx", location="weights/all.bin")
+    bnfold.fold_file(source, tmp_path / "out.onnx")
+    assert (tmp_path / "weights" / "out.all.bin").is_file()
+    assert_same(source, tmp_path / "out.onnx")
+
+
+def test_only_what_was_external_is_external(tmp_path):
+    source = save_external(tmp_path / "net.onnx", size_threshold=100)
+    bnfold.fold_file(source, tmp_path / "out.onnx")
+    folded = onnx.load(tmp_path / "out.onnx", load_external_data=False)
+    assert [t.name for t in folded.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL] == ["w.folded"]
+
+
+def test_untouched_data_is_copied_bit_for_bit(tmp_path):
+    text = TEXT.replace("}", "z = Conv(x, u) }").replace("4] y)", "4] y, float[N, 4, 4, 4] z)")
+    some = model(text, {"w": weights(8, 3, 3, 3), "c": weights(8), "u": weights(4, 3, 3, 3), **norm(8)})
+    source = save_external(tmp_path / "net.onnx", some)
+    bnfold.fold_file(source, tmp_path / "out.onnx")
+    kept = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    np.testing.assert_array_equal(kept["u"], weights(4, 3, 3, 3))
+
+
+def test_a_model_in_memory_may_refer_to_data_in_a_folder(tmp_path):
+    source = save_external(tmp_path / "net.onnx")
+    bare = onnx.load(source, load_external_data=False)
+    with pytest.raises(InputError, match="folder"):
+        bnfold.onnx.fold(bare)
+    folded, report = bnfold.onnx.fold(bare, folder=tmp_path)
+    assert report.verified
+    feed = {"x": weights(2, 3, 6, 6)}
+    np.testing.assert_allclose(run(folded, feed)["y"], run(onnx.load(source), feed)["y"], atol=2e-5)
+
+
+def test_an_onnx_ir_model_comes_back_as_one(tmp_path):
+    import onnx_ir
+
+    source = save_external(tmp_path / "net.onnx")
+    some = onnx_ir.load(source)
+    some.metadata_props["k"] = "v"
+    folded, report = bnfold.fold(some)
+    assert isinstance(folded, onnx_ir.Model)
+    assert report.verified
+    assert folded.metadata_props["k"] == "v"
+    onnx_ir.save(folded, tmp_path / "out.onnx")
+    assert_same(source, tmp_path / "out.onnx")
+
+
+# ---------------------------------------------------------------- bad files
+
+
+def escape(path, location):
+    loaded = onnx.load(path, load_external_data=False)
+    for entry in loaded.graph.initializer[0].external_data:
+        entry.value = location if entry.key == "location" else entry.value
+    path.write_bytes(loaded.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-200]), "no ONNX model"),
+        (lambda p: p.write_bytes(b"hello, this is no protobuf at all\xff\xff"), "no ONNX model"),
+        (lambda p: p.write_bytes(b""), "no ONNX model"),
+        (lambda p: p.unlink(), "no such file"),
+        (lambda p: (p.unlink(), p.mkdir()), "folder"),
+        (lambda p: p.with_name("net.onnx.data").unlink(), "missing"),
+        (lambda p: p.with_name("net.onnx.data").write_bytes(b"short"), "shorter"),
+        (lambda p: escape(p, "../outside.bin"), "outside"),
+        (lambda p: escape(p, "/etc/hostname"), "outside"),
+        (lambda p: escape(p, "sub/../../outside.bin"), "outside"),
+        (lambda p: (p.with_name("link").symlink_to("/etc/hostname"), escape(p, "link")), "outside"),
+    ],
+)
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_bad_file_is_one_line_and_nothing_is_written(tmp_path, spoil, message, verify):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "outside.bin").write_bytes(bytes(10000))
+    source = save_external(tmp_path / "in" / "net.onnx")
+    spoil(source)
+    target = tmp_path / "out.onnx"
+    target.write_bytes(b"what was there")
+    with pytest.raises(InputError, match=message):
+        bnfold.fold_file(source, target, verify=verify)
+    assert target.read_bytes() == b"what was there"
+    assert sorted(os.listdir(tmp_path)) == ["in", "out.onnx", "outside.bin"]
+
+
+def test_a_model_that_is_not_equivalent_is_not_written(tmp_path, monkeypatch):
+    from bnfold.onnx import proof
+
+    def refuse(*_, **__):
+        raise NotEquivalent("made up")
+
+    monkeypatch.setattr(proof, "judge", refuse)
+    source, target = save_external(tmp_path / "net.onnx"), tmp_path / "out.onnx"
+    bnfold.fold_file(source, target, verify=False)
+    before = contents(tmp_path)
+    with pytest.raises(NotEquivalent):
+        bnfold.fold_file(source, target)
+    assert contents(tmp_path) == before
+
+
+def test_a_failed_move_puts_everything_back(tmp_path, monkeypatch):
+    source, target = save_external(tmp_path / "net.onnx"), tmp_path / "out.onnx"
+    bnfold.fold_file(source, target)
+    target.with_name("out.onnx.data").write_bytes(b"older data")
+    before = contents(tmp_path)
+    replace = Path.replace
+
+    def fail(self, to):
+        if Path(to) == target:
+            raise PermissionError(13, "no", str(to))
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(PermissionError):
+        bnfold.fold_file(source, target)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("inputs", [{"z": np.zeros(3)}, {}, [], 3, "nowhere.npz"])
+def test_wrong_inputs_are_refused(inputs):
+    with pytest.raises(InputError):
+        bnfold.onnx.fold(net(), inputs)
+
+
+def test_inputs_from_a_file(tmp_path):
+    np.savez(tmp_path / "in.npz", x=weights(5, 3, 6, 6))
+    _, report = bnfold.onnx.fold(net(), tmp_path / "in.npz")
+    assert report.evidence[0].inputs == 5
+
+
+def test_torch_is_never_imported(tmp_path):
+    source = write(tmp_path / "net.onnx", net())
+    code = f"""
+import sys, bnfold.onnx
+report = bnfold.onnx.fold_file({str(source)!r}, {str(tmp_path / "out.onnx")!r})
+assert report.verified and "torch" not in sys.modules and "onnx_ir" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[3])
+    assert count(onnx.load(tmp_path / "out.onnx")) == 0
+
+
+@pytest.mark.slow
+def test_a_model_over_two_gibibytes_is_never_in_memory_twice(tmp_path):
+    """One embedding of 2.2 GB that nothing touches, and a small fold beside it."""
+    rows = 550_000
+    text = """g (int64[N] i, float[N, 3] x) => (float[N, 5] y, float[N, 1000] z) {
+        z = Gather(table, i) h = Gemm(x, w) y = BatchNormalization(h, s, b, m, v) }"""
+    some = model(text, {"w": weights(3, 5), **norm(5)})
+    table = some.graph.initializer.add(name="table", data_type=1, dims=[rows, 1000])
+    table.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "net.data"), ("offset", "0"), ("length", str(rows * 4000))):
+        table.external_data.add(key=key, value=value)
+    with (tmp_path / "net.data").open("wb") as file:
+        file.truncate(rows * 4000)
+    source = write(tmp_path / "net.onnx", some)
+    code = f"""
+import resource, bnfold.onnx
+report = bnfold.onnx.fold_file({str(source)!r}, {str(tmp_path / "out.onnx")!r}, verify=False)
+assert report.count("folded") == 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3], capture_output=True, text=True
+    )
+    assert (tmp_path / "out.data").stat().st_size >= rows * 4000
+    assert int(done.stdout) < 3000
