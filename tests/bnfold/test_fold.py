@@ -98,7 +98,7 @@ def test_the_folded_checkpoint_knows_its_source_and_folds_again_into_itself(ckpt
 def test_a_batchnorm_of_which_only_the_scale_could_go_stays_whole_in_a_checkpoint(tmp_path, capsys):
     path = tmp_path / "padded.pt"
     net = nn.Sequential(nn.BatchNorm1d(3), nn.Conv1d(3, 3, 3, padding=1)).eval()
-    net[0].running_var.fill_(4.0)
+    net[0].running_mean.fill_(1.0)
     checkpoint.save(path, Checkpoint(net, InputDomain((3, 8), "float32")))
     assert main([str(path)]) == 0
     assert "1 kept" in capsys.readouterr().out
