@@ -116,14 +116,16 @@ def draw_updates(diagnostics: Diagnostics) -> Picture:
         lines = {name: line for name, line in diagnostics.updates().items() if name in weights}
         for (name, (steps, ratios)), colour in zip(lines.items(), _colours(len(lines)), strict=True):
             heights = [ratio if math.isfinite(ratio) else math.nan for ratio in ratios]
-            axes.plot(steps, heights, ".-" if len(steps) < 3 else "-", color=colour, label=name)
+            label = name if np.isfinite(heights).any() else f"{name} (constant)"
+            axes.plot(steps, heights, ".-" if len(steps) < 3 else "-", color=colour, label=label)
+        axes.set_xlim(*_span(diagnostics))
         axes.axhline(-3, color=_INK, linestyle="--", linewidth=1)
         axes.set(xlabel="step", ylabel="log10(update : data)")
         _legend(figure, axes)
         return _finish(
             figure, "updates", "Size of the updates",
             "Std of the change that a step makes over std of the weight. The dashed guide at -3 is the lecture's: far "
-            "below it a weight learns too slowly, far above it too fast.",
+            "below it a weight learns too slowly, far above it too fast. A weight that is constant has no ratio.",
         )  # fmt: skip
 
 
@@ -234,15 +236,27 @@ def _draw_spreads(
         left, right = figure.subplots(1, 2, width_ratios=(3, 1))
         right.set_visible(len(lines) > 1)
         for i in chosen:
-            left.plot(*lines[i][1].density, color=colours[i], label=lines[i][0])
+            _draw_spread(left, *lines[i], colours[i])
         _limit(left, [lines[i][1] for i in chosen])
         left.set(xlabel=label, ylabel="density")
-        stds = [s.std if s.std > 0 else math.nan for _, s in lines]
+        stds = [s.std for _, s in lines]
         right.scatter(range(1, len(lines) + 1), stds, c=colours, s=16)
-        right.set(xlabel="layer", ylabel="std", yscale="log" if _ratio(stds) > _UNLIKE else "linear")
+        right.set(xlabel="in order", ylabel="std")
+        if _ratio(stds) > _UNLIKE:
+            right.set_yscale("log")
+        else:
+            right.set_ylim(0, 1.15 * max((std for std in stds if 0 < std < math.inf), default=1))
         right.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _legend(figure, left, 1)
         return _finish(figure, name, title, caption)
+
+
+def _draw_spread(axes: Axes, text: str, spread: Spread, colour: str) -> None:
+    """Draw a density, or a line where all numbers are equal and there is none."""
+    if spread.least == spread.most:
+        axes.axvline(spread.least, color=colour, label=f"{text}, all equal")
+    else:
+        axes.plot(*spread.density, color=colour, label=text)
 
 
 def _limit(axes: Axes, spreads: Sequence[Spread]) -> None:
@@ -251,6 +265,8 @@ def _limit(axes: Axes, spreads: Sequence[Spread]) -> None:
     ends = [end for s in spreads for end in (s.least, s.most) if math.isfinite(end)]
     if ends and (reach := 6 * max(stds, default=0)) > 0:
         axes.set_xlim(max(min(ends), -reach), min(max(ends), reach))
+    elif ends:
+        axes.set_xlim(min(ends) - 1, max(ends) + 1)
     if _ratio(stds) > _UNLIKE:
         axes.set_yscale("log")
 
@@ -259,6 +275,10 @@ def _ratio(stds: Sequence[float]) -> float:
     """Return the largest over the least of those above zero."""
     positive = [std for std in stds if std > 0]
     return max(positive) / min(positive) if positive else 1.0
+
+
+def _span(diagnostics: Diagnostics) -> tuple[float, float]:
+    return -0.02 * len(diagnostics.losses), 1.02 * len(diagnostics.losses)
 
 
 def _draw_loss(axes: Axes, name: str, losses: Sequence[float], colour: str, begin: int) -> None:

@@ -108,6 +108,24 @@ def test_a_net_of_many_layers_names_some_and_draws_the_std_of_all(run):
     )
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan"), 1e30])
+def test_nets_gone_wrong_are_drawn_as_well(value):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.Tanh())
+    for parameter in net.parameters():
+        nn.init.constant_(parameter, value)
+    with Diagnostics(net) as diagnostics:
+        loss = net(torch.ones(6, 3)).sum()
+        loss.backward()
+        diagnostics.record(loss.item())
+    record = diagnostics.records[0]
+    for picture in (
+        plots.draw_activations(record),
+        plots.draw_gradients(record),
+        plots.draw_updates(diagnostics),
+    ):
+        ElementTree.fromstring(picture.svg)
+
+
 def test_nothing_watched_is_nothing_to_draw(tmp_path):
     with pytest.raises(InputError, match="no step was watched"):
         plots.draw(Diagnostics(nn.Sequential(nn.Tanh())), tmp_path / "plots")
