@@ -143,6 +143,8 @@ OURS: dict[str, Callable[[Case], onnx.ModelProto]] = {
     "bnfold": by_bnfold,
 }
 
+MEASURED = ("best other", "bnfold, whole", "bnfold", "bnfold, then it")
+
 
 # ---------------------------------------------------------------- one net
 
@@ -247,15 +249,24 @@ def examine(
     )
     results["best other"] = Result(**{**asdict(results[best]), "problem": best})
     if rounds:
-        chosen = {
-            "unfolded": models["unfolded"],
-            "best other": models[best],
-            **{tool: models[tool] for tool in OURS},
-        }
+        models["best other"] = models[best]
+        results["bnfold, then it"], models["bnfold, then it"] = apply(
+            OTHERS[best], fold_both(case), feed, truth, plain.error
+        )
+        chosen = {tool: models[tool] for tool in ("unfolded", *MEASURED) if models[tool] is not None}
+        if results["bnfold"].left == results["bnfold, whole"].left:
+            del chosen["bnfold, whole"]
         for label, optimise in (("default", True), ("off", False)):
             for tool, times in measure(chosen, feed, optimise, rounds).items():
                 results[tool].latency[label] = times
+        results["bnfold, whole"].latency = results["bnfold, whole"].latency or results["bnfold"].latency
     return results
+
+
+def fold_both(case: Case) -> Case:
+    """The net folded by bnfold, as a module and as a model, for a tool that comes after it."""
+    module, _ = bnfold.fold(case.module, case.inputs, verify=False)
+    return Case(module, case.inputs, by_bnfold(case))
 
 
 def fastest(models: dict[str, onnx.ModelProto], feed: Feed) -> str:
@@ -324,11 +335,13 @@ def tabulate_left(found: dict[str, dict[str, Result]]) -> Table:
 
 def tabulate_latency(found: dict[str, dict[str, Result]], label: str) -> Table:
     """Milliseconds of the unfolded model and the ratios of the others to it."""
-    tools = ("best other", *OURS)
-    table = Table("net", "unfolded, ms", "best other is", *tools, title=f"optimisations: {label}")
+    table = Table("net", "unfolded, ms", "best other is", *MEASURED, title=f"optimisations: {label}")
     for name, results in found.items():
         milliseconds = f"{results['unfolded'].latency[label][0]:.3g}"
-        ratios = [f"{results[tool].latency[label][1]:.2f}" for tool in tools]
+        ratios = [
+            f"{results[tool].latency[label][1]:.2f}" if label in results[tool].latency else "-"
+            for tool in MEASURED
+        ]
         table.add_row(name, milliseconds, results["best other"].problem, *ratios)
     return table
 
