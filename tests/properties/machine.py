@@ -574,7 +574,7 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
 """How a node of each operator is drawn."""
 
 MOTIFS = (repeat, repeat, shuffle, parallel, lean, aside, gate, dense, opaque)
-OFTEN = ("Conv",) * 8 + ("MatMul",) * 2 + ("Add", "Concat", "Split", "Reshape", "Transpose") * 2
+OFTEN = ("Conv",) * 8 + ("MatMul", "Relu", "Add", "Concat", "Split", "Reshape", "Transpose", "MaxPool") * 2
 
 
 def draw(seed: int, size: int) -> tuple[Graph, dict[str, Any], Arrays]:

@@ -1,0 +1,173 @@
+"""Comparing two models: a wrong fold is caught, rounding is not, and the bounds come from the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from bnfold.algebra import Linear, batchnorm, round_to
+from bnfold.equivalence import ALGEBRA, compare, judge, measure
+from bnfold.errors import NotEquivalent
+
+RANDOM = np.random.default_rng(3)
+X = RANDOM.normal(size=(64, 20))
+W1, B1 = RANDOM.normal(size=(30, 20)) / 4, RANDOM.normal(size=30)
+W2, B2 = RANDOM.normal(size=(10, 30)) / 5, RANDOM.normal(size=10)
+MEAN, VAR = RANDOM.normal(size=30), np.exp(RANDOM.normal(size=30))
+GAMMA, BETA = RANDOM.normal(size=30), RANDOM.normal(size=30)
+
+
+def net(weight: np.ndarray, bias: np.ndarray, norm: Any, dtype: Any) -> list[dict[str, np.ndarray]]:
+    """A net of two layers, a BatchNorm and a Tanh, every step rounded to a dtype; one output per example."""
+    w1, b1, w2, b2, x = (round_to(a, dtype) for a in (weight, bias, W2, B2, X))
+    hidden = x @ w1.T + b1
+    if norm is not None:
+        mean, var, gamma, beta = (round_to(a, dtype) for a in norm)
+        hidden = (hidden - mean) / np.sqrt(var + dtype(1e-5)) * gamma + beta
+    logits = np.tanh(hidden.astype(dtype)) @ w2.T + b2
+    return [{"logits": row.astype(dtype)} for row in logits]
+
+
+def folded(var: np.ndarray = VAR) -> tuple[np.ndarray, np.ndarray]:
+    scale, shift = batchnorm(MEAN, var, GAMMA, BETA)
+    weight, bias = Linear("oi", 20, 30, 1, 1).absorb_after(scale, shift).fold(W1, B1)
+    assert bias is not None
+    return weight, bias
+
+
+def pair(dtype: Any, weight: np.ndarray, bias: np.ndarray) -> tuple[Any, Any]:
+    return net(W1, B1, (MEAN, VAR, GAMMA, BETA), dtype), net(weight, bias, None, dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
+def test_a_right_fold_answers_both_questions(dtype: Any) -> None:
+    name = np.dtype(dtype).name
+    evidence = judge(
+        pair(dtype, *folded()), pair(np.float64, *folded()), name, changed=1, inputs=64, exhaustive=True
+    )
+    assert [item.question for item in evidence] == ["float64", name]
+    assert evidence[0].bound == ALGEBRA
+    assert all(item.deviation <= item.bound and item.inputs == 64 and item.exhaustive for item in evidence)
+    assert all(item.movement is not None and item.movement > 0.1 for item in evidence)
+
+
+def test_a_float64_model_is_asked_one_question() -> None:
+    both = pair(np.float64, *folded())
+    assert [item.question for item in judge(both, both, "float64", 1, 64)] == ["float64"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_one_variance_that_is_off_by_two_thousandths_is_caught(dtype: Any) -> None:
+    wrong = VAR.copy()
+    wrong[7] *= 1.002
+    with pytest.raises(
+        NotEquivalent, match=r"the models differ in float64 by .* at input \d+, output logits"
+    ):
+        judge(pair(dtype, *folded(wrong)), pair(np.float64, *folded(wrong)), np.dtype(dtype).name, 1, 64)
+
+
+def test_one_weight_that_is_off_by_a_thousandth_is_caught_in_float64_and_in_float32() -> None:
+    weight, bias = folded()
+    wrong = weight.copy()
+    wrong[3, 4] += 1e-3
+    with pytest.raises(NotEquivalent, match="in float64"):
+        judge(pair(np.float32, weight, bias), pair(np.float64, wrong, bias), "float32", 1, 64)
+    with pytest.raises(NotEquivalent, match="in float32"):
+        judge(pair(np.float32, wrong, bias), pair(np.float64, weight, bias), "float32", 1, 64)
+    with pytest.raises(NotEquivalent, match="in float32"):
+        judge(pair(np.float32, wrong, bias), None, "float32", 1, 64)
+
+
+def test_without_float64_the_bound_says_that_it_could_not_be_run() -> None:
+    (evidence,) = judge(pair(np.float32, *folded()), None, "float32", changed=1, inputs=64)
+    assert "float64 could not be run" in evidence.source
+    assert evidence.deviation <= evidence.bound < 1e-5
+
+
+def outputs(*arrays: Any, name: str = "y") -> list[dict[str, np.ndarray]]:
+    return [{name: np.asarray(array)} for array in arrays]
+
+
+def test_the_message_names_the_input_the_output_and_the_element() -> None:
+    before = outputs(np.zeros((2, 3)), [[1.0, 2.0, 3.0], [4.0, 5.0, 8.0]])
+    after = outputs(np.zeros((2, 3)), [[1.0, 2.0, 3.0], [4.0, 5.5, 8.0]])
+    with pytest.raises(NotEquivalent) as caught:
+        compare(before, after, 1e-3, "float64")
+    assert str(caught.value) == (
+        "the models differ in float64 by 6.25e-02 of the largest output at input 1, output y[1, 1]: 5 before, "
+        "5.5 after; the bound is 1.00e-03"
+    )
+
+
+def test_differences_are_relative_to_the_largest_element_over_all_inputs() -> None:
+    assert measure(outputs([1.0], [100.0]), outputs([2.0], [100.0])).deviation == 0.01
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
+def test_infinities_and_nans_must_stand_in_the_same_places(dtype: Any) -> None:
+    odd = np.array([np.nan, np.inf, -np.inf, 1.0]).astype(dtype)
+    assert measure(outputs(odd), outputs(odd)).deviation == 0.0
+    for place in range(4):
+        other = odd.copy()
+        other[place] = 2.0 if place == 3 else 0.0
+        assert measure(outputs(odd), outputs(other)).deviation >= 1.0
+    assert measure(outputs(odd), outputs(-odd)).deviation == np.inf
+
+
+def test_outputs_of_other_names_or_shapes_are_not_equivalent() -> None:
+    with pytest.raises(NotEquivalent, match=r"one has outputs \['y'\], the other \['z'\]"):
+        compare(outputs([1.0]), outputs([1.0], name="z"), 1.0)
+    with pytest.raises(NotEquivalent, match=r"shapes \(1,\) and \(2,\)"):
+        compare(outputs([1.0]), outputs([1.0, 1.0]), 1.0)
+
+
+def test_shapes_that_differ_are_caught_even_where_float64_cannot_be_run() -> None:
+    with pytest.raises(NotEquivalent, match=r"shapes \(1,\) before, \(2,\) after"):
+        judge((outputs([1.0]), outputs([1.0, 1.0])), None, "float32", 1, 1)
+
+
+@pytest.mark.parametrize(("before", "after"), [([1, 2], [1, 3]), ([True, False], [True, True])])
+def test_whole_numbers_and_booleans_must_be_equal_but_only_in_float64(before: Any, after: Any) -> None:
+    assert measure(outputs(before), outputs(after)).deviation == 1.0
+    assert measure(outputs(before), outputs(after), discrete=False).deviation == 0.0
+    assert measure(outputs(before), outputs(before)).deviation == 0.0
+
+
+def test_complex_outputs_are_compared_as_such() -> None:
+    assert measure(outputs([3 + 4j]), outputs([3 - 4j])).deviation == pytest.approx(1.6)
+
+
+def test_an_output_of_nothing_or_of_zeros_is_equal_to_itself() -> None:
+    assert measure(outputs(np.zeros((0, 3))), outputs(np.zeros((0, 3)))).deviation == 0.0
+    assert measure(outputs(np.zeros(3)), outputs(np.zeros(3))).deviation == 0.0
+    assert measure(outputs(np.zeros(3)), outputs(np.full(3, 1e-3))).deviation == 1e-3
+
+
+def test_a_model_that_overflows_in_its_own_dtype_does_not_excuse_a_wrong_fold() -> None:
+    """Its noise would be infinite, and so would a bound made from it."""
+    exact, wrong = outputs([1e6, 1.0]), outputs([1e6, 1.5])
+    own = outputs(np.array([np.inf, 1.0], np.float16))
+    with pytest.raises(NotEquivalent, match="in float64"):
+        judge((own, own), (exact, wrong), "float16", 1, 1)
+    with pytest.raises(NotEquivalent, match="in float16"):
+        judge((own, outputs(np.array([np.inf, 1.5], np.float16))), (exact, exact), "float16", 1, 1)
+    evidence = judge((own, own), (exact, exact), "float16", 1, 1)
+    assert all(np.isfinite(item.bound) and item.deviation == 0.0 for item in evidence)
+
+
+def test_a_fold_that_overflows_where_the_model_did_not_is_caught() -> None:
+    exact, own = outputs([1e4, 1.0]), outputs(np.array([1e4, 1.0], np.float16))
+    with pytest.raises(NotEquivalent, match="in float16"):
+        judge((own, outputs(np.array([np.inf, 1.0], np.float16))), (exact, exact), "float16", 1, 1)
+
+
+@pytest.mark.parametrize(("arrays", "movement"), [
+    ([[[1.0], [4.0]]], 0.75), ([[1.0], [4.0]], 0.75), ([[[4.0], [4.0]]], 0.0), ([[4.0]], None), ([[[4.0]]], None),
+])  # fmt: skip
+def test_movement_is_how_far_an_output_moves_between_two_inputs(arrays: Any, movement: float | None) -> None:
+    both = (outputs(*arrays), outputs(*arrays))
+    (evidence,) = judge(both, both, "float64", 0, len(arrays))
+    assert evidence.movement == movement

@@ -1,0 +1,96 @@
+"""How a command fails: one line, an exit code, and an output file that survives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bnfold.errors import BnfoldError, InputError, NotEquivalent, UnreadableModel, replacing, run_command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("model.onnx: no such file"), 2, "error: model.onnx: no such file"),
+        (UnreadableModel("`bn`\ncould not be\n  followed"), 2, "error: `bn` could not be followed"),
+        (NotEquivalent("the models differ"), 1, "error: the models differ"),
+        (BnfoldError("anything"), 2, "error: anything"),
+        (
+            FileNotFoundError(2, "No such file or directory", "there"),
+            2,
+            "error: there: No such file or directory",
+        ),
+        (OSError("the disk is full"), 2, "error: the disk is full"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+    ],
+)
+def test_a_command_that_fails_prints_one_line_and_returns_its_code(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise error
+
+    assert run_command(main) == code
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_a_command_that_ends_returns_its_own_code_and_prints_nothing(
+    returned: int | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(lambda: returned) == code
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_in_the_program_is_not_dressed_up_as_the_callers() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 // 0)
+
+
+def test_every_error_of_the_tree_is_caught_by_its_root_and_by_what_python_calls_it() -> None:
+    assert issubclass(InputError, BnfoldError) and issubclass(InputError, ValueError)  # noqa: PT018
+    assert issubclass(NotEquivalent, BnfoldError) and issubclass(NotEquivalent, AssertionError)  # noqa: PT018
+    assert issubclass(UnreadableModel, BnfoldError)
+
+
+def test_a_file_appears_in_one_step_under_its_own_name(tmp_path: Path) -> None:
+    target = tmp_path / "model.onnx"
+    with replacing(target) as temporary:
+        assert temporary.name == "model.onnx"
+        temporary.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert [*tmp_path.iterdir()] == [target]
+
+
+@pytest.mark.parametrize("error", [NotEquivalent, OSError, KeyboardInterrupt, ZeroDivisionError])
+def test_an_existing_file_survives_every_failure_and_nothing_is_left_beside_it(
+    tmp_path: Path, error: Any
+) -> None:
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+    with pytest.raises(error), replacing(target) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert [*tmp_path.iterdir()] == [target]
+
+
+def test_a_writer_that_wrote_nothing_fails_and_the_old_file_survives(tmp_path: Path) -> None:
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+    with pytest.raises(FileNotFoundError), replacing(target):
+        pass
+    assert target.read_text() == "old"
+
+
+def test_a_folder_and_a_missing_folder_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder; name a file to write"), replacing(tmp_path):
+        pass
+    with (
+        pytest.raises(InputError, match="is no folder; make it first"),
+        replacing(tmp_path / "no" / "model.onnx"),
+    ):
+        pass
