@@ -4,6 +4,7 @@
     functions    what is known of torch's functions          rows        how each function is drawn as a node
     read         calls -> Graph, and where numbers are kept  write       the difference of two Graphs -> module
     modules      what stands where a BatchNorm was           fold        read, travel, write, compare
+    files        weights of a model that a factory builds    program     exported programs (.pt2)
 
 `example_inputs` is everywhere a tensor, a tuple of positional arguments, a dict of keyword arguments, or a pair of a
 tuple and a dict.
@@ -11,8 +12,24 @@ tuple and a dict.
 
 from __future__ import annotations
 
+from bnfold.torch.files import fold_checkpoint_file, load_factory, load_folded, load_state, make_inputs
 from bnfold.torch.fold import fold, run, verify
+from bnfold.torch.program import fold_program, fold_program_file
 from bnfold.torch.read import Reading, read
 from bnfold.torch.write import write
 
-__all__ = ["Reading", "fold", "read", "run", "verify", "write"]
+__all__ = [
+    "Reading",
+    "fold",
+    "fold_checkpoint_file",
+    "fold_program",
+    "fold_program_file",
+    "load_factory",
+    "load_folded",
+    "load_state",
+    "make_inputs",
+    "read",
+    "run",
+    "verify",
+    "write",
+]

@@ -5,15 +5,15 @@
 The file holds a state dict, a dict with one under `state_dict`, `model` or `model_state_dict`, or is a `.safetensors`
 file; it is read with `weights_only=True` and nothing in it chooses what is imported. The output has the form of the
 input: the same other entries, the same `module.` prefix (that of a model trained in parallel). It belongs to the
-*folded* module: fold what the factory builds (`verify=False`), then load it. With `-o out.pt2` the folded module is
-written as an exported program instead, which needs no factory any more.
+*folded* module, which `load_folded` makes of what the factory builds. With `-o out.pt2` the folded module is written as
+an exported program instead, which needs no factory any more.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,11 @@ from torch import Tensor, nn
 from bnfold.errors import InputError, replacing
 from bnfold.report import Report
 from bnfold.torch.fold import fold
+from bnfold.torch.modules import ChannelAdd, ChannelMulAdd
+from bnfold.torch.read import NormPlace, read
+from bnfold.torch.write import become, settle_weight
 
-__all__ = ["fold_checkpoint_file", "load_factory", "load_state", "make_inputs"]
+__all__ = ["fold_checkpoint_file", "load_factory", "load_folded", "load_state", "make_inputs"]
 
 _KEYS = ("state_dict", "model_state_dict", "model")
 
@@ -64,8 +67,47 @@ def fold_checkpoint_file(
     folded, report = fold(module.eval(), inputs, **options)
     if target is not None:
         _save(folded, inputs, Path(target), container, prefix)
-    note = "these are weights of the folded module: fold what the factory builds (verify=False), then load them"
+    note = "these are weights of the folded module; bnfold.torch.load_folded(model, inputs, state) loads them"
     return replace(report, notes=(*report.notes, note)) if Path(target or "").suffix != ".pt2" else report
+
+
+def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    """Load folded weights into what the factory builds: its BatchNorms that have no weights any more are taken out.
+
+    Args:
+        model: unfolded, in eval mode; it is edited and returned.
+        example_inputs: see `bnfold.torch.fold`; only shapes matter.
+        state: the state dict of the folded model.
+
+    Raises:
+        UnreadableModel: the model cannot be run on the example inputs.
+        InputError: the weights are of another model.
+    """
+    reading = read(model, example_inputs)
+    for norm in dict.fromkeys(reading.norms.values()):
+        own = [name for name in model.get_submodule(norm.path).state_dict() if f"{norm.path}.{name}" in state]
+        if f"{norm.path}.running_mean" not in state and not any("." not in n and n not in ("weight", "bias") for n in own):
+            become(model.get_submodule(norm.path), norm, _leftover(norm, state))
+    for place in dict.fromkeys(reading.linears.values()):
+        module = model.get_submodule(place.weight.module)
+        if place.computed and f"{place.weight.module}.weight" in state:
+            settle_weight(module, place.computed)
+            module.register_parameter("weight", nn.Parameter(torch.empty_like(state[place.weight.name])))
+        if place.bias is not None and place.bias.name in state:
+            owner = model.get_submodule(place.bias.module)
+            if getattr(owner, place.bias.attribute) is None:
+                owner.register_parameter(place.bias.attribute, nn.Parameter(torch.empty_like(state[place.bias.name])))
+    _fill(model, dict(state), "the state dict")
+    return model
+
+
+def _leftover(norm: NormPlace, state: Mapping[str, Tensor]) -> nn.Module | None:
+    """What stands where a BatchNorm was, by the names of what is left."""
+    path = f"{norm.path}.affine" if norm.tail else norm.path
+    weight, bias = state.get(f"{path}.weight"), state.get(f"{path}.bias")
+    if bias is None:
+        return None
+    return ChannelAdd(bias) if weight is None else ChannelMulAdd(weight, bias)
 
 
 def load_factory(name: str) -> nn.Module:

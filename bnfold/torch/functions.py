@@ -58,6 +58,9 @@ _QUIET = """
 
 
 def _metadata() -> Iterator[Any]:
+    for name in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "sym_is_contiguous", "size", "stride", "dim"):
+        packet = getattr(torch.ops.aten, name, None)
+        yield from (getattr(packet, each) for each in (packet.overloads() if packet is not None else ()))
     for home in _HOMES:
         for name in _QUIET:
             if callable(found := getattr(home, name, None)):

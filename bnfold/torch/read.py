@@ -526,7 +526,8 @@ class _Reader:
 
     def _within(self, frame: Frame) -> list[_Item]:
         calls = self.recording.calls[frame.start : frame.stop]
-        return [item for call in calls for item in self.drawn.get(id(call), ())]
+        items = (item for call in calls for item in self.drawn.get(id(call), ()))
+        return [item for item in items if item.op not in ("If", "Hook")]
 
     def _find_norm(self, frame: Frame) -> None:
         """Make one BatchNormalization of what a module call does first, if that is one affine map."""

@@ -86,10 +86,20 @@ def row(names: str, arguments: str) -> Callable[[Callable[..., bool]], Callable[
     def register(draw: Callable[..., bool]) -> Callable[..., bool]:
         for name in names.split():
             found = [getter(name)] if name in ("T", "mT", "data") else list(variants(name))
+            found += _overloads(name)
             ROWS.update((function, (_Signature(arguments), draw)) for function in found)
         return draw
 
     return register
+
+
+_REORDERED = ("embedding", "batch_norm", "instance_norm")
+
+
+def _overloads(name: str) -> list[Any]:
+    """The operators of this name that exported programs and compiled code call."""
+    packets = (getattr(torch.ops.aten, spelled, None) for spelled in (name, f"{name}_") if name not in _REORDERED)
+    return [getattr(p, each) for p in packets if p is not None for each in p.overloads() if "out" not in each]
 
 
 def draw(draft: Draft, call: Call) -> bool:
@@ -259,6 +269,11 @@ def _embedding(draft: Draft, call: Call, input: Value, weight: Value, max_norm: 
     return True
 
 
+for _function in (torch.embedding, torch._VF.embedding, torch.ops.aten.embedding.default):
+    _others = "padding_idx=-1 scale_grad_by_freq=False sparse=False max_norm=None"
+    ROWS[_function] = _Signature(f"weight input {_others}"), _embedding
+
+
 # ---------------------------------------------------------------- normalisation
 
 
@@ -282,11 +297,11 @@ def _instance_norm(draft: Draft, call: Call, input: Value, use_input_stats: Any,
     return _normalise(draft, call, input, statistics, bool(use_input_stats), eps)
 
 
-for _home in (torch, torch._VF):
-    _order = "input weight bias running_mean running_var"
-    _rest = "momentum eps cudnn_enabled"
-    ROWS[_home.batch_norm] = _Signature(f"{_order} training {_rest}"), _batch_norm
-    ROWS[_home.instance_norm] = _Signature(f"{_order} use_input_stats {_rest}"), _instance_norm
+_ORDER = "input weight bias running_mean running_var"
+for _function in (torch.batch_norm, torch._VF.batch_norm, torch.ops.aten.batch_norm.default):
+    ROWS[_function] = _Signature(f"{_ORDER} training momentum eps cudnn_enabled"), _batch_norm
+for _function in (torch.instance_norm, torch._VF.instance_norm, torch.ops.aten.instance_norm.default):
+    ROWS[_function] = _Signature(f"{_ORDER} use_input_stats momentum eps cudnn_enabled"), _instance_norm
 
 
 def _normalise(
@@ -594,6 +609,13 @@ def _unbind(draft: Draft, call: Call, input: Value, dim: int) -> bool:
     return True
 
 
+@row("slice", "input dim=0 start=None end=None step=1")
+def _slice(draft: Draft, call: Call, input: Value, dim: int, start: Any, end: Any, step: Any) -> bool:
+    if not _computed(input) or not _plain((start, end, step)):
+        return False
+    return _take(draft, input, call.made[0], {_axis(dim, input.rank): slice(start, end, step)})
+
+
 @row("narrow", "input dim start length")
 def _narrow(draft: Draft, call: Call, input: Value, dim: int, start: Any, length: Any) -> bool:
     if not _computed(input) or not _plain((start, length)):
@@ -892,6 +914,14 @@ def _resize(draft: Draft, call: Call, input: Value, **rest: Any) -> bool:
         return False
     draft.node("Resize", [input], call.made[:1], axes=tuple(range(2, input.rank)), partial="")
     return True
+
+
+_UPSAMPLE = "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d"
+
+
+@row(f"{_UPSAMPLE} upsample_trilinear3d upsample_bicubic2d", "input *rest=()")
+def _upsample(draft: Draft, call: Call, input: Value, **rest: Any) -> bool:
+    return _resize(draft, call, input)
 
 
 @row("pad", "input pad mode='constant' value=None")

@@ -28,7 +28,7 @@ from bnfold.torch.read import LinearPlace, NormPlace, Reading, copy_structure
 from bnfold.torch.recording import computes_weight, leaves
 from bnfold.travel import Journey
 
-__all__ = ["check_fit", "widen", "write"]
+__all__ = ["become", "check_fit", "settle_weight", "widen", "write"]
 
 
 def write(model: nn.Module, reading: Reading, journey: Journey, inplace: bool = False) -> nn.Module:
@@ -111,7 +111,7 @@ def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tenso
     weight, bias = _stored(model, place)
     new_weight, new_bias = _fold(model, place, node)
     if place.computed:
-        _settle_weight(module, place.computed)
+        settle_weight(module, place.computed)
     made = [_put(module, place.weight.attribute, new_weight, weight)]
     if new_bias is not None and place.bias is not None:
         owner = model.get_submodule(place.bias.module)
@@ -164,7 +164,7 @@ def _run_hook(hook: Any, module: nn.Module) -> Tensor:
     return hook.compute_weight(module)  # type: ignore[no-any-return]
 
 
-def _settle_weight(module: nn.Module, how: str) -> None:
+def settle_weight(module: nn.Module, how: str) -> None:
     """Make room for a weight that is a parameter. torch's own ways edit what a copy shares with the original."""
     if how == "parametrization":
         return _remove_parametrization(module)
@@ -240,17 +240,21 @@ def _edit_norm(model: nn.Module, place: NormPlace, new: Node | None) -> list[Ten
         if new.is_batchnorm and type(module) in _REWRITABLE and module.affine and module.track_running_stats:
             return _rewrite_norm(module, new.affine)
         left = _leftover(module, place, new.affine, new.attributes.get("form", "muladd"))
-    made = [] if left is None else list(left.parameters())
+    become(module, place, left)
+    return [] if left is None else list(left.parameters())
+
+
+def become(module: nn.Module, place: NormPlace, left: nn.Module | None) -> None:
+    """Let a BatchNorm module become what is left of it: nothing, one module, and whatever it did afterwards."""
     if not place.tail:
         _become(module, left or nn.Identity())
-        return made
+        return
     children = {name: child for name, child in module._modules.items() if child is not None}
     steps = [name for name, _ in place.tail]
     children.update({name: stand_in for name, stand_in in place.tail if stand_in is not None})
     if left is not None:
         children["affine"], steps = left, ["affine", *steps]
     _become(module, Tail(copy.copy(children), steps))
-    return made
 
 
 _REWRITABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

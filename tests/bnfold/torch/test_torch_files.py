@@ -1,0 +1,189 @@
+"""Weights in files and exported programs: what the command folds."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from bnfold import InputError
+from bnfold.torch.files import fold_checkpoint_file, load_factory, load_folded, load_state, make_inputs
+from bnfold.torch.fold import fold
+from bnfold.torch.program import fold_program
+from tests.torch_architectures import ARCHITECTURES, ResNet
+from tests.torch_models import randomise
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+FACTORY = "tests.torch_architectures:ResNet"
+IMAGES = torch.randn(3, 3, 16, 16)
+
+
+@pytest.fixture
+def model():
+    return randomise(ResNet())
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_state_dict_is_folded_in_the_form_that_it_has(model, tmp_path, key, prefix):
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "in.pt")
+    report = fold_checkpoint_file(tmp_path / "in.pt", tmp_path / "out.pt", model=FACTORY, shapes=["1x3x16x16"])
+    assert report.verified
+    assert report.count("folded") == len(report.verdicts) == 12
+    container, after, found = load_state(tmp_path / "out.pt")
+    assert found == prefix
+    assert key is None or container["epoch"] == 3
+    twin = load_folded(ResNet().eval(), IMAGES, after)
+    torch.testing.assert_close(twin(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_folded_weights_are_loaded_into_every_architecture(name):
+    build, inputs, _ = ARCHITECTURES[name]
+    model = randomise(build())
+    after, _ = fold(model, inputs, verify=False)
+    twin = load_folded(build().eval(), inputs, after.state_dict())
+    assert torch.equal(twin(inputs), after(inputs))
+
+
+class Everything(torch.nn.Module):
+    """A BatchNorm of which the shift stays, one with an activation, and a computed weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.act_norm = ActNorm(4)
+        torch.nn.utils.parametrizations.weight_norm(self.conv)
+
+    def forward(self, x):
+        return self.act_norm(self.conv(self.norm(x)))
+
+
+class ActNorm(torch.nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = torch.nn.PReLU(channels)
+
+    def forward(self, x):
+        return torch.nn.functional.relu(self.act(super().forward(x)))
+
+
+def test_folded_weights_are_loaded_whatever_is_left():
+    after, report = fold(randomise(Everything()), IMAGES)
+    assert [v.outcome for v in report.verdicts] == ["scale folded", "folded"]
+    twin = load_folded(Everything().eval(), IMAGES, after.state_dict())
+    assert torch.equal(twin(IMAGES), after(IMAGES))
+
+
+def test_safetensors(model, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(model.state_dict(), tmp_path / "in.safetensors")
+    fold_checkpoint_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", model=FACTORY, shapes=["1x3x16x16"])
+    twin = load_folded(ResNet().eval(), IMAGES, safetensors.load_file(tmp_path / "out.safetensors"))
+    torch.testing.assert_close(twin(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_needs_no_factory(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "in.pt")
+    fold_checkpoint_file(tmp_path / "in.pt", tmp_path / "out.pt2", model=FACTORY, shapes=["3x3x16x16"])
+    made = torch.export.load(tmp_path / "out.pt2").module()(IMAGES)
+    torch.testing.assert_close(made, model(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_file_is_folded_and_saved_again(model, tmp_path):
+    program = torch.export.export(model, (IMAGES,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    torch.export.save(program, tmp_path / "in.pt2")
+    report = fold_checkpoint_file(tmp_path / "in.pt2", tmp_path / "out.pt2")
+    assert report.count("folded") == 12
+    after = torch.export.load(tmp_path / "out.pt2")
+    assert not any("batch_norm" in str(node.target) for node in after.graph.nodes)
+    more = torch.cat([IMAGES, IMAGES])
+    torch.testing.assert_close(after.module()(more), model(more), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["densenet", "repvgg", "attention", "generator", "tdnn"])
+def test_programs_fold_as_far_as_modules_do(name):
+    build, inputs, stay = ARCHITECTURES[name]
+    model = randomise(build())
+    program = torch.export.export(model, (inputs,))
+    after, report = fold_program(program)
+    assert {v.name for v in report.verdicts if v.outcome == "kept"} == stay
+    assert sum("batch_norm" in str(node.target) for node in after.graph.nodes) == len(stay)
+    torch.testing.assert_close(after.module()(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+    assert set(after.state_dict) - set(model.state_dict()) == {n for n in after.state_dict if n.endswith(".bias")} - set(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_package:make", "cannot be imported"),
+        ("tests.torch_architectures:Nothing", "cannot be imported"),
+        ("tests.torch_architectures", "no package.module:factory"),
+        ("tests.torch_architectures:Bottleneck", "without arguments"),
+        ("tests.torch_architectures:dict", "cannot be imported"),
+        ("builtins:dict", "no nn.Module"),
+    ],
+)
+def test_a_factory_that_is_none_says_so(name, message):
+    with pytest.raises(InputError, match=message):
+        load_factory(name)
+
+
+def test_nothing_in_a_file_is_imported_or_run(tmp_path):
+    import os
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("exit 3",)
+
+    torch.save({"state_dict": {"a": Evil()}}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_state(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize("content", [3, {"a": 1}, {}, [torch.ones(1)]])
+def test_a_file_without_a_state_dict_says_so(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="no state dict"):
+        load_state(tmp_path / "x.pt")
+
+
+def test_weights_of_another_model_say_so_and_write_nothing(model, tmp_path):
+    state = model.state_dict()
+    del state["head.bias"]
+    torch.save(state, tmp_path / "in.pt")
+    (tmp_path / "out.pt").write_bytes(b"before")
+    with pytest.raises(InputError, match=r"head\.bias"):
+        fold_checkpoint_file(tmp_path / "in.pt", tmp_path / "out.pt", model=FACTORY, shapes=["1x3x16x16"])
+    assert (tmp_path / "out.pt").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("text", ["", "0x3", "axb", "1x3:float99", "1x3:load"])
+def test_a_shape_that_is_none_says_so(text):
+    if text == "":
+        assert make_inputs([text])[0].shape == ()
+        return
+    with pytest.raises(InputError, match="no shape"):
+        make_inputs([text])
+
+
+def test_shapes_have_dtypes():
+    floats, whole = make_inputs(["1x3x4x4", "2x7:int64"])
+    assert (floats.shape, floats.dtype) == ((1, 3, 4, 4), torch.float32)
+    assert (whole.shape, whole.dtype) == ((2, 7), torch.int64)
+
+
+def test_a_file_that_is_no_program_says_so(tmp_path):
+    (tmp_path / "x.pt2").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="exported program"):
+        fold_checkpoint_file(tmp_path / "x.pt2", None)
+
+
+def test_the_command_folds_a_program(model, tmp_path, run_module):
+    torch.export.save(torch.export.export(model, (IMAGES,)), tmp_path / "m.pt2")
+    result = run_module("bnfold.fold", tmp_path / "m.pt2", PYTHONWARNINGS="default")
+    assert "12 of 12" in result.stdout, result.stderr
+    assert sys.executable
