@@ -670,7 +670,7 @@ class _Reader:
         producers = {name: item for item in self.items for name in item.outputs}
         for item in self.items:
             if item.call.written:
-                for name in item.inputs:
+                for name in _changed(item):
                     if self._guard(item, name, readers, producers):
                         item.become_opaque(f"{item.op}, in place")
                         break
@@ -683,7 +683,7 @@ class _Reader:
             passed += [producer] if producer.is_batchnorm else []
             others = readers.get(name, ())
             if len(others) > 1 or name in self.outputs:
-                if all(other.is_batchnorm for other in others):
+                if _agree(others):
                     for norm in passed:
                         norm.refuse(f"`{item.name}` changes its output in place, and without it would change its input")
                 return bool(passed)
@@ -855,6 +855,21 @@ _SHARING = frozenset(
     "BatchNormalization Identity Dropout Reshape Squeeze Unsqueeze Flatten Transpose Slice Split Gather Expand Cast Alias".split()
 )
 """Operators whose output may lie in the memory of their input, or will, once they are gone."""
+
+
+def _changed(item: _Item) -> list[str]:
+    """The values of an item whose memory it changes: those that it names, or any of them."""
+    call = item.call
+    return [old.name for old, _ in call.changed] if len(call.changed) >= len(call.written) else item.inputs
+
+
+def _agree(readers: Sequence[_Item]) -> bool:
+    """Whether all readers of a value are BatchNorms that compute the same."""
+    affines = [reader.affine for reader in readers if reader.is_batchnorm]
+    first = affines[0] if affines else None
+    return len(affines) == len(readers) and all(
+        first is not None and affine is not None and affine.equals(first) for affine in affines
+    )
 
 
 def _is_bias(item: _Item, linear: _Item) -> bool:
