@@ -50,6 +50,19 @@ class _Choices:
     travel: Options = field(default_factory=Options)
 
 
+@dataclass(frozen=True)
+class _Ends:
+    """Where a model comes from and goes to.
+
+    Attributes:
+        original: gets the model as it was, once more.
+        finish: is given the folded model and its editor, and returns what gets it ready to run.
+    """
+
+    original: Callable[[], onnx.ModelProto]
+    finish: Callable[[onnx.ModelProto, Editor | None], Callable[[], Runner]]
+
+
 def fold(
     model: Any,
     inputs: Inputs = None,
@@ -81,7 +94,8 @@ def fold(
     proto, base = _own_copy(model)
     where = Path(folder) if folder is not None else base
     files.check(proto)
-    folded, report = _fold(proto, where, choices, lambda changed, editor: lambda: Runner(changed, where))
+    ends = _Ends(lambda: _own_copy(model)[0], lambda changed, _: lambda: Runner(changed, where))
+    folded, report = _fold(proto, where, choices, ends)
     if isinstance(model, onnx.ModelProto):
         return folded, report
     return _to_ir(folded, where), report
@@ -110,15 +124,16 @@ def fold_file(
     source = Path(source)
     choices = _Choices(inputs, verify, freeze_initializers, Options(**options))
     proto = files.load_file(source)
+    ends = _Ends(lambda: files.load_file(source), lambda changed, _: lambda: Runner(changed, source.parent))
     if target is None:
-        return _fold(proto, source.parent, choices, lambda changed, _: lambda: Runner(changed, source.parent))[1]
+        return _fold(proto, source.parent, choices, ends)[1]
     with files.writing(Path(target)) as (path, put_in_place):
 
         def save(changed: onnx.ModelProto, editor: Editor | None) -> Callable[[], Runner]:
             files.save_file(changed, path, source, editor.external if editor else {})
             return lambda: Runner(path)
 
-        report = _fold(proto, source.parent, choices, save)[1]
+        report = _fold(proto, source.parent, choices, replace(ends, finish=save))[1]
         put_in_place()
     return report
 
@@ -186,7 +201,7 @@ def _fold(
     model: onnx.ModelProto,
     folder: Path | None,
     choices: _Choices,
-    finish: Callable[[onnx.ModelProto, Editor | None], Callable[[], Runner]],
+    ends: _Ends,
 ) -> tuple[onnx.ModelProto, Report]:
     """Fold a model that is ours to change."""
     plan, notes = _decide(model, folder, choices), []
@@ -200,18 +215,16 @@ def _fold(
     before = _count(model)
     if not plan.does_something:
         _refuse_broken(plan.picture, folder)
-        finish(model, None)
+        ends.finish(model, None)
         notes += ["nothing was changed, so there was nothing to compare"] if plan.journey.verdicts else []
         return model, Report(plan.journey.verdicts, notes=tuple(notes), parameters=(before, before))
     proof = _prove(plan, choices) if choices.verify else None
-    was_valid = _complaint(model, folder) == ""
     editor = write(plan.picture, plan.journey.graph)
     if choices.freeze_initializers:
         _freeze(model)
-    if was_valid and (complaint := _complaint(model, folder)):
-        raise BnfoldError(f"the folded model would not be valid: {complaint}")
+    _check_validity(model, ends, choices.verify)
     after = _count(model)
-    runner = finish(model, editor)
+    runner = ends.finish(model, editor)
     evidence: tuple[Evidence, ...] = ()
     if proof is not None:
         evidence = proof.judge(runner, proof.folded, plan.changed)
@@ -233,10 +246,22 @@ def _refuse_broken(picture: Picture, folder: Path | None) -> None:
         Runner(picture.model, folder)
 
 
-def _complaint(model: onnx.ModelProto, folder: Path | None) -> str:
+def _check_validity(model: onnx.ModelProto, ends: _Ends, runs: bool) -> None:
+    """Refuse what ONNX's checker refuses, unless it refuses the original too and onnxruntime is to judge."""
+    complaint = _complaint(model)
+    if not complaint:
+        return
+    original = _complaint(ends.original())
+    if not original:
+        raise BnfoldError(f"the folded model would not be valid: {complaint}")
+    if not runs:
+        raise InputError(f"the model is not valid: {original}")
+
+
+def _complaint(model: onnx.ModelProto) -> str:
     """What ONNX's checker has against a model; nothing where it is too large to ask, or has its data elsewhere."""
     external = any(t.data_location == TensorProto.EXTERNAL for t in files.stored_tensors(model))
-    if external or model.ByteSize() >= files.LIMIT // 2:
+    if external or files.size(model) >= files.LIMIT // 2:
         return ""
     try:
         onnx.checker.check_model(model, full_check=True)

@@ -106,7 +106,12 @@ def _bits(data_type: int) -> int:
 
 
 def _whole_bits(data_type: int) -> int:
-    return int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize) * 8
+    return width(data_type) * 8
+
+
+def width(data_type: int) -> int:
+    """How many bytes one element takes, at most."""
+    return int(onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize)
 
 
 def locate(tensor: TensorProto, folder: Path | None) -> tuple[Path, int, int]:

@@ -1,13 +1,13 @@
 """ONNX's reference implementation in float64, with convolutions that are fast enough for real nets.
 
-BatchNormalization is written here as well, since before operator set 14 the reference normalises by the batch. A convolution is the sum over its kernel's taps of one matrix product each (the "kn2row" form): for tap `k` the input,
-shifted by `k`, times the slice `W[..., k]` of the weight. ConvTranspose is the same, scattered instead of gathered.
+BatchNormalization is written here as well, since before operator set 14 the reference normalises by the batch. A convolution is one matrix product of the weight with what its taps see ("im2col"). ConvTranspose is the same, scattered instead of gathered.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,12 +65,13 @@ class Conv(OpRun):  # type: ignore[misc]
             (n - (k - 1) * d - 1) // s + 1
             for n, k, d, s in zip(padded.shape[2:], kernel, dilations, strides, strict=True)
         ]
-        rows = weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1)
-        result = np.zeros((data.shape[0], group, rows.shape[1], int(np.prod(sizes))), np.result_type(data, weight))
-        for tap, offset in enumerate(itertools.product(*map(range, kernel))):
-            cut = _window(offset, sizes, strides, dilations)
-            seen = padded[(slice(None), slice(None), *cut)].reshape(data.shape[0], group, rows.shape[2], -1)
-            result += rows[..., tap] @ seen
+        cuts = [_window(offset, sizes, strides, dilations) for offset in itertools.product(*map(range, kernel))]
+        seen = [padded[(slice(None), slice(None), *cut)].reshape(data.shape[0], group, -1, math.prod(sizes)) for cut in cuts]
+        taps = np.moveaxis(weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1), 3, 0)
+        if weight.shape[1] == 1:
+            result = functools.reduce(np.add, (tap * each for tap, each in zip(taps, seen, strict=True)))
+        else:
+            result = np.concatenate(taps, 2) @ np.concatenate(seen, 2)
         result = result.reshape(data.shape[0], weight.shape[0], *sizes)
         return (result if bias is None else result + bias.reshape(-1, *[1] * len(kernel)),)
 

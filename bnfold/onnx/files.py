@@ -10,6 +10,7 @@ that fails half way, what was there before is put back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,10 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.errors import InputError
-from bnfold.onnx.constants import check_external, locate
+from bnfold.onnx.constants import check_external, locate, width
 from bnfold.onnx.scope import bodies
 
-__all__ = ["load_file", "save_file", "stored_tensors", "writing"]
+__all__ = ["load_file", "save_file", "size", "stored_tensors", "writing"]
 
 LIMIT = 2**31 - 1
 """A protobuf message is smaller than this."""
@@ -71,6 +72,12 @@ def stored_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
         for node in graph.node:
             yield from (item.t for item in node.attribute if item.type == onnx.AttributeProto.TENSOR)
             waiting += bodies(node)
+
+
+def size(model: onnx.ModelProto) -> int:
+    """About how many bytes the tensors of a model take in its file."""
+    inside = (tensor for tensor in stored_tensors(model) if tensor.data_location != TensorProto.EXTERNAL)
+    return sum(math.prod(tensor.dims) * width(tensor.data_type) for tensor in inside)
 
 
 # ---------------------------------------------------------------- writing
@@ -128,7 +135,7 @@ def save_file(
     """
     external = dict(external or {})
     names = _Locations(path, source)
-    if model.ByteSize() >= LIMIT - (1 << 20):
+    if size(model) >= LIMIT - (1 << 26):
         external = {t.name: external.get(t.name, f"{(source or path).name}.data") for t in _large(model)} | external
     files: dict[str, _Companion] = {}
     for tensor in stored_tensors(model):

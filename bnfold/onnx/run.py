@@ -22,6 +22,7 @@ from onnx import TensorProto
 
 from bnfold.errors import InputError
 from bnfold.onnx.constants import FLOATS, load
+from bnfold.onnx.files import size
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.scope import bodies
 
@@ -85,7 +86,7 @@ def _session(model: onnx.ModelProto | Path, folder: Path | None, options: Any) -
             return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         model, folder = seeded, model.parent
     seeded = seed(model)
-    if seeded.ByteSize() < TOO_LARGE:
+    if size(seeded) < TOO_LARGE:
         if folder is not None:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(folder.resolve())

@@ -31,8 +31,8 @@ __all__ = ["Shapes", "infer", "refine", "skeleton"]
 ROUNDS = 8
 """How often what was refined is given back to the inference."""
 
-LARGE = 4096
-"""Tensors of more bytes than this are left out of the copy that shapes are inferred on."""
+LARGE = 512
+"""Tensors of more elements than this are left out of the copy that shapes are inferred on."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _copy_node(node: onnx.NodeProto, bare: onnx.NodeProto) -> None:
 
 
 def _copy_tensor(tensor: TensorProto, bare: TensorProto) -> None:
-    if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= LARGE:
+    if tensor.data_location != TensorProto.EXTERNAL and math.prod(tensor.dims) <= LARGE:
         bare.CopyFrom(tensor)
         return
     bare.name, bare.data_type = tensor.name, tensor.data_type
