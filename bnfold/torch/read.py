@@ -463,6 +463,7 @@ class _Reader:
         self._find_norms()
         self._name()
         self._guard_changes()
+        self._drop_identities()
         self._bind_linears()
         self._add_absent()
         self._part_twins()
@@ -688,6 +689,19 @@ class _Reader:
                         norm.refuse(f"`{item.name}` changes its output in place, and without it would change its input")
                 return bool(passed)
         return producer is None and bool(passed)
+
+    def _drop_identities(self) -> None:
+        """Let who reads a copy of a value read the value."""
+        alias: dict[str, str] = {}
+        kept = []
+        for item in self.items:
+            item.inputs = [alias.get(name, name) for name in item.inputs]
+            if item.op in ("Identity", "Dropout") and len(item.outputs) == 1:
+                alias[item.outputs[0]] = item.inputs[0]
+            else:
+                kept.append(item)
+        self.items = kept
+        self.outputs = [alias.get(name, name) for name in self.outputs]
 
     # -- linear operators
 

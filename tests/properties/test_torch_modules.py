@@ -43,7 +43,7 @@ ONE = {
     "tanh": torch.tanh,
     "max": lambda x: F.max_pool2d(x, 3, 1, 1),
     "average": lambda x: F.avg_pool2d(x, 3, 1, 1),
-    "mean": lambda x: x - x.mean((2, 3), keepdim=True),
+    "mean": lambda x: x - 0.7 * x.mean((2, 3), keepdim=True),
     "turn": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
     "shuffle": lambda x: x.view(x.size(0), 2, 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape),
     "swap": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
