@@ -51,6 +51,10 @@ SECONDS = 0.02
 """How long the calls of one model in one round take together, at least."""
 
 
+SITTINGS = 3
+"""How often the sessions are opened anew: where weights come to lie in memory can matter more than a BatchNorm."""
+
+
 # ---------------------------------------------------------------- the tools
 
 
@@ -293,14 +297,15 @@ def measure(
     models: dict[str, onnx.ModelProto], feed: Feed, optimise: bool, rounds: int
 ) -> dict[str, tuple[float, float]]:
     """Milliseconds of each model, and the ratio to the first, medians over rounds in which they take turns."""
-    calls = {tool: caller(model, feed, optimise) for tool, model in models.items()}
-    times: dict[str, list[float]] = {tool: [] for tool in calls}
-    once = min(clock(call) for call in calls.values() for _ in range(2))
-    repeats = max(2, min(200, round(SECONDS / once)))
-    order = list(calls)
-    for number in range(rounds):
-        for tool in order[number % len(order) :] + order[: number % len(order)]:
-            times[tool].append(min(clock(calls[tool]) for _ in range(repeats)))
+    times: dict[str, list[float]] = {tool: [] for tool in models}
+    order = list(models)
+    for sitting in range(SITTINGS):
+        calls = {tool: caller(model, feed, optimise) for tool, model in models.items()}
+        once = min(clock(call) for call in calls.values() for _ in range(2))
+        repeats = max(2, min(200, round(SECONDS / once)))
+        for number in range(sitting, sitting + -(-rounds // SITTINGS)):
+            for tool in order[number % len(order) :] + order[: number % len(order)]:
+                times[tool].append(min(clock(calls[tool]) for _ in range(repeats)))
     plain = times[order[0]]
     ratios = {tool: median(a / b for a, b in zip(each, plain, strict=True)) for tool, each in times.items()}
     return {tool: (1000 * median(each), ratios[tool]) for tool, each in times.items()}
