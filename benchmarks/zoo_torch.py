@@ -49,7 +49,9 @@ def torchvision_cases() -> Iterator[Case]:
 
 
 def _torchvision_options(name: str) -> dict[str, Any]:
-    if any(part in name for part in ("rcnn", "retinanet", "fcos", "ssd", "deeplab", "fcn", "lraspp", "keypoint")):
+    if any(
+        part in name for part in ("rcnn", "retinanet", "fcos", "ssd", "deeplab", "fcn", "lraspp", "keypoint")
+    ):
         return {"weights_backbone": None}
     if name in ("googlenet", "inception_v3"):
         return {"init_weights": False}
@@ -66,8 +68,26 @@ def pytorchcv_cases() -> Iterator[Case]:
 def smp_cases() -> Iterator[Case]:
     import segmentation_models_pytorch as smp
 
-    for arch in ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "DeepLabV3", "DeepLabV3Plus", "UPerNet"):
-        for encoder in ("resnet18", "vgg11_bn", "densenet121", "efficientnet-b0", "mobilenet_v2", "timm-regnetx_002"):
+    for arch in (
+        "Unet",
+        "UnetPlusPlus",
+        "MAnet",
+        "Linknet",
+        "FPN",
+        "PSPNet",
+        "PAN",
+        "DeepLabV3",
+        "DeepLabV3Plus",
+        "UPerNet",
+    ):
+        for encoder in (
+            "resnet18",
+            "vgg11_bn",
+            "densenet121",
+            "efficientnet-b0",
+            "mobilenet_v2",
+            "timm-regnetx_002",
+        ):
             builder = lambda a=arch, e=encoder: getattr(smp, a)(encoder_name=e, encoder_weights=None)
             yield f"{arch}-{encoder}", builder, _images(64)
 
@@ -77,7 +97,11 @@ def monai_cases() -> Iterator[Case]:
 
     volume = torch.randn(2, 1, 32, 32, 32)
     batch = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2}
-    yield "UNet", lambda: nets.UNet(**batch, channels=(4, 8, 16), strides=(2, 2), num_res_units=2, norm="batch"), volume
+    yield (
+        "UNet",
+        lambda: nets.UNet(**batch, channels=(4, 8, 16), strides=(2, 2), num_res_units=2, norm="batch"),
+        volume,
+    )
     yield "BasicUNet", lambda: nets.BasicUNet(**batch, features=(4, 4, 8, 16, 32, 4), norm="batch"), volume
     yield "VNet", lambda: nets.VNet(3, 1, 2), torch.randn(1, 1, 32, 32, 32)
     yield "SegResNet", lambda: nets.SegResNet(3, 8, 1, 2, norm="batch"), volume
@@ -86,9 +110,17 @@ def monai_cases() -> Iterator[Case]:
     yield "AttentionUnet", lambda: nets.AttentionUnet(3, 1, 2, (4, 8, 16), (2, 2)), volume
     yield "HighResNet", lambda: nets.HighResNet(2, 1, 2, norm_type="batch"), torch.randn(2, 1, 32, 32)
     yield "SENet154", lambda: nets.SEResNet50(spatial_dims=3, in_channels=1, num_classes=2), volume
-    yield "EfficientNetBN", lambda: nets.EfficientNetBN("efficientnet-b0", spatial_dims=2, in_channels=3), _images(64)
+    yield (
+        "EfficientNetBN",
+        lambda: nets.EfficientNetBN("efficientnet-b0", spatial_dims=2, in_channels=3),
+        _images(64),
+    )
     yield "ResNet18", lambda: nets.resnet18(spatial_dims=3, n_input_channels=1), volume
-    yield "BasicUNetPlusPlus", lambda: nets.BasicUNetPlusPlus(3, 1, 2, (4, 4, 8, 16, 32, 4), norm="batch"), volume
+    yield (
+        "BasicUNetPlusPlus",
+        lambda: nets.BasicUNetPlusPlus(3, 1, 2, (4, 4, 8, 16, 32, 4), norm="batch"),
+        volume,
+    )
     yield "AHNet", lambda: nets.AHNet((64,) and (1,) * 4, 3, 1, 2), torch.randn(1, 1, 64, 64, 64)
     yield "TorchVisionFCModel", lambda: nets.TorchVisionFCModel("resnet18", num_classes=2), _images(64)
     yield "FlexibleUNet", lambda: nets.FlexibleUNet(3, 2, "efficientnet-b0", norm=("batch", {})), _images(64)
@@ -106,26 +138,90 @@ def transformers_cases() -> Iterator[Case]:
     yield "MobileNetV2Seg", lambda: t.MobileNetV2ForSemanticSegmentation(t.MobileNetV2Config()), small
     yield "EfficientNet", lambda: t.EfficientNetForImageClassification(t.EfficientNetConfig()), small
     yield "LeViT", lambda: t.LevitForImageClassification(t.LevitConfig()), pixels
-    yield "MobileViT", lambda: t.MobileViTForImageClassification(t.MobileViTConfig()), {"pixel_values": _images(256)}
-    yield "MobileViTV2", lambda: t.MobileViTV2ForImageClassification(t.MobileViTV2Config()), {"pixel_values": _images(256)}
+    yield (
+        "MobileViT",
+        lambda: t.MobileViTForImageClassification(t.MobileViTConfig()),
+        {"pixel_values": _images(256)},
+    )
+    yield (
+        "MobileViTV2",
+        lambda: t.MobileViTV2ForImageClassification(t.MobileViTV2Config()),
+        {"pixel_values": _images(256)},
+    )
     yield "PoolFormer", lambda: t.PoolFormerForImageClassification(t.PoolFormerConfig()), pixels
     yield "CvT", lambda: t.CvtForImageClassification(t.CvtConfig()), pixels
     yield "SegFormer", lambda: t.SegformerForSemanticSegmentation(t.SegformerConfig()), small
-    yield "UperNet", lambda: t.UperNetForSemanticSegmentation(t.UperNetConfig(backbone_config=t.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"]), hidden_size=32)), small
+    yield (
+        "UperNet",
+        lambda: t.UperNetForSemanticSegmentation(
+            t.UperNetConfig(
+                backbone_config=t.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"]),
+                hidden_size=32,
+            )
+        ),
+        small,
+    )
     yield "SwiftFormer", lambda: t.SwiftFormerForImageClassification(t.SwiftFormerConfig()), pixels
-    yield "TimmBackbone", lambda: t.DetrForObjectDetection(t.DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=t.ResNetConfig(out_features=["stage4"]))), small
-    yield "RTDetr", lambda: t.RTDetrForObjectDetection(t.RTDetrConfig()), {"pixel_values": _images(640, batch=1)}
-    yield "Conformer", lambda: t.Wav2Vec2ConformerModel(t.Wav2Vec2ConformerConfig(num_hidden_layers=2)), {"input_values": torch.randn(2, 8000)}
-    yield "Wav2Vec2Bert", lambda: t.Wav2Vec2BertModel(t.Wav2Vec2BertConfig(num_hidden_layers=2)), {"input_features": torch.randn(2, 50, 160)}
-    yield "SeamlessM4Tv2Vocoder", lambda: t.FastSpeech2ConformerModel(t.FastSpeech2ConformerConfig()), {"input_ids": torch.randint(0, 70, (1, 9))}
+    yield (
+        "TimmBackbone",
+        lambda: t.DetrForObjectDetection(
+            t.DetrConfig(
+                use_timm_backbone=False,
+                use_pretrained_backbone=False,
+                backbone=None,
+                backbone_config=t.ResNetConfig(out_features=["stage4"]),
+            )
+        ),
+        small,
+    )
+    yield (
+        "RTDetr",
+        lambda: t.RTDetrForObjectDetection(t.RTDetrConfig()),
+        {"pixel_values": _images(640, batch=1)},
+    )
+    yield (
+        "Conformer",
+        lambda: t.Wav2Vec2ConformerModel(t.Wav2Vec2ConformerConfig(num_hidden_layers=2)),
+        {"input_values": torch.randn(2, 8000)},
+    )
+    yield (
+        "Wav2Vec2Bert",
+        lambda: t.Wav2Vec2BertModel(t.Wav2Vec2BertConfig(num_hidden_layers=2)),
+        {"input_features": torch.randn(2, 50, 160)},
+    )
+    yield (
+        "SeamlessM4Tv2Vocoder",
+        lambda: t.FastSpeech2ConformerModel(t.FastSpeech2ConformerConfig()),
+        {"input_ids": torch.randint(0, 70, (1, 9))},
+    )
     yield "PatchTST", lambda: t.PatchTSTModel(t.PatchTSTConfig()), {"past_values": torch.randn(2, 32, 1)}
-    yield "PatchTSMixer", lambda: t.PatchTSMixerModel(t.PatchTSMixerConfig(norm_mlp="BatchNorm")), {"past_values": torch.randn(2, 32, 1)}
+    yield (
+        "PatchTSMixer",
+        lambda: t.PatchTSMixerModel(t.PatchTSMixerConfig(norm_mlp="BatchNorm")),
+        {"past_values": torch.randn(2, 32, 1)},
+    )
     yield "SuperPoint", lambda: t.SuperPointForKeypointDetection(t.SuperPointConfig()), small
-    yield "DPT", lambda: t.DPTForDepthEstimation(t.DPTConfig(use_batch_norm_in_fusion_residual=True, num_hidden_layers=12)), {"pixel_values": _images(384)}
+    yield (
+        "DPT",
+        lambda: t.DPTForDepthEstimation(
+            t.DPTConfig(use_batch_norm_in_fusion_residual=True, num_hidden_layers=12)
+        ),
+        {"pixel_values": _images(384)},
+    )
     yield "ZoeDepth", lambda: t.TextNetForImageClassification(t.TextNetConfig()), small
     yield "HGNetV2", lambda: t.HGNetV2ForImageClassification(t.HGNetV2Config()), pixels
-    yield "EdgeTam", lambda: t.DFineForObjectDetection(t.DFineConfig()), {"pixel_values": _images(640, batch=1)}
-    yield "VitMatte", lambda: t.VitMatteForImageMatting(t.VitMatteConfig(backbone_config=t.VitDetConfig(out_features=["stage12"]))), {"pixel_values": _images(64, 4)}
+    yield (
+        "EdgeTam",
+        lambda: t.DFineForObjectDetection(t.DFineConfig()),
+        {"pixel_values": _images(640, batch=1)},
+    )
+    yield (
+        "VitMatte",
+        lambda: t.VitMatteForImageMatting(
+            t.VitMatteConfig(backbone_config=t.VitDetConfig(out_features=["stage12"]))
+        ),
+        {"pixel_values": _images(64, 4)},
+    )
 
 
 def others_cases() -> Iterator[Case]:
@@ -161,7 +257,11 @@ def others_cases() -> Iterator[Case]:
         except ImportError:
             factory = {}
     for name in sorted(factory):
-        yield f"reid-{name}", lambda name=name: factory[name](num_classes=10, pretrained=False, loss="softmax", use_gpu=False), torch.randn(2, 3, 256, 128)
+        yield (
+            f"reid-{name}",
+            lambda name=name: factory[name](num_classes=10, pretrained=False, loss="softmax", use_gpu=False),
+            torch.randn(2, 3, 256, 128),
+        )
 
 
 def speechbrain_cases() -> Iterator[Case]:
@@ -170,7 +270,11 @@ def speechbrain_cases() -> Iterator[Case]:
     from speechbrain.lobes.models.ResNet import ResNet
     from speechbrain.lobes.models.Xvector import Xvector
 
-    yield "ECAPA", lambda: ECAPA_TDNN(80, lin_neurons=32, channels=[64, 64, 64, 64, 192]), torch.randn(2, 50, 80)
+    yield (
+        "ECAPA",
+        lambda: ECAPA_TDNN(80, lin_neurons=32, channels=[64, 64, 64, 64, 192]),
+        torch.randn(2, 50, 80),
+    )
     yield "Xvector", lambda: Xvector(in_channels=40), torch.randn(2, 60, 40)
     yield "CRDNN", lambda: CRDNN(input_size=40), torch.randn(2, 50, 40)
     yield "ResNet", lambda: ResNet(input_size=80), torch.randn(2, 50, 80)
@@ -273,7 +377,9 @@ def examine(name: str, build: Callable[[], nn.Module], kind: Any, limit: float) 
     if not is_worth_it(build, limit):
         return None
     model = build()
-    if sum(p.numel() for p in model.parameters()) > limit or not any(is_norm(module) for module in model.modules()):
+    if sum(p.numel() for p in model.parameters()) > limit or not any(
+        is_norm(module) for module in model.modules()
+    ):
         return None
     inputs = calibrate(model, inputs_for(model, kind, name))
     total = sum(is_norm(module) for module in model.modules())
@@ -281,7 +387,12 @@ def examine(name: str, build: Callable[[], nn.Module], kind: Any, limit: float) 
     folded, report = fold(model, inputs, verify=False)
     seconds = time.perf_counter() - start
     left = sum(is_norm(module) for module in folded.modules())
-    result: dict[str, Any] = {"norms": total, "left": left, "folded": report.count("folded"), "seconds": round(seconds, 2)}
+    result: dict[str, Any] = {
+        "norms": total,
+        "left": left,
+        "folded": report.count("folded"),
+        "seconds": round(seconds, 2),
+    }
     result["half"] = report.count("scale folded")
     result["reasons"] = {v.name: v.reason for v in report.verdicts if v.outcome != "folded"}
     result |= compare(model, inputs)
@@ -292,7 +403,9 @@ def compare(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """The largest difference in float64, between a fold of a float64 copy and that copy, relative to the output."""
     import numpy as np
 
-    wide = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    wide = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs
+    )
     with _double():
         twin = widen(model)
         folded, _ = fold(twin, wide, verify=False)
@@ -311,7 +424,9 @@ def compare(model: nn.Module, inputs: Any) -> dict[str, Any]:
                 if a.dtype.kind not in "fc" or a.shape != b.shape:
                     continue
                 peak = np.nanmax(np.abs(a), initial=0.0) or 1.0
-                worst = max(worst, float(np.nan_to_num(np.nanmax(np.abs(a - b), initial=0.0) / peak, nan=9.0)))
+                worst = max(
+                    worst, float(np.nan_to_num(np.nanmax(np.abs(a - b), initial=0.0) / peak, nan=9.0))
+                )
                 if not (np.isfinite(a) == np.isfinite(b)).all():
                     worst = float("inf")
                 if base is not None and key in base and base[key].shape == a.shape:
@@ -362,12 +477,17 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             print(f"{zoo}: not installed ({error})", file=sys.stderr)
             continue
-        for name, build, kind in [c for c in cases if options.only in c[0]][options.start :: options.every][: options.first]:
+        for name, build, kind in [c for c in cases if options.only in c[0]][options.start :: options.every][
+            : options.first
+        ]:
             label = f"{zoo}/{name}"
             try:
                 result = examine(name, build, kind, options.limit)
             except Exception as error:
-                result = {"error": f"{type(error).__name__}: {str(error)[:300]}", "trace": traceback.format_exc()[-1500:]}
+                result = {
+                    "error": f"{type(error).__name__}: {str(error)[:300]}",
+                    "trace": traceback.format_exc()[-1500:],
+                }
             if result is None:
                 continue
             shown = {k: v for k, v in result.items() if k not in ("reasons", "trace")}

@@ -25,7 +25,9 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride != 1 or given != made:
-            self.downsample = nn.Sequential(nn.Conv2d(given, made, 1, stride, bias=False), nn.BatchNorm2d(made))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(given, made, 1, stride, bias=False), nn.BatchNorm2d(made)
+            )
 
     def forward(self, x):
         identity = x
@@ -110,10 +112,14 @@ class Inception(nn.Module):
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 2, 1, bias=False), nn.Conv2d(3, 3, 3, padding=1)
         self.c, self.bn = nn.Conv2d(3, 4, 5, padding=2, bias=False), nn.BatchNorm2d(9)
-        self.pooled = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+        self.pooled = nn.Sequential(
+            nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)
+        )
 
     def forward(self, x):
-        return torch.cat([F.relu(self.bn(torch.cat([self.a(x), self.b(x), self.c(x)], 1))), self.pooled(x)], 1)
+        return torch.cat(
+            [F.relu(self.bn(torch.cat([self.a(x), self.b(x), self.c(x)], 1))), self.pooled(x)], 1
+        )
 
 
 class UNet(nn.Module):

@@ -101,7 +101,9 @@ def check(
     assert held == {id(module): set(vars(module)) for module in model.modules()}
     assert report.verified
     copy.deepcopy(after)
-    shared = {t.data_ptr() for t in model.state_dict().values()} & {t.data_ptr() for t in after.state_dict().values()}
+    shared = {t.data_ptr() for t in model.state_dict().values()} & {
+        t.data_ptr() for t in after.state_dict().values()
+    }
     assert not shared - {0}
     assert not any(t.requires_grad and not t.is_leaf for _, t in leaves(list(after.parameters())))
     return after, report

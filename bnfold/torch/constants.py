@@ -41,7 +41,9 @@ def numbers(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
 
-_CASTS = frozenset(f for name in ("float", "half", "bfloat16", "double", "type", "cuda", "cpu") for f in variants(name))
+_CASTS = frozenset(
+    f for name in ("float", "half", "bfloat16", "double", "type", "cuda", "cpu") for f in variants(name)
+)
 
 
 class Evaluator:
@@ -99,4 +101,6 @@ class Evaluator:
 def _flatten(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
-    return [tensor for part in result for tensor in _flatten(part)] if isinstance(result, list | tuple) else []
+    return (
+        [tensor for part in result for tensor in _flatten(part)] if isinstance(result, list | tuple) else []
+    )

@@ -86,7 +86,9 @@ def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tenso
     reading = read(model, example_inputs)
     for norm in dict.fromkeys(reading.norms.values()):
         own = [name for name in model.get_submodule(norm.path).state_dict() if f"{norm.path}.{name}" in state]
-        if f"{norm.path}.running_mean" not in state and not any("." not in n and n not in ("weight", "bias") for n in own):
+        if f"{norm.path}.running_mean" not in state and not any(
+            "." not in n and n not in ("weight", "bias") for n in own
+        ):
             become(model.get_submodule(norm.path), norm, _leftover(norm, state))
     for place in dict.fromkeys(reading.linears.values()):
         module = model.get_submodule(place.weight.module)
@@ -96,7 +98,9 @@ def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tenso
         if place.bias is not None and place.bias.name in state:
             owner = model.get_submodule(place.bias.module)
             if getattr(owner, place.bias.attribute) is None:
-                owner.register_parameter(place.bias.attribute, nn.Parameter(torch.empty_like(state[place.bias.name])))
+                owner.register_parameter(
+                    place.bias.attribute, nn.Parameter(torch.empty_like(state[place.bias.name]))
+                )
     _fill(model, dict(state), "the state dict")
     return model
 
@@ -134,7 +138,9 @@ def _build(name: str, factory: Callable[[], Any]) -> nn.Module:
     try:
         module = factory if isinstance(factory, nn.Module) else factory()
     except Exception as error:
-        raise InputError(f"{name} cannot be called without arguments: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"{name} cannot be called without arguments: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(module, nn.Module):
         raise InputError(f"{name} builds a {type(module).__name__}, which is no nn.Module")
     return module
@@ -160,7 +166,9 @@ def _make_input(text: str, generator: torch.Generator) -> Tensor:
         if min(shape, default=1) < 1 or not isinstance(dtype, torch.dtype):
             raise ValueError(text)
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{text!r} is no shape; write 1x3x224x224, or 2x16:int64 for whole numbers") from error
+        raise InputError(
+            f"{text!r} is no shape; write 1x3x224x224, or 2x16:int64 for whole numbers"
+        ) from error
     if dtype.is_floating_point or dtype.is_complex:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.randint(0, 2, shape, generator=generator).to(dtype)

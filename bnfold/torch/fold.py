@@ -62,7 +62,11 @@ def fold(
         comparison.run_before(model)
         comparison.run_exact(model, lambda twin: write(twin, reading, journey, inplace=True))
     folded = write(model, reading, journey, inplace)
-    evidence, notes = ((), ["unverified: verification was switched off"]) if comparison is None else comparison.judge(folded)
+    evidence, notes = (
+        ((), ["unverified: verification was switched off"])
+        if comparison is None
+        else comparison.judge(folded)
+    )
     return folded, Report(journey.verdicts, tuple(evidence), tuple(notes), (size, _count(folded)))
 
 
@@ -74,7 +78,9 @@ def verify(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Evidence, 
         UnreadableModel: one of them does not run on these inputs.
     """
     comparison = _Comparison(before, inputs, Journey(Graph((), (), ()), ()))
-    comparison.changed = sum(isinstance(getattr(module, "weight", None), Tensor) for module in after.modules())
+    comparison.changed = sum(
+        isinstance(getattr(module, "weight", None), Tensor) for module in after.modules()
+    )
     comparison.run_before(before)
     comparison.run_exact(before, lambda twin: None, after)
     if comparison.before is None and comparison.exact is None:
@@ -109,11 +115,11 @@ def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
-class _Narrow(TorchDispatchMode):
+class _Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches whether a model that should compute in float64 computes in less."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -155,8 +161,10 @@ class _Comparison:
         if self.possible:
             try:
                 self.before = [run(model, each) for each in self.inputs]
-            except Exception as error:
-                self.notes.append(f"not compared in {self.dtype}: the model does not run in it: {_first_line(error)}")
+            except Exception as error:  # noqa: BLE001 a dtype that some operator lacks
+                self.notes.append(
+                    f"not compared in {self.dtype}: the model does not run in it: {_first_line(error)}"
+                )
 
     def run_exact(self, model: nn.Module, edit: Any, other: nn.Module | None = None) -> None:
         """Run the model in float64, and then another one, or the same one after an edit."""
@@ -167,7 +175,7 @@ class _Comparison:
             wide = [torch.utils._pytree.tree_map_only(Tensor, _wide, each) for each in self.inputs]
             with _double(), _Narrow() as watch:
                 before: list[Outputs] = [run(twin, each) for each in wide]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 a dtype that the model fixes by itself
             self.notes.append(f"not compared in float64: the model does not run in it: {_first_line(error)}")
             return
         self.narrow = watch.seen
@@ -191,7 +199,14 @@ class _Comparison:
         count = len(self.inputs)
         if self.before is None:
             assert self.exact is not None
-            return judge(self.exact, self.exact, self.dtype if rounded else "float64", self.changed, count, rounded=rounded), self.notes
+            return judge(
+                self.exact,
+                self.exact,
+                self.dtype if rounded else "float64",
+                self.changed,
+                count,
+                rounded=rounded,
+            ), self.notes
         own = (self.before, self._run_folded(folded, self.inputs))
         try:
             return judge(own, self.exact, self.dtype, self.changed, count, rounded=rounded), self.notes
@@ -207,7 +222,9 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _coarsest(model: nn.Module) -> str:
-    names = {str(t.dtype).removeprefix("torch.") for t in (*model.parameters(), *model.buffers())} & set(UNIT_ROUNDOFF)
+    names = {str(t.dtype).removeprefix("torch.") for t in (*model.parameters(), *model.buffers())} & set(
+        UNIT_ROUNDOFF
+    )
     return max(names, key=UNIT_ROUNDOFF.__getitem__, default="float32")
 
 

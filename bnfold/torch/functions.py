@@ -54,23 +54,32 @@ _QUIET = """
     retain_grad register_hook dim_order is_storage _is_zerotensor is_tensor is_grad_enabled has_torch_function
     broadcast_shapes get_default_dtype is_autocast_enabled get_autocast_dtype is_conj is_neg
     _has_compatible_shallow_copy_type finfo iinfo
-""".split()
+"""
 
 
 def _metadata() -> Iterator[Any]:
-    for name in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "sym_is_contiguous", "size", "stride", "dim"):
+    for name in (
+        "sym_size",
+        "sym_numel",
+        "sym_stride",
+        "sym_storage_offset",
+        "sym_is_contiguous",
+        "size",
+        "stride",
+        "dim",
+    ):
         packet = getattr(torch.ops.aten, name, None)
         yield from (getattr(packet, each) for each in (packet.overloads() if packet is not None else ()))
     for home in _HOMES:
-        for name in _QUIET:
+        for name in _QUIET.split():
             if callable(found := getattr(home, name, None)):
                 yield found
     for name in dir(Tensor):
-        found = getattr(Tensor, name, None)
-        if name not in _TELLING and not callable(found) and hasattr(found, "__get__"):
-            yield found.__get__
-            if hasattr(found, "__set__"):
-                yield found.__set__
+        held: Any = getattr(Tensor, name, None)
+        if name not in _TELLING and not callable(held) and hasattr(held, "__get__"):
+            yield held.__get__
+            if hasattr(held, "__set__"):
+                yield held.__set__
 
 
 METADATA = frozenset(_metadata()) - {Tensor.data.__set__}  # type: ignore[attr-defined]
@@ -82,26 +91,30 @@ _LIKE = {
     "to type_as view_as reshape_as expand_as": 1,
 }
 
-LIKE = {function: place for names, place in _LIKE.items() for name in names.split() for function in variants(name)}
+LIKE = {
+    function: place for names, place in _LIKE.items() for name in names.split() for function in variants(name)
+}
 """Functions that read of one argument (the place is given) no more than its shape and dtype."""
 
 _PURE_NAMES = """
-    add sub subtract mul multiply div divide true_divide rsub neg negative reciprocal sqrt rsqrt square pow exp exp2 log
-    log2 log1p expm1 abs absolute sign clamp clamp_min clamp_max clip maximum minimum where floor ceil round trunc remainder
-    fmod floor_divide sin cos tan tanh sigmoid softmax log_softmax relu softplus addcmul addcdiv lerp mean sum amax amin
-    prod var std norm cumsum arange linspace zeros ones full eye tensor as_tensor scalar_tensor zeros_like ones_like
-    full_like new_zeros new_ones new_full new_tensor view view_as reshape reshape_as flatten unflatten squeeze unsqueeze
-    expand expand_as broadcast_to broadcast_tensors repeat tile transpose permute movedim moveaxis t swapaxes swapdims
-    adjoint contiguous clone detach to type float double half bfloat16 long int type_as cpu cuda cat concat concatenate
-    stack chunk split tensor_split unbind getitem narrow select index_select gather flip roll tril triu meshgrid outer
-    matmul mm bmm mv dot einsum linear truediv rtruediv radd rmul rmatmul rpow eq ne lt le gt ge logical_and
-    logical_or logical_not bool diag diagonal diag_embed repeat_interleave pad positive resolve_conj resolve_neg
-    atleast_1d atleast_2d atleast_3d kron hstack vstack normalize std_mean var_mean _weight_norm batch_norm
-""".split()
+    add sub subtract mul multiply div divide true_divide rsub neg negative reciprocal sqrt rsqrt square pow
+    exp exp2 log log2 log1p expm1 abs absolute sign clamp clamp_min clamp_max clip maximum minimum where
+    floor ceil round trunc remainder fmod floor_divide sin cos tan tanh sigmoid softmax log_softmax relu
+    softplus addcmul addcdiv lerp mean sum amax amin prod var std norm cumsum arange linspace zeros ones
+    full eye tensor as_tensor scalar_tensor zeros_like ones_like full_like new_zeros new_ones new_full
+    new_tensor view view_as reshape reshape_as flatten unflatten squeeze unsqueeze expand expand_as
+    broadcast_to broadcast_tensors repeat tile transpose permute movedim moveaxis t swapaxes swapdims
+    adjoint contiguous clone detach to type float double half bfloat16 long int type_as cpu cuda cat concat
+    concatenate stack chunk split tensor_split unbind getitem narrow select index_select gather flip roll
+    tril triu meshgrid outer matmul mm bmm mv dot einsum linear truediv rtruediv radd rmul rmatmul rpow eq
+    ne lt le gt ge logical_and logical_or logical_not bool diag diagonal diag_embed repeat_interleave pad
+    positive resolve_conj resolve_neg atleast_1d atleast_2d atleast_3d kron hstack vstack normalize std_mean
+    var_mean _weight_norm batch_norm
+"""
 
 
 def _pure() -> Iterator[Any]:
-    for name in _PURE_NAMES:
+    for name in _PURE_NAMES.split():
         for function in variants(name):
             spelled = getattr(function, "__name__", "")
             if not (spelled.endswith("_") and not spelled.endswith("__")) and not spelled.startswith("__i"):

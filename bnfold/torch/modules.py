@@ -26,6 +26,7 @@ class ChannelAdd(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add."""
         return x + self.bias
 
 
@@ -41,6 +42,7 @@ class ChannelMulAdd(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply and add, in one pass."""
         return torch.addcmul(self.bias, x, self.weight)
 
 
@@ -58,6 +60,7 @@ class Tail(nn.Module):
             self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run one step after another."""
         for name in self.steps:
             x = self._modules[name](x)  # type: ignore[misc]
         return x

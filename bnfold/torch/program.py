@@ -1,9 +1,9 @@
 """Fold an exported program (`.pt2`): make modules of its calls, fold those, export again.
 
 A program calls `aten.conv2d(x, p_conv_weight)` and `aten.batch_norm(x, ...)` on parameters that lie where the module's
-lay. Each such call, on the parameters of one place and of nothing else there, becomes a call of an ordinary `nn` module
-at that place; what results is an `nn.Module` like any other. Sizes that were dynamic are dynamic again, and the names of
-what remains in the state dict stay.
+lay. Each such call, on the parameters of one place and of nothing else there, becomes a call of an ordinary `nn`
+module at that place; what results is an `nn.Module` like any other. Sizes that were dynamic are dynamic again, and the
+names of what remains in the state dict stay.
 
 Not covered: what `torch.export.save` cannot keep (Python objects of the caller's own); a program without example
 inputs is given random ones of the recorded shapes.
@@ -100,7 +100,9 @@ def _example(value: Any) -> Any:
     return torch.zeros(shape, dtype=value.dtype)
 
 
-def _dynamic_sizes(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def _dynamic_sizes(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
     """Which sizes of the inputs may change, as `torch.export.export` wants to be told; None where none may."""
     values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     sizes = [_sizes(value) for value in values]
@@ -194,9 +196,11 @@ def _place(
     if len(paths) != 1 or not (path := paths.pop()):
         return None
     owner = module.get_submodule(path)
-    held = {name for name, tensor in (*owner.named_parameters(), *owner.named_buffers()) if tensor is not None}
+    held = {
+        name for name, tensor in (*owner.named_parameters(), *owner.named_buffers()) if tensor is not None
+    }
     known = {name for name, tensor in tensors.items() if tensor is not None} | {"num_batches_tracked"}
-    fits = held <= known and tensors.get("weight", 0) is not None or "running_mean" in tensors
+    fits = (held <= known and tensors.get("weight", 0) is not None) or "running_mean" in tensors
     plain = type(owner) is nn.Module or made_here(owner)
     return (path, tensors, tuple(settings)) if fits and plain else None
 
@@ -218,7 +222,11 @@ def _make_conv(kind: type[nn.Module]) -> Callable[..., nn.Module]:
     def make(tensors: dict[str, Any], settings: tuple[Any, ...], rank: int) -> nn.Module:
         weight, options = tensors["weight"], dict(settings)
         groups, transposed = options["groups"], issubclass(kind, nn.modules.conv._ConvTransposeNd)
-        given, made = (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, weight.shape[0])
+        given, made = (
+            (weight.shape[0], weight.shape[1] * groups)
+            if transposed
+            else (weight.shape[1] * groups, weight.shape[0])
+        )
         with torch.device("meta"):
             module = kind(given, made, tuple(weight.shape[2:]), bias=tensors["bias"] is not None, **options)
         return _hold(module, tensors)

@@ -21,7 +21,7 @@ import copy
 import inspect
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from bnfold.algebra import Affine, Array, Linear, batchnorm
 from bnfold.errors import UnreadableModel
-from bnfold.graph import Dim, Graph, Node, Shape
+from bnfold.graph import Graph, Node, Shape
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.modules import TAILS
 from bnfold.torch.recording import Call, Frame, Recording, Slot, Value, computes_weight, leaves, record
@@ -160,15 +160,17 @@ class _Draft:
         affine: Affine | None = None,
         **attributes: Any,
     ) -> None:
-        names = [[value if isinstance(value, str) else value.name for value in side] for side in (inputs, outputs)]
-        self.items.append(_Item(op, *names, self.call, attributes, affine))
+        given, made = ([v if isinstance(v, str) else v.name for v in side] for side in (inputs, outputs))
+        self.items.append(_Item(op, given, made, self.call, attributes, affine))
 
     def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None:
         item = _Item(op, [x.name], [y.name], self.call, linear=linear, weight=weight, bias=bias)
         item.inputs += [v.name for v in (weight, bias) if v is not None and not v.constant and not v.slots]
         self.items.append(item)
 
-    def batchnorm(self, x: Value, y: Value, statistics: dict[str, Value | None], eps: float, reason: str) -> None:
+    def batchnorm(
+        self, x: Value, y: Value, statistics: dict[str, Value | None], eps: float, reason: str
+    ) -> None:
         item = _Item("BatchNormalization", [x.name], [y.name], self.call, statistics=statistics)
         given = [v for v in statistics.values() if v is not None]
         item.inputs += [v.name for v in given if not v.constant and not v.slots]
@@ -201,7 +203,7 @@ class _Draft:
             return None
         try:
             return self.evaluator.array(constant)
-        except Exception:  # whatever torch says of what cannot be repeated in float64
+        except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
             return None
 
 
@@ -217,7 +219,9 @@ def _fault(arrays: Mapping[str, Array | None]) -> str:
         if not np.isfinite(array).all():
             return f"its {name} holds a number that is not finite"
     variance = arrays["running_var"]
-    return "its running variance is negative somewhere" if variance is not None and (variance < 0).any() else ""
+    return (
+        "its running variance is negative somewhere" if variance is not None and (variance < 0).any() else ""
+    )
 
 
 # ---------------------------------------------------------------- running a model without leaving a trace
@@ -238,7 +242,9 @@ def copy_structure(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        raise UnreadableModel(f"the model cannot be copied: {_first_line(error)}; try inplace=True") from error
+        raise UnreadableModel(
+            f"the model cannot be copied: {_first_line(error)}; try inplace=True"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -267,21 +273,23 @@ def _is_keywords(thing: Any) -> bool:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Leave every global random state as it was."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 the model may use it
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
             random.setstate(state)
-            np.random.set_state(numpy_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Put back every attribute, container and buffer that a pass with real tensors changes."""
     kept = [(module, dict(vars(module)), _containers(vars(module))) for module in model.modules()]
-    tensors = [(tensor, tensor.detach().clone()) for tensor in model.buffers() if not nn.parameter.is_lazy(tensor)]
+    tensors = [
+        (tensor, tensor.detach().clone()) for tensor in model.buffers() if not nn.parameter.is_lazy(tensor)
+    ]
     try:
         yield
     finally:
@@ -299,7 +307,9 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def _containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: copy.copy(thing) for name, thing in attributes.items() if isinstance(thing, list | dict | set)}
+    return {
+        name: copy.copy(thing) for name, thing in attributes.items() if isinstance(thing, list | dict | set)
+    }
 
 
 def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Recording:
@@ -329,12 +339,14 @@ def _record_somehow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         raise _unreadable(model, error) from error
 
 
-def _record_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> Recording:
+def _record_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> Recording:
     """Record what cannot be run here; where that fails as well, the first problem is the one to report."""
     try:
         with _quiet():
             return _record(model, args, kwargs, True)
-    except Exception:
+    except Exception:  # noqa: BLE001
         raise _unreadable(model, error) from error
 
 
@@ -358,7 +370,9 @@ def _is_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _unreadable(model: nn.Module, error: BaseException) -> UnreadableModel:
     where = getattr(error, "bnfold_frame", "")
     place = f"`{where}`" if where else f"`{type(model).__name__}`"
-    return UnreadableModel(f"{place} could not be run on the example inputs: {type(error).__name__}: {_first_line(error)}")
+    return UnreadableModel(
+        f"{place} could not be run on the example inputs: {type(error).__name__}: {_first_line(error)}"
+    )
 
 
 def _rebatched(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -409,7 +423,7 @@ def _second(twin: nn.Module, args: Any, kwargs: Any, fake: bool) -> _Draft | Non
     try:
         other = _rebatched(args, kwargs)
         return None if other is None else _Draft(_record(twin, *other, fake), Evaluator())
-    except Exception:  # a batch size that the model does not take
+    except Exception:  # noqa: BLE001 a batch size that the model does not take
         return None
 
 
@@ -419,7 +433,9 @@ def _settle_sizes(twin: nn.Module, draft: _Draft, other: _Draft | None) -> dict[
     if other is None or not _alike(draft, other):
         return shapes
     for mine, theirs in zip(draft.items, other.items, strict=True):
-        for name, twin_name in zip((*mine.inputs, *mine.outputs), (*theirs.inputs, *theirs.outputs), strict=True):
+        for name, twin_name in zip(
+            (*mine.inputs, *mine.outputs), (*theirs.inputs, *theirs.outputs), strict=True
+        ):
             if name in draft.shapes and twin_name in other.shapes:
                 shapes[name] = _symbolic(draft.shapes[name], other.shapes[twin_name])
         if not _same_settings(mine, theirs):
@@ -436,14 +452,17 @@ def _alike(draft: _Draft, other: _Draft) -> bool:
 def _symbolic(mine: tuple[int, ...], theirs: tuple[int, ...]) -> Shape:
     if len(mine) != len(theirs):
         return (None,) * len(mine)
-    one: Callable[[int, int], Dim] = lambda a, b: a if a == b else f"{a}|{b}"
-    return tuple(map(one, mine, theirs))
+    return tuple(a if a == b else f"{a}|{b}" for a, b in zip(mine, theirs, strict=True))
 
 
 def _same_settings(mine: _Item, theirs: _Item) -> bool:
     if (mine.affine is None) != (theirs.affine is None):
         return False
-    if mine.affine is not None and theirs.affine is not None and mine.affine.scale.shape != theirs.affine.scale.shape:
+    if (
+        mine.affine is not None
+        and theirs.affine is not None
+        and mine.affine.scale.shape != theirs.affine.scale.shape
+    ):
         return False
     return all(np.array_equal(mine.attributes[key], theirs.attributes[key]) for key in mine.attributes)
 
@@ -470,7 +489,9 @@ class _Reader:
         nodes = tuple(self._node(item) for item in self.items)
         inputs = tuple(v.name for v in self.recording.inputs.values() if not v.slots)
         graph = Graph(nodes, inputs, tuple(dict.fromkeys(self.outputs)), self.shapes)
-        linears = {i.name: i.place for i in self.items if isinstance(i.place, LinearPlace) and i.linear is not None}
+        linears = {
+            i.name: i.place for i in self.items if isinstance(i.place, LinearPlace) and i.linear is not None
+        }
         norms = {i.name: i.place for i in self.items if isinstance(i.place, NormPlace)}
         return Reading(graph, linears, norms, self.recording.fake)
 
@@ -519,7 +540,7 @@ class _Reader:
         for frame in self.recording.frames:
             self.children.setdefault(id(frame.parent), []).append(frame)
         for frame in self.recording.frames:
-            if frame.module is not None and frame.path and frame.plain:
+            if frame.module is not None and frame.path and frame.plain and not frame.branches:
                 self._find_norm(frame)
         for item in self.items:
             if item.is_batchnorm and item.place is None:
@@ -536,7 +557,12 @@ class _Reader:
         head: list[_Item] = []
         value = frame.given[0].name
         for item in within:
-            if item.call.frame is not frame or item.inputs != [value] or len(item.outputs) != 1 or item.place is not None:
+            if (
+                item.call.frame is not frame
+                or item.inputs != [value]
+                or len(item.outputs) != 1
+                or item.place is not None
+            ):
                 break
             if item.op not in ("BatchNormalization", "Affine", "Identity", "Dropout", "Cast"):
                 break
@@ -575,8 +601,15 @@ class _Reader:
             if children and (not rest or not inner or inner[0] is rest[0]):
                 child, children = children[0], children[1:]
                 name = (child.path or "").rpartition(".")[2]
-                direct = child.path == (f"{frame.path}.{name}") and child.module is frame.module._modules.get(name)
-                if not direct or not child.plain or child.given[0].name != value or rest[: len(inner)] != inner:
+                direct = child.path == (f"{frame.path}.{name}") and child.module is frame.module._modules.get(
+                    name
+                )
+                if (
+                    not direct
+                    or not child.plain
+                    or child.given[0].name != value
+                    or rest[: len(inner)] != inner
+                ):
                     return None
                 steps.append((name, None))
                 value, rest = child.made[0].name, rest[len(inner) :]
@@ -598,7 +631,9 @@ class _Reader:
                 whole = item.affine if whole is None else item.affine.after(whole)
         one = replace_item(first, head)
         one.affine = whole if "reason" not in first.attributes else None
-        narrowing = frame.given[0].dtype != (head[-1].call.made[0].dtype if head[-1].call.made else frame.given[0].dtype)
+        narrowing = frame.given[0].dtype != (
+            head[-1].call.made[0].dtype if head[-1].call.made else frame.given[0].dtype
+        )
         one.place = NormPlace(frame.path or "", tail, frame.given[0].dtype)
         one.site = frame.path or ""
         if narrowing:
@@ -609,14 +644,17 @@ class _Reader:
         for item in head:
             self.drawn[id(item.call)] = [one] if item is first else []
         self.items[:] = [item for item in self.items[:at] if id(item) not in gone] + [
-            one, *(item for item in self.items[at:] if id(item) not in gone)
+            one,
+            *(item for item in self.items[at:] if id(item) not in gone),
         ]
 
     def _refuse_borrowed(self, item: _Item, frame: Frame) -> None:
         """A module whose tensors are fetched by other code cannot be taken out."""
         for (path, attribute), who in self.recording.borrowed.items():
             if path == frame.path and item.affine is not None:
-                item.refuse(f"its `{attribute}` is used by the code of `{who or type(self.model).__name__}` as well")
+                item.refuse(
+                    f"its `{attribute}` is used by the code of `{who or type(self.model).__name__}` as well"
+                )
 
     def _leave_functional(self, item: _Item) -> None:
         mean = item.statistics.get("running_mean")
@@ -676,7 +714,9 @@ class _Reader:
                         item.become_opaque(f"{item.op}, in place")
                         break
 
-    def _guard(self, item: _Item, name: str, readers: dict[str, list[_Item]], producers: dict[str, _Item]) -> bool:
+    def _guard(
+        self, item: _Item, name: str, readers: dict[str, list[_Item]], producers: dict[str, _Item]
+    ) -> bool:
         """Whether something else reads the memory that an item would change, if BatchNorms above it were gone."""
         passed: list[_Item] = []
         while (producer := producers.get(name)) is not None and producer.op in _SHARING and producer.inputs:
@@ -686,7 +726,9 @@ class _Reader:
             if len(others) > 1 or name in self.outputs:
                 if _agree(others):
                     for norm in passed:
-                        norm.refuse(f"`{item.name}` changes its output in place, and without it would change its input")
+                        norm.refuse(
+                            f"`{item.name}` changes its output in place, and without it would change its input"
+                        )
                 return bool(passed)
         return producer is None and bool(passed)
 
@@ -716,7 +758,8 @@ class _Reader:
 
     def _bind(self, item: _Item) -> None:
         """Find where a linear operator keeps its numbers."""
-        assert item.weight is not None and item.linear is not None
+        assert item.weight is not None
+        assert item.linear is not None
         frame = item.call.frame
         origin, transposed = _origin(item.weight)
         computed = ""
@@ -728,17 +771,19 @@ class _Reader:
             return item.refuse("its weight changes while the model runs")
         if frame.module is not None and frame.path is None:
             return item.refuse("its module is not held by the model")
+        if not _is_plain(origin):
+            return item.refuse("its weight is no ordinary tensor of numbers")
         slot = Slot(frame.path or "", "weight", "parameter") if computed else _choose(origin, frame)
         if slot is None:
             names = " and ".join(f"`{s.name}`" for s in origin.slots[:3])
-            return item.refuse(f"its weight is held by {names} at once, and its code does not tell which is meant")
+            return item.refuse(
+                f"its weight is held by {names} at once, and its code does not tell which is meant"
+            )
         bias = self._bind_bias(item, slot)
         if isinstance(bias, str):
             if item.bias is not None:
                 return item.refuse(bias)
             item.linear, bias = replace(item.linear, biasless=item.linear.biasless or bias), None
-        if transposed:
-            item.linear = replace(item.linear)
         item.place = LinearPlace(slot, transposed, bias, computed)
         item.site = slot.module if slot.attribute == "weight" and slot.module else slot.name
         return None
@@ -770,20 +815,26 @@ class _Reader:
         if item.linear.biasless:
             return item.linear.biasless
         module = frame.module
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and weight.module == frame.path:
-            if module._parameters.get("bias", 0) is None and _takes_bias(module):
-                return Slot(weight.module, "bias", "parameter")
+        own = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and weight.module == frame.path
+        if own and module is not None and module._parameters.get("bias", 0) is None and _takes_bias(module):
+            return Slot(weight.module, "bias", "parameter")
         return f"the code of `{frame.path or type(self.model).__name__}` gives it no bias"
 
     def _other_reads(self) -> dict[int, str]:
         """Parameters that are read otherwise than as the weight or bias of a linear operator, and by whom."""
         reads: dict[int, str] = {}
-        computed = [i.place.weight for i in self.items if isinstance(i.place, LinearPlace) and i.place.computed]
+        computed = [
+            i.place.weight for i in self.items if isinstance(i.place, LinearPlace) and i.place.computed
+        ]
         inside = tuple(f"{slot.module}.parametrizations.weight" for slot in computed)
         for item in self.items:
             if inside and (item.call.frame.path or "").startswith(inside):
                 continue
-            own = {id(item.weight), id(item.bias)} if item.place is not None and item.linear is not None else set()
+            own = (
+                {id(item.weight), id(item.bias)}
+                if item.place is not None and item.linear is not None
+                else set()
+            )
             calls = [item.call] if item.joined is None else [item.call, item.joined]
             for value in (value for call in calls for value in call.reads.values()):
                 if id(value) not in own:
@@ -797,13 +848,20 @@ class _Reader:
             return
         for what, value in (("weight", item.weight), ("bias", item.bias)):
             for root in _roots(value) if value is not None else ():
-                if root in used:
-                    return item.refuse(f"its {what} is read by `{used[root]}` as well")
-                if id(self.recording.slots) and self._changes(root):
-                    return item.refuse(f"its {what} changes while the model runs")
+                if root in used or self._changes(root):
+                    how = (
+                        f"is read by `{used[root]}` as well"
+                        if root in used
+                        else "changes while the model runs"
+                    )
+                    item.refuse(f"its {what} {how}")
+                    return
 
     def _changes(self, root: int) -> bool:
-        return any(id(v) == root and id(v.tensor) in self.recording.changed_slots for v in self.recording.slots.values())
+        return any(
+            id(v) == root and id(v.tensor) in self.recording.changed_slots
+            for v in self.recording.slots.values()
+        )
 
     def _check_sharing(self, linears: list[_Item]) -> None:
         """Refuse operators that store one parameter in different ways."""
@@ -831,7 +889,9 @@ class _Reader:
                 continue
             if any(one.startswith(f"{path}.") for one in met):
                 continue
-            inside = next((p for p in _parents(path) if isinstance(self.modules[p], torch.jit.ScriptModule)), None)
+            inside = next(
+                (p for p in _parents(path) if isinstance(self.modules[p], torch.jit.ScriptModule)), None
+            )
             if inside is not None or isinstance(module, torch.jit.ScriptModule):
                 reason = f"it is compiled into the ScriptModule `{inside or path}`; fold before scripting"
             elif path not in ran:
@@ -858,7 +918,9 @@ class _Reader:
                         self.shapes[again] = self.shapes.get(name, ())
                         if name not in self.shapes:
                             del self.shapes[again]
-                        parted.append(_Item("Identity", [name], [again], item.call, name=f"{item.name} again {count}"))
+                        parted.append(
+                            _Item("Identity", [name], [again], item.call, name=f"{item.name} again {count}")
+                        )
                         item.inputs[place] = again
                     seen.add(name)
             parted.append(item)
@@ -866,7 +928,8 @@ class _Reader:
 
 
 _SHARING = frozenset(
-    "BatchNormalization Identity Dropout Reshape Squeeze Unsqueeze Flatten Transpose Slice Split Gather Expand Cast Alias".split()
+    """BatchNormalization Identity Dropout Reshape Squeeze Unsqueeze Flatten
+    Transpose Slice Split Gather Expand Cast Alias""".split()  # noqa: SIM905
 )
 """Operators whose output may lie in the memory of their input, or will, once they are gone."""
 
@@ -890,12 +953,28 @@ def _is_bias(item: _Item, linear: _Item) -> bool:
     """Whether an item adds a stored vector to the product of a matrix."""
     assert linear.linear is not None
     values = [v for v in item.call.reads.values() if v.slots]
-    if item.op != "Affine" or item.call.label not in ("add", "iadd", "radd") or len(values) != 1 or not values[0].constant:
+    if (
+        item.op != "Affine"
+        or item.call.label not in ("add", "iadd", "radd")
+        or len(values) != 1
+        or not values[0].constant
+    ):
         return False
     vector = (linear.linear.outputs,)
-    plain = item.affine is not None and bool((item.affine.scale == 1).all()) and len(item.call.args) == 2 and not item.call.kwargs
+    plain = (
+        item.affine is not None
+        and bool((item.affine.scale == 1).all())
+        and len(item.call.args) == 2
+        and not item.call.kwargs
+    )
     last = linear.linear.out_axis == linear.call.made[0].rank - 1
-    return plain and last and values[0].shape[-1:] == vector and values[0].tensor is not None and values[0].tensor.numel() == vector[0]
+    return (
+        plain
+        and last
+        and values[0].shape[-1:] == vector
+        and values[0].tensor is not None
+        and values[0].tensor.numel() == vector[0]
+    )
 
 
 def replace_item(first: _Item, head: list[_Item]) -> _Item:
@@ -908,7 +987,9 @@ def replace_item(first: _Item, head: list[_Item]) -> _Item:
 
 def _absent(path: str, reason: str) -> _Item:
     call = Call(-1, "batch_norm", (), {}, Frame(None, path, None))
-    item = _Item("BatchNormalization", [f"input of {path}"], [f"output of {path}"], call, name=path, site=path)
+    item = _Item(
+        "BatchNormalization", [f"input of {path}"], [f"output of {path}"], call, name=path, site=path
+    )
     item.refuse(reason)
     return item
 
@@ -943,8 +1024,22 @@ def _roots(value: Value) -> dict[int, Value]:
     return found
 
 
+_SWAPS = ("transpose", "permute", "swapaxes")
 _TURNS = {"t", "T", "mT", "numpy_T"}
-_PLAIN_STEPS = {"detach", "data", "contiguous", "to", "type_as", "float", "half", "bfloat16", "double", "cuda", "cpu", "clone"}
+_PLAIN_STEPS = {
+    "detach",
+    "data",
+    "contiguous",
+    "to",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "cuda",
+    "cpu",
+    "clone",
+}
 
 
 def _origin(weight: Value) -> tuple[Value, bool]:
@@ -953,14 +1048,21 @@ def _origin(weight: Value) -> tuple[Value, bool]:
     value = weight
     while not value.slots and value.constant and value.call is not None and len(value.call.reads) == 1:
         label, args = value.call.label, value.call.args
-        if label in _TURNS and value.rank == 2:
-            transposed = not transposed
-        elif label in ("transpose", "permute", "swapaxes") and value.rank == 2 and _is_turn(args[1:]):
+        if value.rank == 2 and (label in _TURNS or (label in _SWAPS and _is_turn(args[1:]))):
             transposed = not transposed
         elif label not in _PLAIN_STEPS:
             break
         value = next(iter(value.call.reads.values()))
     return (value, transposed) if value.slots else (weight, False)
+
+
+def _is_plain(weight: Value) -> bool:
+    """Whether a weight is stored as numbers in memory, not sparse, quantised, or of a class with ways of its own."""
+    tensor = weight.tensor
+    if tensor is None:
+        return True
+    ordinary = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return ordinary and tensor.layout == torch.strided and tensor.is_floating_point()
 
 
 def _is_turn(dims: Any) -> bool:
@@ -977,21 +1079,39 @@ def _choose(value: Value, frame: Frame) -> Slot | None:
 
 
 def _kind(item: _Item) -> Any:
-    assert item.linear is not None and isinstance(item.place, LinearPlace)
+    assert item.linear is not None
+    assert isinstance(item.place, LinearPlace)
     linear = item.linear
     bias = item.place.bias.name if item.place.bias is not None else ""
-    form = (linear.order, linear.groups, linear.inputs, linear.outputs, item.op == "Embedding", item.op == "Conv")
+    form = (
+        linear.order,
+        linear.groups,
+        linear.inputs,
+        linear.outputs,
+        item.op == "Embedding",
+        item.op == "Conv",
+    )
     return (item.place.weight.name, bias, item.place.transposed, item.bias is None, *form)
 
 
-_STANDARD = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_STANDARD = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 
 def _takes_bias(module: nn.Module) -> bool:
     """Whether a module's forward uses the bias that it is given, if it had none before, by its source."""
     if "forward" in vars(module) or "_conv_forward" in vars(module):
         return False
-    return all(_uses_bias(type(module), name) for name in ("forward", "_conv_forward") if hasattr(type(module), name))
+    return all(
+        _uses_bias(type(module), name) for name in ("forward", "_conv_forward") if hasattr(type(module), name)
+    )
 
 
 def _uses_bias(kind: type, method: str) -> bool:
@@ -1018,9 +1138,8 @@ def _stand_in(item: _Item, value: str) -> nn.Module | None:
     make = TAILS.get(item.call.label)
     if make is None or item.inputs != [value] or len(item.outputs) != 1 or len(item.call.reads) != 1:
         return None
-    settings = [part for part in item.call.args[1:]]
     try:
-        return make(*settings, **{k: v for k, v in item.call.kwargs.items() if k != "inplace"})
+        return make(*item.call.args[1:], **{k: v for k, v in item.call.kwargs.items() if k != "inplace"})
     except TypeError:
         return None
 
@@ -1042,7 +1161,9 @@ def _read_uninitialised(model: nn.Module, lazy: str) -> Reading:
     reader_items = []
     for path, module in model.named_modules():
         if _calls_itself_batchnorm(module):
-            reader_items.append(_absent(path, f"`{lazy}` has no numbers yet; run the model once before folding"))
+            reader_items.append(
+                _absent(path, f"`{lazy}` has no numbers yet; run the model once before folding")
+            )
     if not reader_items:
         raise UnreadableModel(f"`{lazy}` has no numbers yet; run the model once before folding")
     nodes = tuple(

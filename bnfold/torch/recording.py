@@ -196,7 +196,11 @@ def leaves(thing: Any, path: str = "", seen: set[int] | None = None) -> Iterator
     if isinstance(thing, Tensor):
         yield path, thing
         return
-    if thing is None or isinstance(thing, str | bytes | int | float | complex | type | nn.Module) or id(thing) in seen:
+    if (
+        thing is None
+        or isinstance(thing, str | bytes | int | float | complex | type | nn.Module)
+        or id(thing) in seen
+    ):
         return
     seen.add(id(thing))
     for key, part in _parts(thing):
@@ -270,8 +274,8 @@ class _Recorder:
     def store(self, tensor: Tensor) -> _Store | None:
         """The memory that a tensor lies in; None where it has none of its own to show (sparse, wrapped)."""
         try:
-            reference = StorageWeakRef(tensor.untyped_storage())
-        except Exception:  # tensors without storage raise whatever they like
+            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        except (RuntimeError, NotImplementedError, AttributeError):
             return None
         return self.stores.setdefault(reference.cdata, _Store(reference))
 
@@ -307,7 +311,9 @@ class _Recorder:
         """A new value for a tensor, made by a call."""
         self.count += 1
         shape = tuple(int(size) for size in tensor.shape)
-        value = Value(shape, tensor.dtype, call, constant=constant, data=data, name=f"v{self.count}", frame=self.frame)
+        value = Value(
+            shape, tensor.dtype, call, constant=constant, data=data, name=f"v{self.count}", frame=self.frame
+        )
         if call is not None:
             call.made.append(value)
         return self.enter(tensor, value)
@@ -335,7 +341,9 @@ class _Recorder:
             return (Listed if isinstance(thing, list) else tuple)(self.freeze(part, call) for part in thing)
         if isinstance(thing, dict):
             return {key: self.freeze(part, call) for key, part in thing.items()}
-        if not isinstance(thing, str | int | float | bool | complex | torch.dtype | torch.device | Like | type(None)):
+        if not isinstance(
+            thing, str | int | float | bool | complex | torch.dtype | torch.device | Like | type(None)
+        ):
             for _, tensor in leaves(thing):
                 self.read(call, self.value(tensor))
         return thing
@@ -398,7 +406,9 @@ class _Recorder:
             return
         store.generation += 1
         self.count += 1
-        written = Value(tuple(tensor.shape), tensor.dtype, call, data=data, name=f"v{self.count}", frame=self.frame)
+        written = Value(
+            tuple(tensor.shape), tensor.dtype, call, data=data, name=f"v{self.count}", frame=self.frame
+        )
         call.written.append(written)
         for value in store.values:
             if value.slots and value.tensor is not None:
@@ -492,12 +502,18 @@ def slot_values(model: nn.Module) -> Iterator[Value]:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        for kind, found in (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", vars(module))):
+        for kind, found in (
+            ("parameter", module._parameters),
+            ("buffer", module._buffers),
+            ("attribute", vars(module)),
+        ):
             for attribute, tensor in list(found.items()):
                 if isinstance(tensor, Tensor):
                     places.setdefault(id(tensor), (tensor, []))[1].append(Slot(path, attribute, kind))
     for tensor, slots in places.values():
-        value = Value(tuple(tensor.shape), tensor.dtype, None, tuple(slots), tensor, constant=True, data=False)
+        value = Value(
+            tuple(tensor.shape), tensor.dtype, None, tuple(slots), tensor, constant=True, data=False
+        )
         value.name = slots[0].name
         yield value
 
@@ -525,14 +541,14 @@ class _Functions(TorchFunctionMode):
         return result
 
 
-class _Dispatches(TorchDispatchMode):
+class _Dispatches(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Never: skipping it would import the compiler, which takes seconds."""
         return False
 
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -544,7 +560,9 @@ class _Dispatches(TorchDispatchMode):
             call = recorder.begin(function, args, kwargs) if outer is None else outer
             if outer is not None:
                 self._read_more(outer, args, kwargs)
-            changed = [tensor for tensor in _written(function, args, kwargs) if recorder.store(tensor) is not None]
+            changed = [
+                tensor for tensor in _written(function, args, kwargs) if recorder.store(tensor) is not None
+            ]
         recorder.leaks |= _tells(function, args)
         recorder.current = call
         try:
@@ -571,7 +589,10 @@ class _Dispatches(TorchDispatchMode):
         real = [tensor for tensor in changed if fake is not None and not _is_fake(tensor)]
         if not real:
             return function(*args, **kwargs)
-        swap: Callable[[Any], Any] = lambda one: fake.from_tensor(one) if _among(one, real) else one
+
+        def swap(one: Tensor) -> Any:
+            return fake.from_tensor(one) if _among(one, real) else one
+
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, swap, (args, kwargs))
         return function(*args, **kwargs)
 
@@ -652,7 +673,14 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake
     outputs = {path: recorder.value(tensor) for path, tensor in leaves(result)}
     _add_survivors(recorder, outputs, set(_computed_weights(model)))
     return Recording(
-        recorder.calls, recorder.frames, inputs, outputs, recorder.slots, recorder.changed_slots, recorder.borrowed, fake
+        recorder.calls,
+        recorder.frames,
+        inputs,
+        outputs,
+        recorder.slots,
+        recorder.changed_slots,
+        recorder.borrowed,
+        fake,
     )
 
 
@@ -697,7 +725,7 @@ def _followed(recorder: _Recorder) -> Iterator[None]:
             recorder.fetch(module, attribute)
         return found
 
-    nn.Module.__call__, nn.Module.__getattr__ = follow, look  # type: ignore[method-assign, assignment]
+    nn.Module.__call__, nn.Module.__getattr__ = follow, look  # type: ignore[method-assign]
     try:
         yield
     finally:

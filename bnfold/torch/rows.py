@@ -27,26 +27,47 @@ class Draft(Protocol):
     """What a row may ask for and do."""
 
     def node(
-        self, op: str, inputs: Sequence[Value | str], outputs: Sequence[Value | str], affine: Affine | None = None, **attributes: Any
-    ) -> None: ...
+        self,
+        op: str,
+        inputs: Sequence[Value | str],
+        outputs: Sequence[Value | str],
+        affine: Affine | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Draw one node."""
 
-    def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None: ...
+    def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None:
+        """Draw a linear operator, with the values that are its weight and bias."""
 
-    def batchnorm(self, x: Value, y: Value, statistics: dict[str, Value | None], eps: float, reason: str) -> None: ...
+    def batchnorm(self, x: Value, y: Value, statistics: Statistics, eps: float, reason: str) -> None:
+        """Draw a BatchNorm; `reason` is why it cannot be moved, or empty."""
 
-    def between(self, shape: Sequence[int]) -> str: ...
+    def between(self, shape: Sequence[int]) -> str:
+        """Name a value between two nodes of one call."""
+        ...
 
-    def array(self, constant: Any) -> Array | None: ...
+    def array(self, constant: Any) -> Array | None:
+        """The numbers of a constant; None where it is none, or cannot be computed."""
 
+
+Statistics = dict[str, Value | None]
+"""What `F.batch_norm` is given, by the names of its arguments."""
 
 Rows = dict[Any, tuple["_Signature", Callable[..., bool]]]
 
 
-_SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "axis0": "dim0", "axis1": "dim1"}
+_SYNONYMS = {
+    "input": "x",
+    "self": "x",
+    "axis": "dim",
+    "keepdims": "keepdim",
+    "axis0": "dim0",
+    "axis1": "dim1",
+}
 
 
 class _Signature:
-    """The names of a function's arguments, with defaults: ``"input dim=0"``; ``*dims`` takes all that follow."""
+    """The names of a function's arguments, with defaults: ``"x dim=0"``; ``*dims`` takes all that follow."""
 
     def __init__(self, text: str) -> None:
         self.names: list[str] = []
@@ -98,7 +119,9 @@ _REORDERED = ("embedding", "batch_norm", "instance_norm")
 
 def _overloads(name: str) -> list[Any]:
     """The operators of this name that exported programs and compiled code call."""
-    packets = (getattr(torch.ops.aten, spelled, None) for spelled in (name, f"{name}_") if name not in _REORDERED)
+    packets = (
+        getattr(torch.ops.aten, spelled, None) for spelled in (name, f"{name}_") if name not in _REORDERED
+    )
     return [getattr(p, each) for p in packets if p is not None for each in p.overloads() if "out" not in each]
 
 
@@ -146,27 +169,27 @@ def _plain(thing: Any) -> bool:
     """Whether a setting is numbers only."""
     if isinstance(thing, tuple):
         return all(_plain(part) for part in thing)
-    return isinstance(thing, int | float | str | type(None)) or isinstance(thing, np.ndarray)
+    return isinstance(thing, int | float | str | np.ndarray | type(None))
 
 
 # ---------------------------------------------------------------- linear operators
 
 
-@row("conv1d conv2d conv3d", "input weight bias=None stride=1 padding=0 dilation=1 groups=1")
-def _conv(draft: Draft, call: Call, input: Value, weight: Value, bias: Value | None, **settings: Any) -> bool:
+@row("conv1d conv2d conv3d", "x weight bias=None stride=1 padding=0 dilation=1 groups=1")
+def _conv(draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None, **settings: Any) -> bool:
     spatial, y = weight.rank - 2, call.made[0]
-    if not _computed(input) or not _plain(tuple(settings.values())) or not _floating(input, y):
+    if not _computed(x) or not _plain(tuple(settings.values())) or not _floating(x, y):
         return False
-    kernel, axis, groups = weight.shape[2:], input.rank - spatial - 1, settings["groups"]
+    kernel, axis, groups = weight.shape[2:], x.rank - spatial - 1, settings["groups"]
     stride, dilation = _tuple(settings["stride"], spatial), _tuple(settings["dilation"], spatial)
     pads = _paddings(settings["padding"], kernel, dilation)
     centred = all(s == 1 for s in stride) and all(
         a == b == d * (k // 2) and k % 2 for (a, b), k, d in zip(pads, kernel, dilation, strict=True)
     )
-    same = weight.shape[0] == input.shape[axis]
+    same = weight.shape[0] == x.shape[axis]
     linear = Linear(
         order="oi",
-        inputs=input.shape[axis],
+        inputs=x.shape[axis],
         outputs=weight.shape[0],
         in_axis=axis,
         out_axis=axis,
@@ -174,51 +197,64 @@ def _conv(draft: Draft, call: Call, input: Value, weight: Value, bias: Value | N
         centre=tuple(k // 2 for k in kernel) if centred and same else None,
         partial="it pads with zeros" if any(a or b for a, b in pads) else "",
     )
-    draft.linear("Conv", input, y, weight, bias, linear)
+    draft.linear("Conv", x, y, weight, bias, linear)
     return True
 
 
 def _paddings(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
     """How much a convolution pads, before and after, along each axis."""
     if padding == "same":
-        return [((d * (k - 1)) // 2, d * (k - 1) - (d * (k - 1)) // 2) for k, d in zip(kernel, dilation, strict=True)]
+        return [
+            ((d * (k - 1)) // 2, d * (k - 1) - (d * (k - 1)) // 2)
+            for k, d in zip(kernel, dilation, strict=True)
+        ]
     return [(p, p) for p in _tuple(0 if padding == "valid" else padding, len(kernel))]
 
 
 @row(
     "conv_transpose1d conv_transpose2d conv_transpose3d",
-    "input weight bias=None stride=1 padding=0 output_padding=0 groups=1 dilation=1",
+    "x weight bias=None stride=1 padding=0 output_padding=0 groups=1 dilation=1",
 )
-def _conv_transpose(draft: Draft, call: Call, input: Value, weight: Value, bias: Value | None, **settings: Any) -> bool:
+def _conv_transpose(
+    draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None, **settings: Any
+) -> bool:
     spatial, y = weight.rank - 2, call.made[0]
-    if not _computed(input) or not _plain(tuple(settings.values())) or not _floating(input, y):
+    if not _computed(x) or not _plain(tuple(settings.values())) or not _floating(x, y):
         return False
-    axis = input.rank - spatial - 1
+    axis = x.rank - spatial - 1
     whole = prod(weight.shape[2:]) == 1 and not any(np.ravel(settings["padding"]))
-    whole = whole and set(np.ravel(settings["stride"])) == {1} and not any(np.ravel(settings["output_padding"]))
+    whole = (
+        whole and set(np.ravel(settings["stride"])) == {1} and not any(np.ravel(settings["output_padding"]))
+    )
     linear = Linear(
         order="io",
-        inputs=input.shape[axis],
+        inputs=x.shape[axis],
         outputs=weight.shape[1] * settings["groups"],
         in_axis=axis,
         out_axis=axis,
         groups=settings["groups"],
         partial="" if whole else "not every output of it sums every tap",
     )
-    draft.linear("ConvTranspose", input, y, weight, bias, linear)
+    draft.linear("ConvTranspose", x, y, weight, bias, linear)
     return True
 
 
-@row("linear", "input weight bias=None")
-def _matrix(draft: Draft, call: Call, input: Value, weight: Value, bias: Value | None) -> bool:
-    if not _computed(input) or weight.rank != 2 or not _floating(input, call.made[0]):
+@row("linear", "x weight bias=None")
+def _matrix(draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None) -> bool:
+    if not _computed(x) or weight.rank != 2 or not _floating(x, call.made[0]):
         return False
     outputs, inputs = weight.shape
-    return _product(draft, call, input, weight, bias, ("oi", inputs, outputs, input.rank - 1))
+    return _product(draft, call, x, weight, bias, ("oi", inputs, outputs, x.rank - 1))
 
 
 def _product(
-    draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None, form: tuple[str, int, int, int], biasless: str = ""
+    draft: Draft,
+    call: Call,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    form: tuple[str, int, int, int],
+    biasless: str = "",
 ) -> bool:
     order, inputs, outputs, axis = form
     centre = () if inputs == outputs else None
@@ -227,14 +263,14 @@ def _product(
     return True
 
 
-@row("matmul mm", "input other")
-def _matmul(draft: Draft, call: Call, input: Any, other: Any) -> bool:
-    return _multiply(draft, call, input, other)
+@row("matmul mm", "x other")
+def _matmul(draft: Draft, call: Call, x: Any, other: Any) -> bool:
+    return _multiply(draft, call, x, other)
 
 
-@row("rmatmul", "other input")
-def _rmatmul(draft: Draft, call: Call, input: Any, other: Any) -> bool:
-    return _multiply(draft, call, input, other)
+@row("rmatmul", "other x")
+def _rmatmul(draft: Draft, call: Call, x: Any, other: Any) -> bool:
+    return _multiply(draft, call, x, other)
 
 
 def _multiply(draft: Draft, call: Call, left: Any, right: Any) -> bool:
@@ -250,28 +286,31 @@ def _multiply(draft: Draft, call: Call, left: Any, right: Any) -> bool:
     return False
 
 
-@row("addmm", "input mat1 mat2 beta=1 alpha=1")
-def _addmm(draft: Draft, call: Call, input: Value, mat1: Value, mat2: Value, beta: Any, alpha: Any) -> bool:
-    if not (_computed(mat1) and input.constant and mat2.rank == 2 and not mat2.data and beta == alpha == 1):
+@row("addmm", "x mat1 mat2 beta=1 alpha=1")
+def _addmm(draft: Draft, call: Call, x: Value, mat1: Value, mat2: Value, beta: Any, alpha: Any) -> bool:
+    if not (_computed(mat1) and x.constant and mat2.rank == 2 and not mat2.data and beta == alpha == 1):
         return False
     inputs, outputs = mat2.shape
-    return input.shape == (outputs,) and _product(draft, call, mat1, mat2, input, ("io", inputs, outputs, 1))
+    return x.shape == (outputs,) and _product(draft, call, mat1, mat2, x, ("io", inputs, outputs, 1))
 
 
-@row("embedding", "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False")
-def _embedding(draft: Draft, call: Call, input: Value, weight: Value, max_norm: Any, **rest: Any) -> bool:
-    if not _computed(input) or max_norm is not None or weight.data or weight.rank != 2:
+@row(
+    "embedding", "x weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False"
+)
+def _embedding(draft: Draft, call: Call, x: Value, weight: Value, max_norm: Any, **rest: Any) -> bool:
+    if not _computed(x) or max_norm is not None or weight.data or weight.rank != 2:
         return False
     rows, width = weight.shape
     sealed = "it looks rows up, by whole numbers"
-    linear = Linear("io", rows, width, 0, input.rank, sealed=sealed)
-    draft.linear("Embedding", input, call.made[0], weight, None, linear)
+    linear = Linear("io", rows, width, 0, x.rank, sealed=sealed)
+    draft.linear("Embedding", x, call.made[0], weight, None, linear)
     return True
 
 
+_function: Any
 for _function in (torch.embedding, torch._VF.embedding, torch.ops.aten.embedding.default):
     _others = "padding_idx=-1 scale_grad_by_freq=False sparse=False max_norm=None"
-    ROWS[_function] = _Signature(f"weight input {_others}"), _embedding
+    ROWS[_function] = _Signature(f"weight x {_others}"), _embedding
 
 
 # ---------------------------------------------------------------- normalisation
@@ -279,25 +318,25 @@ for _function in (torch.embedding, torch._VF.embedding, torch.ops.aten.embedding
 
 @row(
     "batch_norm",
-    "input running_mean running_var weight=None bias=None training=False momentum=0.1 eps=1e-05 cudnn_enabled=True",
+    "x running_mean running_var weight=None bias=None training=False momentum=0.1 eps=1e-05 cudnn_enabled=True",
 )
-def _batch_norm(draft: Draft, call: Call, input: Value, training: Any, eps: float, **rest: Any) -> bool:
+def _batch_norm(draft: Draft, call: Call, x: Value, training: Any, eps: float, **rest: Any) -> bool:
     statistics = {name: rest[name] for name in ("running_mean", "running_var", "weight", "bias")}
-    return _normalise(draft, call, input, statistics, bool(training), eps)
+    return _normalise(draft, call, x, statistics, bool(training), eps)
 
 
 @row(
     "instance_norm",
-    "input running_mean=None running_var=None weight=None bias=None use_input_stats=True momentum=0.1 eps=1e-05 cudnn_enabled=True",
+    "x running_mean=None running_var=None weight=None bias=None use_input_stats=True momentum=0.1 eps=1e-05",
 )
-def _instance_norm(draft: Draft, call: Call, input: Value, use_input_stats: Any, eps: float, **rest: Any) -> bool:
+def _instance_norm(draft: Draft, call: Call, x: Value, use_input_stats: Any, eps: float, **rest: Any) -> bool:
     statistics = {name: rest[name] for name in ("running_mean", "running_var", "weight", "bias")}
     if statistics["running_mean"] is None:
         return False
-    return _normalise(draft, call, input, statistics, bool(use_input_stats), eps)
+    return _normalise(draft, call, x, statistics, bool(use_input_stats), eps)
 
 
-_ORDER = "input weight bias running_mean running_var"
+_ORDER = "x weight bias running_mean running_var"
 for _function in (torch.batch_norm, torch._VF.batch_norm, torch.ops.aten.batch_norm.default):
     ROWS[_function] = _Signature(f"{_ORDER} training momentum eps cudnn_enabled"), _batch_norm
 for _function in (torch.instance_norm, torch._VF.instance_norm, torch.ops.aten.instance_norm.default):
@@ -305,7 +344,7 @@ for _function in (torch.instance_norm, torch._VF.instance_norm, torch.ops.aten.i
 
 
 def _normalise(
-    draft: Draft, call: Call, x: Value, statistics: dict[str, Value | None], training: bool, eps: float
+    draft: Draft, call: Call, x: Value, statistics: Statistics, training: bool, eps: float
 ) -> bool:
     if not _computed(x) or x.rank < 2:
         return False
@@ -322,48 +361,48 @@ def _normalise(
 # ---------------------------------------------------------------- arithmetic
 
 
-@row("add radd", "input other alpha=1")
-def _add(draft: Draft, call: Call, input: Any, other: Any, alpha: Any) -> bool:
-    return _combine(draft, call, "Add", input, other, alpha)
+@row("add radd", "x other alpha=1")
+def _add(draft: Draft, call: Call, x: Any, other: Any, alpha: Any) -> bool:
+    return _combine(draft, call, "Add", x, other, alpha)
 
 
-@row("sub subtract", "input other alpha=1")
-def _sub(draft: Draft, call: Call, input: Any, other: Any, alpha: Any) -> bool:
-    return _combine(draft, call, "Sub", input, other, alpha)
+@row("sub subtract", "x other alpha=1")
+def _sub(draft: Draft, call: Call, x: Any, other: Any, alpha: Any) -> bool:
+    return _combine(draft, call, "Sub", x, other, alpha)
 
 
-@row("rsub", "other input alpha=1")
-def _rsub(draft: Draft, call: Call, input: Any, other: Any, alpha: Any) -> bool:
-    return alpha == 1 and _combine(draft, call, "Sub", input, other, 1)
+@row("rsub", "other x alpha=1")
+def _rsub(draft: Draft, call: Call, x: Any, other: Any, alpha: Any) -> bool:
+    return alpha == 1 and _combine(draft, call, "Sub", x, other, 1)
 
 
-@row("mul multiply rmul", "input other")
-def _mul(draft: Draft, call: Call, input: Any, other: Any) -> bool:
-    return _combine(draft, call, "Mul", input, other, 1)
+@row("mul multiply rmul", "x other")
+def _mul(draft: Draft, call: Call, x: Any, other: Any) -> bool:
+    return _combine(draft, call, "Mul", x, other, 1)
 
 
-@row("div divide true_divide truediv", "input other")
-def _div(draft: Draft, call: Call, input: Any, other: Any) -> bool:
-    return _combine(draft, call, "Div", input, other, 1)
+@row("div divide true_divide truediv", "x other")
+def _div(draft: Draft, call: Call, x: Any, other: Any) -> bool:
+    return _combine(draft, call, "Div", x, other, 1)
 
 
-@row("rtruediv", "other input")
-def _rtruediv(draft: Draft, call: Call, input: Any, other: Any) -> bool:
-    return _combine(draft, call, "Div", input, other, 1)
+@row("rtruediv", "other x")
+def _rtruediv(draft: Draft, call: Call, x: Any, other: Any) -> bool:
+    return _combine(draft, call, "Div", x, other, 1)
 
 
-@row("neg negative", "input")
-def _neg(draft: Draft, call: Call, input: Value) -> bool:
-    return _combine(draft, call, "Mul", input, -1.0, 1)
+@row("neg negative", "x")
+def _neg(draft: Draft, call: Call, x: Value) -> bool:
+    return _combine(draft, call, "Mul", x, -1.0, 1)
 
 
-@row("addcmul", "input tensor1 tensor2 value=1")
-def _addcmul(draft: Draft, call: Call, input: Any, tensor1: Any, tensor2: Any, value: Any) -> bool:
-    x, factor = (tensor1, tensor2) if _computed(tensor1) else (tensor2, tensor1)
-    if not _computed(x) or _computed(factor) or _computed(input) or not _floating(x, call.made[0]):
+@row("addcmul", "x tensor1 tensor2 value=1")
+def _addcmul(draft: Draft, call: Call, x: Any, tensor1: Any, tensor2: Any, value: Any) -> bool:
+    factor, other = (tensor1, tensor2) if _computed(tensor1) else (tensor2, tensor1)
+    if not _computed(factor) or _computed(other) or _computed(x) or not _floating(factor, call.made[0]):
         return False
-    scale, shift = draft.array(factor), draft.array(input)
-    return scale is not None and shift is not None and _affine(draft, call, x, scale * value, shift)
+    scale, shift = draft.array(other), draft.array(x)
+    return scale is not None and shift is not None and _affine(draft, call, factor, scale * value, shift)
 
 
 def _combine(draft: Draft, call: Call, op: str, left: Any, right: Any, alpha: Any) -> bool:
@@ -390,12 +429,16 @@ def _combine_computed(draft: Draft, op: str, left: Value, right: Value, alpha: A
     second: Value | str = right
     if alpha != 1:
         second = draft.between(right.shape)
-        draft.node("Affine", [right], [second], affine=Affine.of(np.full((1,) * right.rank, float(alpha)), 0.0))
+        draft.node(
+            "Affine", [right], [second], affine=Affine.of(np.full((1,) * right.rank, float(alpha)), 0.0)
+        )
     draft.node(op, [left, second], [y])
     return True
 
 
-def _affine_of(op: str, numbers: Array, first: bool, alpha: float) -> tuple[npt.ArrayLike, npt.ArrayLike] | None:
+def _affine_of(
+    op: str, numbers: Array, first: bool, alpha: float
+) -> tuple[npt.ArrayLike, npt.ArrayLike] | None:
     """Scale and shift of `x op alpha c` (where x is first) or `c op alpha x`."""
     with np.errstate(all="ignore"):
         if op == "Mul":
@@ -414,25 +457,32 @@ def _affine(draft: Draft, call: Call, x: Value, scale: npt.ArrayLike, shift: npt
         return False
     shape = (1,) * (x.rank - rank) + affine.scale.shape
     affine = Affine(affine.scale.reshape(shape), affine.shift.reshape(shape)).collapse()
-    draft.node("Identity" if affine.is_identity else "Affine", [x], [y], affine=None if affine.is_identity else affine)
+    draft.node(
+        "Identity" if affine.is_identity else "Affine",
+        [x],
+        [y],
+        affine=None if affine.is_identity else affine,
+    )
     return True
 
 
 # ---------------------------------------------------------------- what changes nothing, or only the type
 
 
-_SETTINGS = "input *rest=() dtype=None device=None non_blocking=False copy=False memory_format=None"
+_SETTINGS = "x *rest=() dtype=None device=None non_blocking=False copy=False memory_format=None"
 
 
-@row("contiguous clone detach positive resolve_conj resolve_neg alias requires_grad_ cpu cuda data", _SETTINGS)
-def _identity(draft: Draft, call: Call, input: Value, **settings: Any) -> bool:
-    draft.node("Identity", [input], call.made[:1])
-    return _computed(input)
+@row(
+    "contiguous clone detach positive resolve_conj resolve_neg alias requires_grad_ cpu cuda data", _SETTINGS
+)
+def _identity(draft: Draft, call: Call, x: Value, **settings: Any) -> bool:
+    draft.node("Identity", [x], call.made[:1])
+    return _computed(x)
 
 
 @row("to type type_as float double half bfloat16", _SETTINGS)
-def _cast(draft: Draft, call: Call, input: Value, **settings: Any) -> bool:
-    x, y = input, call.made[0]
+def _cast(draft: Draft, call: Call, x: Value, **settings: Any) -> bool:
+    y = call.made[0]
     if not _computed(x) or not _floating(x, y):
         return False
     if x.dtype == y.dtype:
@@ -441,45 +491,48 @@ def _cast(draft: Draft, call: Call, input: Value, **settings: Any) -> bool:
     return True
 
 
-@row("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout", "input p=0.5 training=True inplace=False")
-def _dropout(draft: Draft, call: Call, input: Value, p: Any, training: Any, inplace: Any) -> bool:
-    if not _computed(input) or (training and p != 0):
+@row(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout",
+    "x p=0.5 training=True inplace=False",
+)
+def _dropout(draft: Draft, call: Call, x: Value, p: Any, training: Any, inplace: Any) -> bool:
+    if not _computed(x) or (training and p != 0):
         return False
-    draft.node("Dropout", [input], call.made[:1])
+    draft.node("Dropout", [x], call.made[:1])
     return True
 
 
 # ---------------------------------------------------------------- data movement
 
 
-@row("reshape view", "input *shape")
-def _reshape(draft: Draft, call: Call, input: Value, shape: Any) -> bool:
-    return call.made[0].dtype == input.dtype and _move(draft, call, input)
+@row("reshape view", "x *shape")
+def _reshape(draft: Draft, call: Call, x: Value, shape: Any) -> bool:
+    return call.made[0].dtype == x.dtype and _move(draft, call, x)
 
 
-@row("view_as reshape_as", "input other")
-def _reshape_as(draft: Draft, call: Call, input: Value, other: Any) -> bool:
-    return _move(draft, call, input)
+@row("view_as reshape_as", "x other")
+def _reshape_as(draft: Draft, call: Call, x: Value, other: Any) -> bool:
+    return _move(draft, call, x)
 
 
-@row("flatten", "input start_dim=0 end_dim=-1")
-def _flatten(draft: Draft, call: Call, input: Value, start_dim: Any, end_dim: Any) -> bool:
-    return _move(draft, call, input)
+@row("flatten", "x start_dim=0 end_dim=-1")
+def _flatten(draft: Draft, call: Call, x: Value, start_dim: Any, end_dim: Any) -> bool:
+    return _move(draft, call, x)
 
 
-@row("squeeze", "input *dim=()")
-def _squeeze(draft: Draft, call: Call, input: Value, dim: Any) -> bool:
-    return _move(draft, call, input)
+@row("squeeze", "x *dim=()")
+def _squeeze(draft: Draft, call: Call, x: Value, dim: Any) -> bool:
+    return _move(draft, call, x)
 
 
-@row("unsqueeze", "input dim")
-def _unsqueeze(draft: Draft, call: Call, input: Value, dim: Any) -> bool:
-    return _move(draft, call, input)
+@row("unsqueeze", "x dim")
+def _unsqueeze(draft: Draft, call: Call, x: Value, dim: Any) -> bool:
+    return _move(draft, call, x)
 
 
-@row("unflatten", "input dim sizes")
-def _unflatten(draft: Draft, call: Call, input: Value, dim: Any, sizes: Any) -> bool:
-    return _move(draft, call, input)
+@row("unflatten", "x dim sizes")
+def _unflatten(draft: Draft, call: Call, x: Value, dim: Any, sizes: Any) -> bool:
+    return _move(draft, call, x)
 
 
 def _move(draft: Draft, call: Call, x: Value) -> bool:
@@ -488,33 +541,33 @@ def _move(draft: Draft, call: Call, x: Value) -> bool:
     return _computed(x)
 
 
-@row("permute", "input *dims")
-def _permute(draft: Draft, call: Call, input: Value, dims: Any) -> bool:
-    return _transpose_to(draft, call, input, [_axis(d, input.rank) for d in dims])
+@row("permute", "x *dims")
+def _permute(draft: Draft, call: Call, x: Value, dims: Any) -> bool:
+    return _transpose_to(draft, call, x, [_axis(d, x.rank) for d in dims])
 
 
-@row("transpose swapaxes swapdims", "input dim0 dim1")
-def _transpose(draft: Draft, call: Call, input: Value, dim0: int, dim1: int) -> bool:
-    perm = list(range(input.rank))
-    a, b = _axis(dim0, input.rank), _axis(dim1, input.rank)
+@row("transpose swapaxes swapdims", "x dim0 dim1")
+def _transpose(draft: Draft, call: Call, x: Value, dim0: int, dim1: int) -> bool:
+    perm = list(range(x.rank))
+    a, b = _axis(dim0, x.rank), _axis(dim1, x.rank)
     perm[a], perm[b] = b, a
-    return _transpose_to(draft, call, input, perm)
+    return _transpose_to(draft, call, x, perm)
 
 
-@row("t T", "input")
-def _reverse(draft: Draft, call: Call, input: Value) -> bool:
-    return _transpose_to(draft, call, input, list(range(input.rank))[::-1])
+@row("t T", "x")
+def _reverse(draft: Draft, call: Call, x: Value) -> bool:
+    return _transpose_to(draft, call, x, list(range(x.rank))[::-1])
 
 
-@row("mT", "input")
-def _matrix_transpose(draft: Draft, call: Call, input: Value) -> bool:
-    return _transpose(draft, call, input, -1, -2)
+@row("mT", "x")
+def _matrix_transpose(draft: Draft, call: Call, x: Value) -> bool:
+    return _transpose(draft, call, x, -1, -2)
 
 
-@row("movedim moveaxis", "input source destination")
-def _movedim(draft: Draft, call: Call, input: Value, source: Any, destination: Any) -> bool:
-    marked = np.lib.stride_tricks.as_strided(np.zeros(1), range(input.rank), [0] * input.rank)
-    return _transpose_to(draft, call, input, list(np.moveaxis(marked, source, destination).shape))
+@row("movedim moveaxis", "x source destination")
+def _movedim(draft: Draft, call: Call, x: Value, source: Any, destination: Any) -> bool:
+    marked = np.lib.stride_tricks.as_strided(np.zeros(1), range(x.rank), [0] * x.rank)
+    return _transpose_to(draft, call, x, list(np.moveaxis(marked, source, destination).shape))
 
 
 def _transpose_to(draft: Draft, call: Call, x: Value, perm: list[int]) -> bool:
@@ -523,19 +576,19 @@ def _transpose_to(draft: Draft, call: Call, x: Value, perm: list[int]) -> bool:
     return _computed(x)
 
 
-@row("expand", "input *sizes implicit=False")
-def _expand(draft: Draft, call: Call, input: Value, sizes: Any, implicit: Any) -> bool:
-    return _stretch(draft, call, input)
+@row("expand", "x *sizes implicit=False")
+def _expand(draft: Draft, call: Call, x: Value, sizes: Any, implicit: Any) -> bool:
+    return _stretch(draft, call, x)
 
 
-@row("broadcast_to", "input size")
-def _broadcast_to(draft: Draft, call: Call, input: Value, size: Any) -> bool:
-    return _stretch(draft, call, input)
+@row("broadcast_to", "x size")
+def _broadcast_to(draft: Draft, call: Call, x: Value, size: Any) -> bool:
+    return _stretch(draft, call, x)
 
 
-@row("expand_as", "input other")
-def _expand_as(draft: Draft, call: Call, input: Value, other: Any) -> bool:
-    return _stretch(draft, call, input)
+@row("expand_as", "x other")
+def _expand_as(draft: Draft, call: Call, x: Value, other: Any) -> bool:
+    return _stretch(draft, call, x)
 
 
 def _stretch(draft: Draft, call: Call, x: Value) -> bool:
@@ -544,15 +597,15 @@ def _stretch(draft: Draft, call: Call, x: Value) -> bool:
     return _computed(x)
 
 
-@row("repeat tile", "input *repeats")
-def _repeat(draft: Draft, call: Call, input: Value, repeats: Any) -> bool:
-    if not _computed(input) or not _plain(repeats):
+@row("repeat tile", "x *repeats")
+def _repeat(draft: Draft, call: Call, x: Value, repeats: Any) -> bool:
+    if not _computed(x) or not _plain(repeats):
         return False
-    source: Value | str = input
-    rank = max(input.rank, len(repeats))
-    if rank > input.rank:
-        source = draft.between((1,) * (rank - input.rank) + input.shape)
-        draft.node("Reshape", [input], [source])
+    source: Value | str = x
+    rank = max(x.rank, len(repeats))
+    if rank > x.rank:
+        source = draft.between((1,) * (rank - x.rank) + x.shape)
+        draft.node("Reshape", [x], [source])
     draft.node("Tile", [source], call.made[:1], repeats=(1,) * (rank - len(repeats)) + tuple(repeats))
     return True
 
@@ -579,9 +632,9 @@ def _stack(draft: Draft, call: Call, tensors: Any, dim: int) -> bool:
     return True
 
 
-@row("chunk tensor_split unsafe_chunk", "input chunks dim=0")
-def _chunk(draft: Draft, call: Call, input: Value, chunks: Any, dim: int) -> bool:
-    return _cut(draft, call, input, dim)
+@row("chunk tensor_split unsafe_chunk", "x chunks dim=0")
+def _chunk(draft: Draft, call: Call, x: Value, chunks: Any, dim: int) -> bool:
+    return _cut(draft, call, x, dim)
 
 
 @row("split split_with_sizes unsafe_split", "tensor split_size_or_sections dim=0")
@@ -596,44 +649,49 @@ def _cut(draft: Draft, call: Call, x: Value, dim: int) -> bool:
     return _computed(x)
 
 
-@row("unbind", "input dim=0")
-def _unbind(draft: Draft, call: Call, input: Value, dim: int) -> bool:
-    if not _computed(input):
+@row("unbind", "x dim=0")
+def _unbind(draft: Draft, call: Call, x: Value, dim: int) -> bool:
+    if not _computed(x):
         return False
-    axis = _axis(dim, input.rank)
-    shape = tuple(1 if place == axis else size for place, size in enumerate(input.shape))
+    axis = _axis(dim, x.rank)
+    shape = tuple(1 if place == axis else size for place, size in enumerate(x.shape))
     pieces = [draft.between(shape) for _ in call.made]
-    draft.node("Split", [input], pieces, axis=axis, sizes=(1,) * len(pieces))
+    draft.node("Split", [x], pieces, axis=axis, sizes=(1,) * len(pieces))
     for piece, value in zip(pieces, call.made, strict=True):
         draft.node("Squeeze", [piece], [value])
     return True
 
 
-@row("slice", "input dim=0 start=None end=None step=1")
-def _slice(draft: Draft, call: Call, input: Value, dim: int, start: Any, end: Any, step: Any) -> bool:
-    if not _computed(input) or not _plain((start, end, step)):
+@row("slice", "x dim=0 start=None end=None step=1")
+def _slice(draft: Draft, call: Call, x: Value, dim: int, start: Any, end: Any, step: Any) -> bool:
+    if not _computed(x) or not _plain((start, end, step)):
         return False
-    return _take(draft, input, call.made[0], {_axis(dim, input.rank): slice(start, end, step)})
+    return _take(draft, x, call.made[0], {_axis(dim, x.rank): slice(start, end, step)})
 
 
-@row("narrow", "input dim start length")
-def _narrow(draft: Draft, call: Call, input: Value, dim: int, start: Any, length: Any) -> bool:
-    if not _computed(input) or not _plain((start, length)):
+@row("narrow", "x dim start length")
+def _narrow(draft: Draft, call: Call, x: Value, dim: int, start: Any, length: Any) -> bool:
+    if not _computed(x) or not _plain((start, length)):
         return False
-    axis = _axis(dim, input.rank)
-    start = _axis(start, input.shape[axis])
-    return _take(draft, input, call.made[0], {axis: slice(start, start + length)})
+    axis = _axis(dim, x.rank)
+    start = _axis(start, x.shape[axis])
+    return _take(draft, x, call.made[0], {axis: slice(start, start + length)})
 
 
-@row("flip", "input *dims")
-def _flip(draft: Draft, call: Call, input: Value, dims: Any) -> bool:
-    if not _computed(input):
+@row("flip", "x *dims")
+def _flip(draft: Draft, call: Call, x: Value, dims: Any) -> bool:
+    if not _computed(x):
         return False
-    return _take(draft, input, call.made[0], {axis: slice(None, None, -1) for axis in _axes(dims, input.rank)})
+    return _take(draft, x, call.made[0], {axis: slice(None, None, -1) for axis in _axes(dims, x.rank)})
 
 
 def _take(draft: Draft, x: Value, y: Value | str, cuts: dict[int, slice]) -> bool:
-    draft.node("Slice", [x], [y], slices=tuple(_settled(cuts.get(a, slice(None)), size) for a, size in enumerate(x.shape)))
+    draft.node(
+        "Slice",
+        [x],
+        [y],
+        slices=tuple(_settled(cuts.get(a, slice(None)), size) for a, size in enumerate(x.shape)),
+    )
     return True
 
 
@@ -647,22 +705,26 @@ def _settled(cut: slice, size: int) -> slice:
     return slice(start, max(start, stop), step)
 
 
-@row("select", "input dim index")
-def _select(draft: Draft, call: Call, input: Value, dim: int, index: Any) -> bool:
-    if not _computed(input) or not _plain(index):
+@row("select", "x dim index")
+def _select(draft: Draft, call: Call, x: Value, dim: int, index: Any) -> bool:
+    if not _computed(x) or not _plain(index):
         return False
-    axis = _axis(dim, input.rank)
-    draft.node("Gather", [input], call.made[:1], axis=axis, indices=np.asarray(_axis(index, input.shape[axis])))
+    axis = _axis(dim, x.rank)
+    draft.node("Gather", [x], call.made[:1], axis=axis, indices=np.asarray(_axis(index, x.shape[axis])))
     return True
 
 
-@row("index_select", "input dim index")
-def _index_select(draft: Draft, call: Call, input: Value, dim: int, index: Any) -> bool:
-    return _gather(draft, input, call.made[0], _axis(dim, input.rank), index)
+@row("index_select", "x dim index")
+def _index_select(draft: Draft, call: Call, x: Value, dim: int, index: Any) -> bool:
+    return _gather(draft, x, call.made[0], _axis(dim, x.rank), index)
 
 
-def _gather(draft: Draft, x: Value, y: Value, axis: int, index: Any, cuts: dict[int, slice] | None = None) -> bool:
-    numbers = np.asarray(index) if isinstance(index, tuple) else None if _computed(index) else draft.array(index)
+def _gather(
+    draft: Draft, x: Value, y: Value, axis: int, index: Any, cuts: dict[int, slice] | None = None
+) -> bool:
+    numbers = (
+        np.asarray(index) if isinstance(index, tuple) else None if _computed(index) else draft.array(index)
+    )
     if not _computed(x) or numbers is None or numbers.ndim != 1:
         return False
     target: Value | str = y
@@ -671,38 +733,45 @@ def _gather(draft: Draft, x: Value, y: Value, axis: int, index: Any, cuts: dict[
     if rest:
         target = draft.between(shape)
     places = numbers.astype(np.int64)
-    draft.node("Gather", [x], [target], axis=axis, indices=np.where(places < 0, places + x.shape[axis], places))
+    draft.node(
+        "Gather", [x], [target], axis=axis, indices=np.where(places < 0, places + x.shape[axis], places)
+    )
     if rest:
-        draft.node("Slice", [target], [y], slices=tuple(_settled(rest.get(a, slice(None)), n) for a, n in enumerate(shape)))
+        draft.node(
+            "Slice",
+            [target],
+            [y],
+            slices=tuple(_settled(rest.get(a, slice(None)), n) for a, n in enumerate(shape)),
+        )
     return True
 
 
-@row("roll", "input shifts dims=None")
-def _roll(draft: Draft, call: Call, input: Value, shifts: Any, dims: Any) -> bool:
-    if not _computed(input) or dims is None or not _plain((shifts, dims)):
+@row("roll", "x shifts dims=None")
+def _roll(draft: Draft, call: Call, x: Value, shifts: Any, dims: Any) -> bool:
+    if not _computed(x) or dims is None or not _plain((shifts, dims)):
         return False
     shifts, dims = _tuple(shifts, 1), _tuple(dims, 1)
-    source: Value | str = input
+    source: Value | str = x
     for place, (shift, dim) in enumerate(zip(shifts, dims, strict=True)):
-        axis = _axis(dim, input.rank)
-        target = call.made[0] if place == len(dims) - 1 else draft.between(input.shape)
-        indices = np.roll(np.arange(input.shape[axis]), shift)
+        axis = _axis(dim, x.rank)
+        target = call.made[0] if place == len(dims) - 1 else draft.between(x.shape)
+        indices = np.roll(np.arange(x.shape[axis]), shift)
         draft.node("Gather", [source], [target], axis=axis, indices=indices)
         source = target
     return True
 
 
-@row("getitem", "input index")
-def _getitem(draft: Draft, call: Call, input: Value, index: Any) -> bool:
-    if not _computed(input):
+@row("getitem", "x index")
+def _getitem(draft: Draft, call: Call, x: Value, index: Any) -> bool:
+    if not _computed(x):
         return False
     parts = list(index) if isinstance(index, tuple) and not isinstance(index, Listed) else [index]
     arrays = [part for part in parts if isinstance(part, Value | tuple)]
     if len(arrays) == 1:
-        return _getitem_array(draft, call, input, parts)
+        return _getitem_array(draft, call, x, parts)
     if not all(part is None or part is Ellipsis or _is_cut(part) for part in parts):
         return False
-    return _getitem_basic(draft, input, call.made[0], parts)
+    return _getitem_basic(draft, x, call.made[0], parts)
 
 
 def _is_cut(part: Any) -> bool:
@@ -715,7 +784,9 @@ def _getitem_array(draft: Draft, call: Call, x: Value, parts: list[Any]) -> bool
     """`x[:, indices]`, with nothing else that selects."""
     place = next(i for i, part in enumerate(parts) if isinstance(part, Value | tuple))
     index = parts[place]
-    if isinstance(index, Value) and (index.dtype.is_floating_point or index.dtype in (torch.bool, torch.uint8)):
+    if isinstance(index, Value) and (
+        index.dtype.is_floating_point or index.dtype in (torch.bool, torch.uint8)
+    ):
         return False
     if isinstance(index, tuple) and not all(type(part) is int for part in index):
         return False
@@ -760,28 +831,28 @@ def _getitem_basic(draft: Draft, x: Value, y: Value, parts: list[Any]) -> bool:
     return True
 
 
-@row("pixel_shuffle", "input upscale_factor")
-def _pixel_shuffle(draft: Draft, call: Call, input: Value, upscale_factor: int) -> bool:
-    if _computed(input) and input.rank == 4:
-        draft.node("DepthToSpace", [input], call.made[:1], blocksize=upscale_factor, mode="CRD")
+@row("pixel_shuffle", "x upscale_factor")
+def _pixel_shuffle(draft: Draft, call: Call, x: Value, upscale_factor: int) -> bool:
+    if _computed(x) and x.rank == 4:
+        draft.node("DepthToSpace", [x], call.made[:1], blocksize=upscale_factor, mode="CRD")
         return True
     return False
 
 
-@row("pixel_unshuffle", "input downscale_factor")
-def _pixel_unshuffle(draft: Draft, call: Call, input: Value, downscale_factor: int) -> bool:
-    if _computed(input) and input.rank == 4:
-        draft.node("SpaceToDepth", [input], call.made[:1], blocksize=downscale_factor, mode="CRD")
+@row("pixel_unshuffle", "x downscale_factor")
+def _pixel_unshuffle(draft: Draft, call: Call, x: Value, downscale_factor: int) -> bool:
+    if _computed(x) and x.rank == 4:
+        draft.node("SpaceToDepth", [x], call.made[:1], blocksize=downscale_factor, mode="CRD")
         return True
     return False
 
 
-@row("channel_shuffle native_channel_shuffle", "input groups")
-def _channel_shuffle(draft: Draft, call: Call, input: Value, groups: int) -> bool:
-    if not _computed(input) or input.rank < 3:
+@row("channel_shuffle native_channel_shuffle", "x groups")
+def _channel_shuffle(draft: Draft, call: Call, x: Value, groups: int) -> bool:
+    if not _computed(x) or x.rank < 3:
         return False
-    channels = np.arange(input.shape[1]).reshape(groups, -1).T.ravel()
-    draft.node("Gather", [input], call.made[:1], axis=1, indices=channels)
+    channels = np.arange(x.shape[1]).reshape(groups, -1).T.ravel()
+    draft.node("Gather", [x], call.made[:1], axis=1, indices=channels)
     return True
 
 
@@ -792,17 +863,27 @@ def _spatial(x: Value, count: int) -> tuple[int, ...]:
     return tuple(range(x.rank - count, x.rank))
 
 
-_AVERAGES = "input kernel_size stride=None padding=0 ceil_mode=False count_include_pad=True divisor_override=None"
+_AVERAGES = "x kernel_size stride=None padding=0 ceil_mode=False count_include_pad=True divisor_override=None"
 
 
 @row("avg_pool2d avg_pool3d", _AVERAGES)
-def _avg_pool(draft: Draft, call: Call, input: Value, padding: Any, count_include_pad: Any, divisor_override: Any, **rest: Any) -> bool:
-    return _average(draft, call, input, padding, count_include_pad, divisor_override)
+def _avg_pool(
+    draft: Draft,
+    call: Call,
+    x: Value,
+    padding: Any,
+    count_include_pad: Any,
+    divisor_override: Any,
+    **rest: Any,
+) -> bool:
+    return _average(draft, call, x, padding, count_include_pad, divisor_override)
 
 
 @row("avg_pool1d", _AVERAGES.rsplit(" ", 1)[0])
-def _avg_pool1d(draft: Draft, call: Call, input: Value, padding: Any, count_include_pad: Any, **rest: Any) -> bool:
-    return _average(draft, call, input, padding, count_include_pad, None)
+def _avg_pool1d(
+    draft: Draft, call: Call, x: Value, padding: Any, count_include_pad: Any, **rest: Any
+) -> bool:
+    return _average(draft, call, x, padding, count_include_pad, None)
 
 
 def _average(draft: Draft, call: Call, x: Value, padding: Any, counted: Any, divisor: Any) -> bool:
@@ -814,22 +895,22 @@ def _average(draft: Draft, call: Call, x: Value, padding: Any, counted: Any, div
     return _computed(x)
 
 
-@row("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", "input output_size")
-def _adaptive(draft: Draft, call: Call, input: Value, output_size: Any) -> bool:
-    return _average(draft, call, input, 0, False, None)
+@row("adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d", "x output_size")
+def _adaptive(draft: Draft, call: Call, x: Value, output_size: Any) -> bool:
+    return _average(draft, call, x, 0, False, None)
 
 
-_MAXIMA = "input kernel_size stride=None padding=0 dilation=1 ceil_mode=False return_indices=False"
+_MAXIMA = "x kernel_size stride=None padding=0 dilation=1 ceil_mode=False return_indices=False"
 
 
 @row("max_pool1d max_pool2d max_pool3d", _MAXIMA)
-def _max_pool(draft: Draft, call: Call, input: Value, return_indices: Any, **rest: Any) -> bool:
-    return not return_indices and _maximum(draft, call, input)
+def _max_pool(draft: Draft, call: Call, x: Value, return_indices: Any, **rest: Any) -> bool:
+    return not return_indices and _maximum(draft, call, x)
 
 
-@row("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", "input output_size return_indices=False")
-def _adaptive_max(draft: Draft, call: Call, input: Value, output_size: Any, return_indices: Any) -> bool:
-    return not return_indices and _maximum(draft, call, input)
+@row("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d", "x output_size return_indices=False")
+def _adaptive_max(draft: Draft, call: Call, x: Value, output_size: Any, return_indices: Any) -> bool:
+    return not return_indices and _maximum(draft, call, x)
 
 
 def _maximum(draft: Draft, call: Call, x: Value) -> bool:
@@ -840,28 +921,28 @@ def _maximum(draft: Draft, call: Call, x: Value) -> bool:
     return True
 
 
-@row("mean", "input dim=None keepdim=False dtype=None")
-def _mean(draft: Draft, call: Call, input: Value, dim: Any, keepdim: Any, dtype: Any) -> bool:
-    return _reduce(draft, call, input, "ReduceMean", dim, keepdim)
+@row("mean", "x dim=None keepdim=False dtype=None")
+def _mean(draft: Draft, call: Call, x: Value, dim: Any, keepdim: Any, dtype: Any) -> bool:
+    return _reduce(draft, call, x, "ReduceMean", dim, keepdim)
 
 
-@row("sum", "input dim=None keepdim=False dtype=None")
-def _sum(draft: Draft, call: Call, input: Value, dim: Any, keepdim: Any, dtype: Any) -> bool:
-    return _reduce(draft, call, input, "ReduceSum", dim, keepdim)
+@row("sum", "x dim=None keepdim=False dtype=None")
+def _sum(draft: Draft, call: Call, x: Value, dim: Any, keepdim: Any, dtype: Any) -> bool:
+    return _reduce(draft, call, x, "ReduceSum", dim, keepdim)
 
 
-@row("amax", "input dim=() keepdim=False")
-def _amax(draft: Draft, call: Call, input: Value, dim: Any, keepdim: Any) -> bool:
-    return _reduce(draft, call, input, "ReduceMax", dim, keepdim)
+@row("amax", "x dim=() keepdim=False")
+def _amax(draft: Draft, call: Call, x: Value, dim: Any, keepdim: Any) -> bool:
+    return _reduce(draft, call, x, "ReduceMax", dim, keepdim)
 
 
-@row("max", "input dim keepdim=False")
-def _max(draft: Draft, call: Call, input: Value, dim: Any, keepdim: Any) -> bool:
-    if not _computed(input) or not _plain(dim) or len(call.made) != 2:
+@row("max", "x dim keepdim=False")
+def _max(draft: Draft, call: Call, x: Value, dim: Any, keepdim: Any) -> bool:
+    if not _computed(x) or not _plain(dim) or len(call.made) != 2:
         return False
-    axes = _axes(dim, input.rank)
-    draft.node("ReduceMax", [input], call.made[:1], axes=axes, keepdims=bool(keepdim))
-    draft.node("ArgMax", [input], call.made[1:])
+    axes = _axes(dim, x.rank)
+    draft.node("ReduceMax", [x], call.made[:1], axes=axes, keepdims=bool(keepdim))
+    draft.node("ArgMax", [x], call.made[1:])
     return True
 
 
@@ -873,29 +954,29 @@ def _reduce(draft: Draft, call: Call, x: Value, op: str, dim: Any, keepdim: Any)
     return True
 
 
-@row("relu", "input inplace=False")
-def _relu(draft: Draft, call: Call, input: Value, inplace: Any) -> bool:
-    return _activate(draft, call, input, "Relu")
+@row("relu", "x inplace=False")
+def _relu(draft: Draft, call: Call, x: Value, inplace: Any) -> bool:
+    return _activate(draft, call, x, "Relu")
 
 
-@row("leaky_relu", "input negative_slope=0.01 inplace=False")
-def _leaky_relu(draft: Draft, call: Call, input: Value, negative_slope: Any, inplace: Any) -> bool:
-    return _activate(draft, call, input, "LeakyRelu")
+@row("leaky_relu", "x negative_slope=0.01 inplace=False")
+def _leaky_relu(draft: Draft, call: Call, x: Value, negative_slope: Any, inplace: Any) -> bool:
+    return _activate(draft, call, x, "LeakyRelu")
 
 
-@row("rrelu", "input lower=0.125 upper=0.3333333333333333 training=False inplace=False")
-def _rrelu(draft: Draft, call: Call, input: Value, training: Any, **rest: Any) -> bool:
-    return not training and _activate(draft, call, input, "LeakyRelu")
+@row("rrelu", "x lower=0.125 upper=0.3333333333333333 training=False inplace=False")
+def _rrelu(draft: Draft, call: Call, x: Value, training: Any, **rest: Any) -> bool:
+    return not training and _activate(draft, call, x, "LeakyRelu")
 
 
-@row("prelu", "input weight")
-def _prelu(draft: Draft, call: Call, input: Value, weight: Value) -> bool:
-    return not weight.data and _activate(draft, call, input, "PRelu")
+@row("prelu", "x weight")
+def _prelu(draft: Draft, call: Call, x: Value, weight: Value) -> bool:
+    return not weight.data and _activate(draft, call, x, "PRelu")
 
 
-@row("abs absolute", "input")
-def _abs(draft: Draft, call: Call, input: Value) -> bool:
-    return _activate(draft, call, input, "Abs")
+@row("abs absolute", "x")
+def _abs(draft: Draft, call: Call, x: Value) -> bool:
+    return _activate(draft, call, x, "Abs")
 
 
 def _activate(draft: Draft, call: Call, x: Value, op: str) -> bool:
@@ -907,34 +988,34 @@ def _activate(draft: Draft, call: Call, x: Value, op: str) -> bool:
 
 @row(
     "interpolate upsample upsample_nearest upsample_bilinear",
-    "input size=None scale_factor=None mode='nearest' align_corners=None recompute_scale_factor=None antialias=False",
+    "x size=None scale_factor=None mode='nearest' align_corners=None recompute_scale_factor=None antialias=False",
 )
-def _resize(draft: Draft, call: Call, input: Value, **rest: Any) -> bool:
-    if not _computed(input) or not _floating(input):
+def _resize(draft: Draft, call: Call, x: Value, **rest: Any) -> bool:
+    if not _computed(x) or not _floating(x):
         return False
-    draft.node("Resize", [input], call.made[:1], axes=tuple(range(2, input.rank)), partial="")
+    draft.node("Resize", [x], call.made[:1], axes=tuple(range(2, x.rank)), partial="")
     return True
 
 
 _UPSAMPLE = "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d"
 
 
-@row(f"{_UPSAMPLE} upsample_trilinear3d upsample_bicubic2d", "input *rest=()")
-def _upsample(draft: Draft, call: Call, input: Value, **rest: Any) -> bool:
-    return _resize(draft, call, input)
+@row(f"{_UPSAMPLE} upsample_trilinear3d upsample_bicubic2d", "x *rest=()")
+def _upsample(draft: Draft, call: Call, x: Value, **rest: Any) -> bool:
+    return _resize(draft, call, x)
 
 
-@row("pad", "input pad mode='constant' value=None")
-def _pad(draft: Draft, call: Call, input: Value, pad: Any, mode: str, value: Any) -> bool:
-    if not _computed(input) or not _plain(pad) or not _plain(value):
+@row("pad", "x pad mode='constant' value=None")
+def _pad(draft: Draft, call: Call, x: Value, pad: Any, mode: str, value: Any) -> bool:
+    if not _computed(x) or not _plain(pad) or not _plain(value):
         return False
-    pairs = {input.rank - 1 - i: pad[2 * i : 2 * i + 2] for i in range(len(pad) // 2)}
+    pairs = {x.rank - 1 - i: pad[2 * i : 2 * i + 2] for i in range(len(pad) // 2)}
     axes = tuple(sorted(axis for axis, pair in pairs.items() if any(pair)))
     if all(amount <= 0 for amount in pad):
-        cuts = {axis: slice(-a, input.shape[axis] + b) for axis, (a, b) in pairs.items() if a or b}
-        return _take(draft, input, call.made[0], cuts)
+        cuts = {axis: slice(-a, x.shape[axis] + b) for axis, (a, b) in pairs.items() if a or b}
+        return _take(draft, x, call.made[0], cuts)
     if mode == "constant" and value:
         return False
     partial = "it pads with zeros" if mode == "constant" else ""
-    draft.node("Pad", [input], call.made[:1], axes=axes, partial=partial)
+    draft.node("Pad", [x], call.made[:1], axes=axes, partial=partial)
     return True

@@ -53,8 +53,8 @@ def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
         if not isinstance(module, torch.jit.ScriptModule):
             for _, tensor in leaves(vars(module)):
                 if nn.parameter.is_lazy(tensor):
-                    fresh = type(tensor)(tensor.requires_grad, tensor.device, tensor.dtype)  # type: ignore[call-arg]
-                    memo.setdefault(id(tensor), fresh)
+                    make: Any = type(tensor)
+                    memo.setdefault(id(tensor), make(tensor.requires_grad, tensor.device, tensor.dtype))
                 elif not tensor.is_leaf:
                     memo.setdefault(id(tensor), tensor.detach().clone())
     return copy.deepcopy(model, memo)
@@ -91,11 +91,16 @@ def _edit(model: nn.Module, reading: Reading, journey: Journey) -> list[Tensor]:
     done: set[str] = set()
     for node in reading.graph.nodes:
         new = after.get(node.name)
-        if node.name in reading.norms and node.place not in done:
-            if new is None or new.op != node.op or new.affine is not node.affine:
-                made += _edit_norm(model, reading.norms[node.name], new)
-                done.add(node.place)
-        if new is not None and node.linear is not None and new.linear is not None and new.linear is not node.linear:
+        kept = new is not None and new.op == node.op and new.affine is node.affine
+        if node.name in reading.norms and node.place not in done and not kept:
+            made += _edit_norm(model, reading.norms[node.name], new)
+            done.add(node.place)
+        if (
+            new is not None
+            and node.linear is not None
+            and new.linear is not None
+            and new.linear is not node.linear
+        ):
             place = reading.linears[node.name]
             if place.weight.name not in done:
                 made += _edit_linear(model, place, new)
@@ -122,18 +127,19 @@ def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tenso
 def _stored(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor | None]:
     """The tensors at the two slots; a computed weight as it is now."""
     module = model.get_submodule(place.weight.module)
-    bias = None if place.bias is None else getattr(model.get_submodule(place.bias.module), place.bias.attribute)
+    bias = (
+        None if place.bias is None else getattr(model.get_submodule(place.bias.module), place.bias.attribute)
+    )
     if place.computed == "parametrization":
-        weight = module.parametrizations["weight"].original if _is_single(module) else module.parametrizations["weight"].original0
+        held: Any = module.parametrizations
+        weight = next(iter(held["weight"].parameters(recurse=False)))
     elif place.computed:
-        weight = next(p for name, p in module._parameters.items() if p is not None and name.startswith("weight_"))
+        weight = next(
+            p for name, p in module._parameters.items() if p is not None and name.startswith("weight_")
+        )
     else:
         weight = getattr(module, place.weight.attribute)
     return weight, bias
-
-
-def _is_single(module: nn.Module) -> bool:
-    return hasattr(module.parametrizations["weight"], "original")  # type: ignore[index]
 
 
 def _numbers(model: nn.Module, place: LinearPlace) -> npt.NDArray[Any]:
@@ -157,17 +163,17 @@ def _compute_weight(module: nn.Module, how: str) -> Tensor:
 
 
 def _run_hook(hook: Any, module: nn.Module) -> Tensor:
-    if hasattr(hook, "apply_mask"):
-        return hook.apply_mask(module)  # type: ignore[no-any-return]
-    if hasattr(hook, "n_power_iterations"):
-        return hook.compute_weight(module, do_power_iteration=False)  # type: ignore[no-any-return]
-    return hook.compute_weight(module)  # type: ignore[no-any-return]
+    options = {"do_power_iteration": False} if hasattr(hook, "n_power_iterations") else {}
+    compute = hook.apply_mask if hasattr(hook, "apply_mask") else hook.compute_weight
+    weight: Tensor = compute(module, **options)
+    return weight
 
 
 def settle_weight(module: nn.Module, how: str) -> None:
     """Make room for a weight that is a parameter. torch's own ways edit what a copy shares with the original."""
     if how == "parametrization":
-        return _remove_parametrization(module)
+        _remove_parametrization(module)
+        return
     hook = next(h for h in module._forward_pre_hooks.values() if computes_weight(h))
     key = next(key for key, h in module._forward_pre_hooks.items() if h is hook)
     del module._forward_pre_hooks[key]
@@ -175,18 +181,23 @@ def settle_weight(module: nn.Module, how: str) -> None:
         delattr(module, name)
     vars(module).pop("weight", None)
     for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-        for mark in [k for k, h in hooks.items() if "SpectralNorm" in type(h).__name__ + repr(getattr(h, "hook", h))]:
+        for mark in [
+            k for k, h in hooks.items() if "SpectralNorm" in type(h).__name__ + repr(getattr(h, "hook", h))
+        ]:
             del hooks[mark]
 
 
 def _remove_parametrization(module: nn.Module) -> None:
     """Take a parametrization off; the class is left alone, since a copy shares it with the original."""
-    left = module._modules["parametrizations"]
-    assert left is not None
-    del left["weight"]  # type: ignore[attr-defined]
+    left: Any = module._modules["parametrizations"]
+    del left["weight"]
     kind = type(module)
-    if len(left):  # type: ignore[arg-type]
-        content = {name: thing for name, thing in vars(kind).items() if name not in ("weight", "__dict__", "__weakref__")}
+    if len(left):
+        content = {
+            name: thing
+            for name, thing in vars(kind).items()
+            if name not in ("weight", "__dict__", "__weakref__")
+        }
         module.__class__ = type(kind.__name__, kind.__bases__, content)
     else:
         del module._modules["parametrizations"]
@@ -237,7 +248,7 @@ def _edit_norm(model: nn.Module, place: NormPlace, new: Node | None) -> list[Ten
     left: nn.Module | None = None
     if new is not None:
         assert new.affine is not None
-        if new.is_batchnorm and type(module) in _REWRITABLE and module.affine and module.track_running_stats:
+        if new.is_batchnorm and _is_rewritable(module):
             return _rewrite_norm(module, new.affine)
         left = _leftover(module, place, new.affine, new.attributes.get("form", "muladd"))
     become(module, place, left)
@@ -260,21 +271,23 @@ def become(module: nn.Module, place: NormPlace, left: nn.Module | None) -> None:
 _REWRITABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+def _is_rewritable(module: nn.Module) -> bool:
+    numbers_of = ("weight", "bias", "running_mean", "running_var")
+    return type(module) in _REWRITABLE and all(isinstance(getattr(module, n), Tensor) for n in numbers_of)
+
+
 def _rewrite_norm(module: nn.Module, affine: Affine) -> list[Tensor]:
     """Give a BatchNorm that absorbed another affine the numbers of both: mean 0, variance 1, no eps."""
-    channels = module.num_features
-    made = []
+    norm: Any = module
+    made: list[Tensor] = []
     for name, values in (("weight", affine.scale), ("bias", affine.shift)):
-        like = module._parameters[name]
-        assert like is not None and isinstance(channels, int)
-        made.append(_put(module, name, np.broadcast_to(values.ravel(), channels), like))
-    for name, value in (("running_mean", 0.0), ("running_var", 1.0)):
-        buffer = module._buffers[name]
-        assert buffer is not None
-        module._buffers[name] = torch.full_like(buffer, value)
-        made.append(module._buffers[name])
-    module.eps = 0.0
-    return made
+        made.append(_put(norm, name, np.broadcast_to(values.ravel(), norm.num_features), getattr(norm, name)))
+    norm.running_mean, norm.running_var = (
+        torch.zeros_like(norm.running_mean),
+        torch.ones_like(norm.running_var),
+    )
+    norm.eps = 0.0
+    return [*made, norm.running_mean, norm.running_var]
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:
@@ -330,5 +343,7 @@ def _is_moderate(node: Node) -> bool:
     assert node.linear is not None
     linear = node.linear
     pairs = [pair for pair in (linear.before, linear.after) if pair is not None]
-    arrays = [array for pair in pairs for array in pair] + ([linear.beside] if linear.beside is not None else [])
+    arrays = [array for pair in pairs for array in pair] + (
+        [linear.beside] if linear.beside is not None else []
+    )
     return all(np.abs(array).max(initial=0.0) < 1e12 for array in arrays)

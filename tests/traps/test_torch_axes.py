@@ -58,7 +58,9 @@ def test_a_view_that_only_works_for_one_example_is_not_trusted():
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_squeeze_and_pool_are_followed_whatever_the_batch(batch):
-    model = chain(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), Call(lambda x: x.flatten(1)), nn.BatchNorm1d(4))
+    model = chain(
+        nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), Call(lambda x: x.flatten(1)), nn.BatchNorm1d(4)
+    )
     check(model, torch.randn(batch, 3, 4, 4), folded=["3"])
 
 
@@ -126,7 +128,9 @@ def test_a_border_of_another_constant_lets_nothing_through():
 
 
 def test_unpadded_convolution_takes_everything():
-    check(chain(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding="valid")), torch.randn(2, 3, 5, 5), folded=["0"])
+    check(
+        chain(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding="valid")), torch.randn(2, 3, 5, 5), folded=["0"]
+    )
 
 
 @pytest.mark.parametrize("counted", [True, False])
@@ -137,7 +141,11 @@ def test_an_average_that_counts_padding_lets_the_scale_through_alone(counted):
 
 
 def test_an_average_with_its_own_divisor_is_no_average():
-    check(chain(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2, divisor_override=3), nn.BatchNorm2d(4)), torch.randn(2, 3, 6, 6), half=["2"])
+    check(
+        chain(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2, divisor_override=3), nn.BatchNorm2d(4)),
+        torch.randn(2, 3, 6, 6),
+        half=["2"],
+    )
 
 
 def test_convolution_without_a_batch_axis():
@@ -152,13 +160,21 @@ def test_resizing_lets_everything_through(mode):
 
 
 def test_pixel_shuffle_repeats_each_channel():
-    check(chain(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.BatchNorm2d(4)), torch.randn(2, 3, 4, 4), folded=["2"])
+    check(
+        chain(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.BatchNorm2d(4)),
+        torch.randn(2, 3, 4, 4),
+        folded=["2"],
+    )
 
 
 def test_channel_shuffle_is_followed():
     shuffle = Call(lambda x: x.view(x.size(0), 2, 3, *x.shape[2:]).transpose(1, 2).flatten(1, 2))
     check(chain(nn.Conv2d(3, 6, 1), shuffle, nn.BatchNorm2d(6)), torch.randn(2, 3, 4, 4), folded=["2"])
-    check(chain(nn.Conv2d(3, 6, 1), nn.ChannelShuffle(3), nn.BatchNorm2d(6)), torch.randn(2, 3, 4, 4), folded=["2"])
+    check(
+        chain(nn.Conv2d(3, 6, 1), nn.ChannelShuffle(3), nn.BatchNorm2d(6)),
+        torch.randn(2, 3, 4, 4),
+        folded=["2"],
+    )
 
 
 def test_chunks_of_one_conv_that_are_all_normalised():
@@ -192,7 +208,11 @@ def test_matrix_products_by_a_parameter(spelling):
     class Product(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w, self.b, self.bn = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4)), nn.BatchNorm1d(4)
+            self.w, self.b, self.bn = (
+                nn.Parameter(torch.randn(3, 4)),
+                nn.Parameter(torch.randn(4)),
+                nn.BatchNorm1d(4),
+            )
 
         def forward(self, x):
             if spelling == "matmul":

@@ -38,7 +38,9 @@ class FrozenByFunction(FrozenNorm):
     """As in detectron2 without gradients."""
 
     def forward(self, x):
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
 
 
 class HandWritten(nn.Module):
@@ -46,7 +48,10 @@ class HandWritten(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.gain, self.bias = nn.Parameter(torch.rand(1, channels) + 0.5), nn.Parameter(torch.randn(1, channels))
+        self.gain, self.bias = (
+            nn.Parameter(torch.rand(1, channels) + 0.5),
+            nn.Parameter(torch.randn(1, channels)),
+        )
         self.register_buffer("mean_running", torch.randn(1, channels))
         self.register_buffer("std_running", torch.rand(1, channels) + 0.5)
 
@@ -63,7 +68,11 @@ class PlainTensors(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.gamma, self.mean, self.var = torch.rand(channels) + 0.5, torch.randn(channels), torch.rand(channels) + 0.5
+        self.gamma, self.mean, self.var = (
+            torch.rand(channels) + 0.5,
+            torch.randn(channels),
+            torch.rand(channels) + 0.5,
+        )
 
     def forward(self, x):
         return self.gamma * ((x - self.mean) / torch.sqrt(self.var + 1e-5))
@@ -141,7 +150,12 @@ def test_a_layer_scale_is_no_batchnorm_and_lets_one_through():
 
 
 def test_batch_statistics_in_eval_are_not_foldable():
-    check(pair(nn.BatchNorm2d(4, track_running_stats=False)), IMAGES, kept=["1"], because="track_running_stats=False")
+    check(
+        pair(nn.BatchNorm2d(4, track_running_stats=False)),
+        IMAGES,
+        kept=["1"],
+        because="track_running_stats=False",
+    )
 
 
 def test_a_batchnorm_without_a_bias_is_folded():
@@ -274,7 +288,10 @@ class SquashedConv(nn.Conv2d):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("kind", "outcome"), [(SameConv, "folded"), (BiaslessConv, "half"), (DoubledConv, "folded"), (SquashedConv, "kept")])
+@pytest.mark.parametrize(
+    ("kind", "outcome"),
+    [(SameConv, "folded"), (BiaslessConv, "half"), (DoubledConv, "folded"), (SquashedConv, "kept")],
+)
 def test_a_subclass_is_judged_by_what_its_forward_runs(kind, outcome, bias):
     check(pair(nn.BatchNorm2d(4), kind(3, 4, 3, bias=bias)), IMAGES, **{outcome: ["1"]})
 

@@ -47,7 +47,9 @@ def test_every_folded_number_is_within_half_a_unit_in_the_last_place(dtype, bias
     }
     for name, truth in exact.items():
         stored = getattr(after[0], name).detach()
-        spacing = torch.nextafter(stored.abs(), torch.full_like(stored, torch.inf)).double() - stored.abs().double()
+        spacing = (
+            torch.nextafter(stored.abs(), torch.full_like(stored, torch.inf)).double() - stored.abs().double()
+        )
         assert ((stored.double() - truth).abs() <= 0.5000001 * spacing).all()
 
 
@@ -71,7 +73,9 @@ def set_(model, **numbers):
     return model
 
 
-@pytest.mark.parametrize("numbers", [{"weight": 0.0}, {"weight": -2.0}, {"running_var": 0.0}, {"weight": 0.0, "bias": 0.0}])
+@pytest.mark.parametrize(
+    "numbers", [{"weight": 0.0}, {"weight": -2.0}, {"running_var": 0.0}, {"weight": 0.0, "bias": 0.0}]
+)
 def test_odd_but_honest_numbers_are_folded(numbers):
     check(set_(pair(), **numbers), IMAGES, folded=["1"], randomised=True)
 
@@ -118,7 +122,11 @@ def test_two_batchnorms_behind_one_conv():
 
 
 def test_two_batchnorms_before_one_linear():
-    check(nn.Sequential(nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 3)), torch.randn(4, 5), folded=["0", "1"])
+    check(
+        nn.Sequential(nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 3)),
+        torch.randn(4, 5),
+        folded=["0", "1"],
+    )
 
 
 def test_two_batchnorms_alone_become_one():
@@ -205,7 +213,14 @@ def test_a_channels_last_weight_stays_so():
 
 
 def test_gradients_are_wanted_of_what_they_were_wanted_of():
-    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)))
+    model = randomise(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3, bias=False),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 3, bias=False),
+            nn.BatchNorm2d(4),
+        )
+    )
     model[0].requires_grad_(False)
     after, _ = fold(model, IMAGES)
     assert [p.requires_grad for p in after.parameters()] == [False, False, True, True]

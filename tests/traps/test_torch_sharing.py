@@ -79,7 +79,11 @@ def test_one_conv_with_a_batchnorm_on_one_path_is_left():
 class NormTwice(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv1, self.conv2, self.bn = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.conv1, self.conv2, self.bn = (
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(3, 4, 3, bias=False),
+            nn.BatchNorm2d(4),
+        )
 
     def forward(self, x):
         return self.bn(self.conv1(x)).relu() + self.bn(self.conv2(x)).tanh()

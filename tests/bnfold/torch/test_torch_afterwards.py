@@ -39,7 +39,11 @@ class TailNorm(nn.BatchNorm2d):
 def folded():
     model = randomise(Block())
     after, report = fold(model, IMAGES)
-    assert [(v.name, v.outcome) for v in report.verdicts] == [("bn1", "folded"), ("bn2", "scale folded"), ("norm", "folded")]
+    assert [(v.name, v.outcome) for v in report.verdicts] == [
+        ("bn1", "folded"),
+        ("bn2", "scale folded"),
+        ("norm", "folded"),
+    ]
     return model, after
 
 
@@ -50,8 +54,18 @@ def same(after, other, bound=1e-6):
 def test_names_of_what_remains_stay(folded):
     model, after = folded
     assert type(after) is Block
-    assert list(after.state_dict()) == ["stem.weight", "stem.bias", "bn2.bias", "conv2.weight", "conv2.bias", "head.weight", "head.bias"]
-    assert {name for name, _ in after.named_modules()} - {name for name, _ in model.named_modules()} == {"norm.step0"}
+    assert list(after.state_dict()) == [
+        "stem.weight",
+        "stem.bias",
+        "bn2.bias",
+        "conv2.weight",
+        "conv2.bias",
+        "head.weight",
+        "head.bias",
+    ]
+    assert {name for name, _ in after.named_modules()} - {name for name, _ in model.named_modules()} == {
+        "norm.step0"
+    }
 
 
 def test_a_state_dict_goes_round(folded):
@@ -123,11 +137,16 @@ def test_it_shares_nothing_with_the_original(folded):
 def test_reading_is_deterministic():
     model = randomise(Block())
     first, second = read(model, IMAGES).graph, read(model, IMAGES).graph
-    assert [(n.name, n.op, n.inputs, n.outputs) for n in first.nodes] == [(n.name, n.op, n.inputs, n.outputs) for n in second.nodes]
+    assert [(n.name, n.op, n.inputs, n.outputs) for n in first.nodes] == [
+        (n.name, n.op, n.inputs, n.outputs) for n in second.nodes
+    ]
 
 
 def test_folding_twice_changes_nothing_more(folded):
     _, after = folded
     again, report = fold(after, IMAGES)
     assert report.verdicts == ()
-    assert all(torch.equal(a, b) for a, b in zip(after.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(after.state_dict().values(), again.state_dict().values(), strict=True)
+    )

@@ -19,4 +19,6 @@ def test_architecture(name):
     after, _ = check(model, inputs, folded=[path for path in norms if path not in stay], kept=stay)
     left = {path for path, module in after.named_modules() if has_norm(module)}
     assert left == stay
-    assert set(after.state_dict()) - set(model.state_dict()) <= {f"{p}.bias" for p, m in after.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
+    assert set(after.state_dict()) - set(model.state_dict()) <= {
+        f"{p}.bias" for p, m in after.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+    }

@@ -14,7 +14,9 @@ from bnfold.torch.program import fold_program
 from tests.torch_architectures import ARCHITECTURES, ResNet
 from tests.torch_models import randomise
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
+)
 
 FACTORY = "tests.torch_architectures:ResNet"
 IMAGES = torch.randn(3, 3, 16, 16)
@@ -30,7 +32,9 @@ def model():
 def test_a_state_dict_is_folded_in_the_form_that_it_has(model, tmp_path, key, prefix):
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "in.pt")
-    report = fold_checkpoint_file(tmp_path / "in.pt", tmp_path / "out.pt", model=FACTORY, shapes=["1x3x16x16"])
+    report = fold_checkpoint_file(
+        tmp_path / "in.pt", tmp_path / "out.pt", model=FACTORY, shapes=["1x3x16x16"]
+    )
     assert report.verified
     assert report.count("folded") == len(report.verdicts) == 12
     container, after, found = load_state(tmp_path / "out.pt")
@@ -81,7 +85,9 @@ def test_folded_weights_are_loaded_whatever_is_left():
 def test_safetensors(model, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(model.state_dict(), tmp_path / "in.safetensors")
-    fold_checkpoint_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", model=FACTORY, shapes=["1x3x16x16"])
+    fold_checkpoint_file(
+        tmp_path / "in.safetensors", tmp_path / "out.safetensors", model=FACTORY, shapes=["1x3x16x16"]
+    )
     twin = load_folded(ResNet().eval(), IMAGES, safetensors.load_file(tmp_path / "out.safetensors"))
     torch.testing.assert_close(twin(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
 
@@ -113,7 +119,9 @@ def test_programs_fold_as_far_as_modules_do(name):
     assert {v.name for v in report.verdicts if v.outcome == "kept"} == stay
     assert sum("batch_norm" in str(node.target) for node in after.graph.nodes) == len(stay)
     torch.testing.assert_close(after.module()(inputs), model(inputs), rtol=1e-4, atol=1e-4)
-    assert set(after.state_dict) - set(model.state_dict()) == {n for n in after.state_dict if n.endswith(".bias")} - set(model.state_dict())
+    assert set(after.state_dict) - set(model.state_dict()) == {
+        n for n in after.state_dict if n.endswith(".bias")
+    } - set(model.state_dict())
 
 
 @pytest.mark.parametrize(
