@@ -53,6 +53,7 @@ def test_a_cell_says_what_is_left():
     assert worth.show_left(None) == "-"
     assert worth.show_left(worth.Result(3)) == "3"
     assert worth.show_left(worth.Result(0, 5)) == "0 + 5 Add"
+    assert worth.show_left(worth.Result(0, 5), ours=False) == "0"
     assert worth.show_left(worth.Result(problem="fails: KeyError: x")) == "fails"
 
 
