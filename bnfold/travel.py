@@ -476,7 +476,7 @@ class Attempt:
             beside = self._beside(node, place, members=False)
             vectors = beside and self._along(beside, wanted.settle(beside[1].out_axis))
             if beside and vectors:
-                self.extra.setdefault(beside[0], []).append(vectors[0] - 1.0)
+                self.extra.setdefault(beside[0], []).append(beside[2] * (vectors[0] - 1.0))
                 leaning.add(place)
         return leaning if len(leaning) < len(node.inputs) else set()
 
@@ -486,7 +486,7 @@ class Attempt:
         `L x + (s x + t) = (L + (s - 1) I) x + t + x`
         """
         scaled = [affine for affine in given if affine is not None and np.any(affine.scale != 1)]
-        if node.op not in ("Add", "Sum") or not scaled or len(scaled) == len(given):
+        if node.op not in ("Add", "Sum", "Sub") or not scaled or len(scaled) == len(given):
             return given
         rest = list(given)
         for place, affine in enumerate(given):
@@ -495,37 +495,43 @@ class Attempt:
             beside = self._beside(node, place, members=True)
             vectors = beside and self._along(beside, affine)
             if beside and vectors and not (beside[1].biasless and np.any(vectors[1] != 0)):
-                name, linear = beside
+                name, linear, sign = beside
                 scale, shift = vectors
-                self.changed[name] = replace(self._now(name), linear=linear.absorb_beside(scale - 1.0, shift))
+                absorbed = linear.absorb_beside(sign * (scale - 1.0), sign * shift)
+                self.changed[name] = replace(self._now(name), linear=absorbed)
                 rest[place] = None
         return rest
 
-    def _along(self, beside: tuple[str, Linear], affine: Affine) -> tuple[Array, Array] | None:
+    def _along(self, beside: tuple[str, Linear, float], affine: Affine) -> tuple[Array, Array] | None:
         return affine.vectors(beside[1].out_axis, beside[1].outputs)
 
-    def _beside(self, node: Node, place: int, members: bool) -> tuple[str, Linear] | None:
-        """A linear operator that reads what one operand of this sum is, and whose output is another one of its own."""
+    def _beside(self, node: Node, place: int, members: bool) -> tuple[str, Linear, float] | None:
+        """A linear operator that reads what one operand of this sum is, and whose output is another one of its own.
+
+        With it comes -1 where one of the two is added and the other subtracted, else 1.
+        """
         shape = self.driver.shape(node.outputs[0])
         if shape is None or self.driver.shape(node.inputs[place]) != shape:
             return None
         origin = self._origin(node.inputs[place], members)
         if origin not in self.driver.centred:
             return None
-        around = [value for other, value in enumerate(node.inputs) if other != place]
-        for value in map(self.driver.source, around):
+        own = _sign(node, place)
+        around = [(v, own * _sign(node, other)) for other, v in enumerate(node.inputs) if other != place]
+        for value, sign in around:
+            value = self.driver.source(value)
             if self.driver.is_shared(value) or self.driver.is_output(value):
                 continue
             producer = self.driver.producer(value)
             if producer is None:
                 continue
-            if producer.op in ("Add", "Sum") and self.driver.shape(producer.outputs[0]) == shape:
-                around += producer.inputs
+            if producer.op in ("Add", "Sum", "Sub") and self.driver.shape(producer.outputs[0]) == shape:
+                around += [(v, sign * _sign(producer, other)) for other, v in enumerate(producer.inputs)]
             linear = self._now(producer.name).linear
             if linear is None or linear.centre is None:
                 continue
             if self._origin(producer.inputs[0], members) == origin:
-                return producer.name, linear
+                return producer.name, linear, sign
         return None
 
     def _origin(self, value: str, members: bool) -> str:
@@ -566,6 +572,11 @@ class Attempt:
         obstacle = self.driver.fits(node) if node.linear is not None else ""
         if obstacle:
             raise Refuse(f"`{node.name}` ({node.op}) cannot absorb it: {obstacle}")
+
+
+def _sign(node: Node, place: int) -> float:
+    """-1 for what a Sub subtracts, else 1."""
+    return -1.0 if node.op == "Sub" and place else 1.0
 
 
 Direction = Callable[[Attempt], None]

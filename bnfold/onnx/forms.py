@@ -44,6 +44,7 @@ class Scene:
         constants: what is known before the model runs.
         opset: the version of ONNX's own operator set.
         overridable: initializers that a caller may override.
+        copies: values that are the copy of another one, which stands for them in the graph.
     """
 
     whole: Survey
@@ -51,6 +52,7 @@ class Scene:
     constants: Constants
     opset: int
     overridable: frozenset[str] = field(default_factory=frozenset)
+    copies: dict[str, str] = field(default_factory=dict)
 
     def shape(self, value: str) -> Shape | None:
         return self.found.shapes.get(value)
@@ -385,6 +387,8 @@ def _with_constant(spot: Spot, scene: Scene) -> Node:
     affine = Affine.of(*pair).collapse()
     if not affine.is_finite:
         raise Unusual
+    if affine.is_identity:
+        return Node(spot.name, "Identity", (data,), tuple(spot.outputs))
     return Node(spot.name, "Affine", (data,), tuple(spot.outputs), affine=affine)
 
 

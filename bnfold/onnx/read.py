@@ -116,8 +116,16 @@ def _opset(model: onnx.ModelProto) -> int:
 
 
 def _graph(nodes: Iterable[Node], scene: Scene) -> Graph:
-    inputs = (*scene.whole.inputs, *sorted(scene.overridable))
-    return Graph(tuple(nodes), tuple(inputs), tuple(scene.whole.outputs), scene.found.shapes)
+    """The graph of these nodes, in which a copy of a value is the value."""
+    drawn: list[Node] = []
+    for node in nodes:
+        inputs = tuple(scene.copies.get(value, value) for value in node.inputs)
+        if node.op in ("Identity", "Dropout") and len(inputs) == 1:
+            scene.copies[node.outputs[0]] = inputs[0]
+        else:
+            drawn.append(node if inputs == node.inputs else replace(node, inputs=inputs))
+    outputs = tuple(scene.copies.get(value, value) for value in scene.whole.outputs)
+    return Graph(tuple(drawn), (*scene.whole.inputs, *sorted(scene.overridable)), outputs, scene.found.shapes)
 
 
 # ---------------------------------------------------------------- patterns of several nodes

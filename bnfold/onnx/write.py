@@ -136,7 +136,10 @@ class _Writer:
         self.editor.finish()
 
     def _data_place(self, node: Node) -> int:
-        return self.picture.spots[node.name][0].inputs.index(node.inputs[0])
+        """Which input of a node of the file is the one that the graph shows."""
+        copies = self.picture.scene.copies
+        inputs = self.picture.spots[node.name][0].inputs
+        return [copies.get(value, value) for value in inputs].index(node.inputs[0])
 
     def _change(self, old: Node, new: Node, places: dict[str, int]) -> None:
         if new.linear is not None and new.linear.changed:

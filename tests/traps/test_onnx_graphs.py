@@ -501,3 +501,22 @@ def test_a_wrong_fold_is_caught(monkeypatch):
     text = f"g (float[4, 3] x) => (float[4, 5] y) {{ h = Gemm(x, w) {BN} }}"
     with pytest.raises(NotEquivalent):
         bnfold.onnx.fold(model(text, {"w": weights(3, 5), **norm(5)}))
+
+
+@pytest.mark.parametrize(
+    "sum_",
+    [
+        "y = Add(n, h)",
+        "y = Sub(n, h)",
+        "y = Sub(h, n)",
+        "d = Sub(a, h) y = Add(n, d)",
+        "d = Sub(h, a) y = Add(n, d)",
+        "d = Sub(n, a) y = Sub(h, d)",
+        "zero = Constant<value_float = 0.0>() d = Add(zero, n) y = Add(d, h)",
+        "d = Identity(n) y = Add(h, d)",
+    ],
+)
+def test_a_batchnorm_beside_a_convolution_whatever_the_signs(sum_):
+    text = f"""g (float[2, 3, 6, 6] x0) => (float[2, 3, 6, 6] y) {{ x = Sigmoid(x0) a = Tanh(x0)
+        h = Conv<pads=[1, 1, 1, 1]>(x, w) n = BatchNormalization(x, s, b, m, v) {sum_} }}"""
+    fold(model(text, {"w": weights(3, 3, 3, 3), **norm(3)}), 1)
