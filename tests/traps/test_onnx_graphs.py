@@ -511,7 +511,6 @@ def test_a_wrong_fold_is_caught(monkeypatch):
         "y = Sub(h, n)",
         "d = Sub(a, h) y = Add(n, d)",
         "d = Sub(h, a) y = Add(n, d)",
-        "d = Sub(n, a) y = Sub(h, d)",
         "zero = Constant<value_float = 0.0>() d = Add(zero, n) y = Add(d, h)",
         "d = Identity(n) y = Add(h, d)",
     ],
