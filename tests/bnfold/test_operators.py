@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -361,3 +362,14 @@ def test_groups_cover_both_shapes_and_never_move_a_number_out_of_its_group(
     assert [axis for here, _ in found for axis in here] == [*range(len(source))]
     assert [axis for _, there in found for axis in there] == [*range(len(target))]
     assert all(prod(source[a] for a in here) == prod(target[b] for b in there) for here, there in found)
+
+
+# ---------------------------------------------------------------- the document
+
+
+def test_the_document_names_every_operator_and_shows_pictures_that_exist() -> None:
+    folder = Path(__file__).parents[2] / "docs"
+    text = (folder / "travel.md").read_text(encoding="utf-8")
+    assert [op for op in TABLE if f"`{op}`" not in text] == []
+    shown = set(re.findall(r"\((pictures/travel/\w+\.svg)\)", text))
+    assert shown == {f"pictures/travel/{path.name}" for path in (folder / "pictures" / "travel").iterdir()}
