@@ -78,6 +78,7 @@ TAILS: dict[str, Callable[..., nn.Module]] = {
     "hardswish": lambda inplace=False: nn.Hardswish(),
     "hardsigmoid": lambda inplace=False: nn.Hardsigmoid(),
     "hardtanh": lambda min_val=-1.0, max_val=1.0, inplace=False: nn.Hardtanh(min_val, max_val),
+    "clamp": lambda min, max: nn.Hardtanh(min, max),  # noqa: A006
     "gelu": lambda approximate="none": nn.GELU(approximate),
     "softplus": lambda beta=1.0, threshold=20.0: nn.Softplus(beta, threshold),
     "tanh": nn.Tanh,

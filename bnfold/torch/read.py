@@ -553,6 +553,8 @@ class _Reader:
 
     def _find_norm(self, frame: Frame) -> None:
         """Make one BatchNormalization of what a module call does first, if that is one affine map."""
+        if type(frame.module).__call__ is not nn.Module.__call__:
+            return
         within = self._within(frame)
         head: list[_Item] = []
         value = frame.given[0].name
@@ -564,16 +566,16 @@ class _Reader:
                 or item.place is not None
             ):
                 break
-            if item.op not in ("BatchNormalization", "Affine", "Identity", "Dropout", "Cast"):
+            if item.op not in ("BatchNormalization", "Affine", "Identity", "Dropout", "Cast", "Transpose"):
                 break
             head.append(item)
             value = item.outputs[0]
-        while head and head[-1].op not in ("BatchNormalization", "Affine"):
+        while head and value != frame.made[0].name and head[-1].op not in ("BatchNormalization", "Affine"):
             value = head.pop().inputs[0]
-        if not head or not self._is_norm(frame, head):
+        if not any(item.op in ("BatchNormalization", "Affine") for item in head) or not self._is_norm(frame, head):
             return
         tail = self._find_tail(frame, within[len(head) :], value)
-        if tail is None or not self._is_private(head):
+        if tail is None or not self._is_private(head) or not _is_straight(head):
             return
         self._merge(frame, head, tail)
 
@@ -600,16 +602,9 @@ class _Reader:
             inner = self._within(children[0]) if children else []
             if children and (not rest or not inner or inner[0] is rest[0]):
                 child, children = children[0], children[1:]
-                name = (child.path or "").rpartition(".")[2]
-                direct = child.path == (f"{frame.path}.{name}") and child.module is frame.module._modules.get(
-                    name
-                )
-                if (
-                    not direct
-                    or not child.plain
-                    or child.given[0].name != value
-                    or rest[: len(inner)] != inner
-                ):
+                name = next((n for n, held in frame.module._modules.items() if held is child.module), None)
+                chained = child.plain and child.given[0].name == value and rest[: len(inner)] == inner
+                if name is None or not chained:
                     return None
                 steps.append((name, None))
                 value, rest = child.made[0].name, rest[len(inner) :]
@@ -625,10 +620,7 @@ class _Reader:
 
     def _merge(self, frame: Frame, head: list[_Item], tail: tuple[tuple[str, nn.Module | None], ...]) -> None:
         first = next((item for item in head if item.attributes.get("reason")), head[0])
-        whole: Affine | None = None
-        for item in head:
-            if item.affine is not None:
-                whole = item.affine if whole is None else item.affine.after(whole)
+        whole = _compose(head)
         one = replace_item(first, head)
         one.affine = whole if "reason" not in first.attributes else None
         narrowing = frame.given[0].dtype != (
@@ -975,6 +967,35 @@ def _is_bias(item: _Item, linear: _Item) -> bool:
         and values[0].tensor is not None
         and values[0].tensor.numel() == vector[0]
     )
+
+
+def _turns(head: Sequence[_Item]) -> Iterator[tuple[_Item, list[int]]]:
+    """The parts of an affine map, each with the axes of its input as axes of the whole map's."""
+    axes: list[int] = []
+    for item in head:
+        rank = len(item.attributes["perm"]) if item.op == "Transpose" else item.affine.rank if item.affine else 0
+        axes = axes or list(range(rank))
+        yield item, axes
+        if item.op == "Transpose":
+            axes = [axes[axis] for axis in item.attributes["perm"]]
+    yield head[-1], axes
+
+
+def _is_straight(head: Sequence[_Item]) -> bool:
+    """Whether the axes come out of an affine map in the order in which they went in."""
+    *_, (_, axes) = _turns(head)
+    return axes == sorted(axes)
+
+
+def _compose(head: Sequence[_Item]) -> Affine | None:
+    """One affine map of several parts, with the axes of the first one's input."""
+    whole: Affine | None = None
+    for item, axes in list(_turns(head))[:-1]:
+        if item.affine is not None:
+            order = np.argsort(axes)
+            here = Affine(item.affine.scale.transpose(order), item.affine.shift.transpose(order))
+            whole = here if whole is None else here.after(whole)
+    return whole
 
 
 def replace_item(first: _Item, head: list[_Item]) -> _Item:

@@ -114,7 +114,7 @@ class Frame:
         given, made: the values among its arguments and results.
         start, stop: the calls made while it ran.
         branches: whether a number left the tensors while it ran.
-        plain: whether it was given nothing but tensors and settings, and returned one tensor.
+        plain: whether it was given one tensor and nothing else, and returned one tensor.
     """
 
     module: nn.Module | None
@@ -439,7 +439,7 @@ class _Recorder:
         frame.stop = len(self.calls)
         with _unseen(self):
             frame.made = tuple(self.value(tensor) for _, tensor in leaves(result))
-        frame.plain = isinstance(result, Tensor) and len(frame.given) == 1
+        frame.plain = isinstance(result, Tensor) and len(frame.given) == len(args) + len(kwargs) == 1
         self.frames.append(frame)
         if observed := _observers(module):
             values = [*frame.given, *(frame.made if observed == "hook" else ())]
