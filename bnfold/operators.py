@@ -25,7 +25,7 @@ import numpy as np
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.graph import Dim, Node, Shape
 
-__all__ = ["SELECTORS", "TABLE", "Refuse", "Row", "Surroundings", "find"]
+__all__ = ["CARRIERS", "SELECTORS", "TABLE", "Refuse", "Row", "Surroundings", "find"]
 
 Flow = Sequence[Affine | None]
 """One affine per output (or input) of a node; None is the identity."""
@@ -662,3 +662,20 @@ TABLE: dict[str, Row] = {
 
 SELECTORS = frozenset({"Slice", "Gather", "Split"})
 """Operators that read only a part of a value, so that the rest may change under them."""
+
+CARRIERS = frozenset(
+    {
+        "Identity",
+        "Dropout",
+        "Cast",
+        "Reshape",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "Transpose",
+        "Concat",
+        "Expand",
+        "Tile",
+    }
+)
+"""Operators that pass down all that they are given, and so no less than what there is to refuse further down."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice
 
 import numpy as np
@@ -32,7 +33,7 @@ import numpy as np
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.duplicate import copy_producers, original
 from bnfold.graph import Graph, Node, Shape
-from bnfold.operators import SELECTORS, TABLE, Refuse, find
+from bnfold.operators import CARRIERS, SELECTORS, TABLE, Refuse, find
 from bnfold.report import Outcome, Verdict
 
 __all__ = ["Journey", "Options", "travel"]
@@ -136,6 +137,21 @@ class _Driver:
             if node.linear is not None and node.linear.centre is not None:
                 self._mark(node.inputs[0])
         self.verdicts: dict[str, Verdict] = {}
+
+    @cached_property
+    def dead_ends(self) -> dict[str, str]:
+        """Values that no affine leaves downwards, each with who is in the way: a refusal that needs no walk."""
+        ends: dict[str, str] = {}
+        for node in reversed(self.graph.nodes):
+            for value in node.outputs:
+                if value in self.outputs:
+                    ends[value] = f"the output of `{node.name}` ({node.op}) is an output of the model"
+            way = ends.get(node.outputs[0]) if node.op in CARRIERS else None
+            if node.op not in TABLE:
+                way = f"`{node.name}` ({node.op}) is not linear"
+            if way:
+                ends.update(dict.fromkeys(node.inputs, way))
+        return ends
 
     # -- the graph as it is by now
 
@@ -372,6 +388,8 @@ class Attempt:
                     continue
                 if self.driver.is_output(value):
                     raise Refuse(f"the output of `{node.name}` ({node.op}) is an output of the model")
+                if value in self.driver.dead_ends:
+                    raise Refuse(self.driver.dead_ends[value])
                 lacks[value] = affine
                 for reader in self.driver.readers(value):
                     if reader.name not in seen:
