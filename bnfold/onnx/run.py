@@ -150,8 +150,6 @@ def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed]) -> list[Outputs]:
     Raises:
         InputError: some operator has no float64.
     """
-    from bnfold.onnx.exact import evaluate
-
     wide = [{name: _wide(array) for name, array in feed.items()} for feed in feeds]
     names = [output.name for output in model.graph.output]
     if not any(node.op_type in ("Conv", "ConvTranspose") for graph in graphs(model) for node in graph.node):
@@ -160,6 +158,8 @@ def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed]) -> list[Outputs]:
             return [runner(feed) for feed in wide]
         except InputError:
             pass
+    from bnfold.onnx.exact import evaluate
+
     return [flatten(names, results) for results in evaluate(seed(model), wide)]
 
 
