@@ -482,6 +482,7 @@ class _Reader:
         self._find_norms()
         self._name()
         self._guard_changes()
+        self._guard_inputs()
         self._drop_identities()
         self._bind_linears()
         self._add_absent()
@@ -723,6 +724,28 @@ class _Reader:
                         )
                 return bool(passed)
         return producer is None and bool(passed)
+
+    def _guard_inputs(self) -> None:
+        """Let no BatchNorm go whose input is changed in place while its output is still read.
+
+        Without it, both would be one memory.
+        """
+        calls = self.recording.calls
+        changes = [(at, call) for at, call in enumerate(calls) if call.written]
+        norms = [item for item in self.items if item.is_batchnorm and item.affine is not None] if changes else []
+        values = {v.name: v for call in calls for v in (*call.reads.values(), *call.made)}
+        places = {id(call): at for at, call in enumerate(calls)}
+        lasting = {value.memory for value in self.recording.outputs.values()}
+        for item in norms:
+            above, below = values[item.inputs[0]].memory, {values[item.outputs[0]].memory}
+            for later in norms:
+                if values[later.inputs[0]].memory in below:
+                    below.add(values[later.outputs[0]].memory)
+            for at, call in changes:
+                mine = at > places[id(item.call)] and any(value.memory == above for value in call.written)
+                reads = (value for other in calls[at:] for value in other.reads.values())
+                if mine and (below & lasting or any(value.memory in below for value in reads)):
+                    item.refuse(f"`{call.label}` changes its input in place, and without it would change its output")
 
     def _drop_identities(self) -> None:
         """Let who reads a copy of a value read the value."""

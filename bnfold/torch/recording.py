@@ -86,6 +86,7 @@ class Value:
         data: whether its numbers may depend on the inputs.
         name: of a value that somebody computes or gives; unique.
         frame: the module call in whose own code it was made.
+        memory: a number for the memory that it lies in; two values of one number may change together.
     """
 
     shape: tuple[int, ...]
@@ -97,6 +98,7 @@ class Value:
     data: bool = True
     name: str = ""
     frame: Frame | None = None
+    memory: int = 0
 
     @property
     def rank(self) -> int:
@@ -224,6 +226,7 @@ class _Store:
     """One piece of memory: how often it was changed, and the values that lie in it."""
 
     reference: StorageWeakRef
+    number: int
     generation: int = 0
     values: list[Value] = field(default_factory=list)
 
@@ -267,7 +270,7 @@ class _Recorder:
         generation = 0
         if store is not None:
             store.values.append(value)
-            generation = store.generation
+            generation, value.memory = store.generation, store.number
         self.entries[id(tensor)] = _Entry(weakref.ref(tensor), value, store, generation)
         return value
 
@@ -277,7 +280,7 @@ class _Recorder:
             reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         except (RuntimeError, NotImplementedError, AttributeError):
             return None
-        return self.stores.setdefault(reference.cdata, _Store(reference))
+        return self.stores.setdefault(reference.cdata, _Store(reference, len(self.stores) + 1))
 
     def known(self, tensor: Tensor) -> _Entry | None:
         entry = self.entries.get(id(tensor))
@@ -409,6 +412,7 @@ class _Recorder:
         written = Value(
             tuple(tensor.shape), tensor.dtype, call, data=data, name=f"v{self.count}", frame=self.frame
         )
+        written.memory = store.number
         call.written.append(written)
         for value in store.values:
             if value.slots and value.tensor is not None:
