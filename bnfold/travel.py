@@ -417,6 +417,8 @@ class Attempt:
         if all(affine is None for affine in wanted):
             return [None] * len(node.inputs)
         leaning = self._lean_up(node, wanted[0])
+        if node.op == "Sub" and 0 in leaning and wanted[0] is not None:
+            wanted = [Affine(wanted[0].scale, -wanted[0].shift)]
         operands = replace(
             node, inputs=tuple(v for place, v in enumerate(node.inputs) if place not in leaning)
         )
@@ -488,7 +490,7 @@ class Attempt:
     def _lean_up(self, node: Node, wanted: Affine | None) -> set[int]:
         """The operands of a sum that another operand makes up for: `s (L x + x) = (s L + (s - 1) I) x + x`."""
         leaning: set[int] = set()
-        if node.op not in ("Add", "Sum") or wanted is None or not np.any(wanted.scale != 1):
+        if node.op not in ("Add", "Sum", "Sub") or wanted is None or not np.any(wanted.scale != 1):
             return leaning
         for place in range(len(node.inputs)):
             beside = self._beside(node, place, members=False)

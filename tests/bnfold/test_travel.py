@@ -176,6 +176,19 @@ def test_down_passes_what_both_branches_of_a_sum_lack_and_stops_where_only_one_d
     assert "`add2` (Add) has another operand that is not scaled" in reason(journey, "a")
 
 
+@pytest.mark.parametrize("end", ["tanh", "output"])
+def test_a_batchnorm_far_above_an_obstacle_names_it(model: Model, end: str) -> None:
+    value = model.norm("x", "bn")
+    for place in range(3):
+        value = model.add("Identity", value, name=f"copy{place}")
+    journey = model.fold(model.add("Tanh", value, name="tanh") if end == "tanh" else value)
+    assert reason(journey).endswith(
+        "`tanh` (Tanh) is not linear"
+        if end == "tanh"
+        else "the output of `copy2` (Identity) is an output of the model"
+    )
+
+
 def test_a_shift_alone_goes_down_through_a_sum(model: Model) -> None:
     total = model.add("Add", model.norm("x", "bn", scale=1.0), "z")
     assert outcomes(model.fold(model.conv(total, "conv"))) == {"bn": "folded"}
@@ -294,6 +307,25 @@ def test_repvgg_folds_whole(model: Model) -> None:
     one = model.norm(model.conv(value, "one"), "bn1")
     journey = model.fold(model.add("Add", model.add("Add", three, one), model.norm(value, "bn0")))
     assert set(outcomes(journey).values()) == {"folded"}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("inner", ["Add", "Sub"])
+def test_a_difference_is_leaned_on_with_its_sign(model: Model, turned: bool, inner: str) -> None:
+    value = model.add("Tanh", "x")
+    first = model.add(inner, model.add("Tanh", "z"), model.conv(value, "conv"))
+    operands = (model.norm(value, "bn"), first) if turned else (first, model.norm(value, "bn"))
+    assert outcomes(model.fold(model.add("Sub", *operands))) == {"bn": "folded"}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_batchnorm_below_a_difference_of_a_convolution_and_its_input_leans_too(
+    model: Model, turned: bool
+) -> None:
+    value = model.add("Tanh", "x")
+    made = model.conv(value, "conv", pad=1, kernel=3)
+    operands = (value, made) if turned else (made, value)
+    assert outcomes(model.fold(model.norm(model.add("Sub", *operands), "bn"))) == {"bn": "folded"}
 
 
 def test_a_convolution_that_is_added_twice_is_not_leaned_on(model: Model) -> None:

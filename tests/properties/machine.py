@@ -511,14 +511,16 @@ def parallel(sketch: Sketch) -> None:
     else:
         total = branches[0]
         for branch in branches[1:]:
-            (total,) = sketch.add("Add", total, branch)
+            (total,) = sketch.add(
+                sketch.choose("Add", "Add", "Sub"), *sketch.choose((total, branch), (branch, total))
+            )
 
 
 def lean(sketch: Sketch) -> None:
     """A residual around a square matrix: `x + W x`."""
     value = sketch.pick(lambda x: x.ndim >= 2)
     made = matmul(sketch, "MatMul", value, out=sketch.values[value].shape[-1])
-    sketch.add(sketch.choose("Add", "Sum"), *sketch.choose((value, made), (made, value)))
+    sketch.add(sketch.choose("Add", "Sum", "Sub"), *sketch.choose((value, made), (made, value)))
 
 
 def aside(sketch: Sketch) -> None:
