@@ -5,10 +5,14 @@
     python -m train --list                            the recipes, and what each should show
     python -m train --hidden 100 --layers 6 --seed 7  another net
     python -m train --layers scratch                  the layers of train/layers.py instead of torch.nn's
+    python -m train --plots DIR --tensorboard DIR     what went on inside, as pictures and a page, or for TensorBoard
+    python -m train --recipe zeros --explain          which parameters moved, and why the others did not
+    python -m train --calibrate                       the statistics of the whole training set in every BatchNorm
+    python -m train --compare a.pt b.pt               two nets side by side; trains nothing
 
 Exit code 0; 2 with one line on stderr where an argument or a list cannot be used; 130 after Ctrl-C, which ends the
-training early and still writes the checkpoint. The same seed on the same machine gives the same tensors, bit for bit:
-everything runs on one thread, and all chances come from one generator.
+training early and still writes the checkpoint. The same seed on the same machine gives the same tensors, bit for bit,
+watched or not: everything runs on one thread, and all chances come from one generator.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,31 +34,40 @@ import data
 from bnfold.checkpoint import Checkpoint, InputDomain, save
 from bnfold.errors import InputError, run_command
 from data.names import DEFAULT_LIST
-from train.evaluate import measure
+from train import calibration, gradients
+from train.arguments import Parser, at_least, check_folder, positive
+from train.compare import compare, load_side
+from train.diagnostics import Diagnostics, compare_statistics
+from train.evaluate import measure, study_habits
+from train.gradients import Ledger
 from train.layers import to_torch
 from train.loop import descend, postponed_interrupt
 from train.material import Material, prepare
 from train.net import count_parameters
 from train.recipes import RECIPES, Recipe, make
-from train.report import Bar, print_losses, print_recipes
+from train.report import Bar, open_console, print_losses, print_recipes, print_table
 from train.sample import invent
 
 NOTEBOOK_SEED = 2147483647
 SAMPLES = 10
+WATCHED = 100
+"""About as many steps are watched for the pictures, unless --every says otherwise."""
 
 Losses = dict[str, float | None]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
+@dataclass(frozen=True)
+class Seen:
+    """What a training leaves besides the net: the loss of every step, and what was asked for."""
+
+    history: list[float]
+    diagnostics: Diagnostics | None
+    ledger: Ledger | None
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line; what was not given and a recipe decides is None."""
-    parser = _Parser(
-        prog="python -m train", description="Train one of the lecture's nets on a list of names."
-    )
+    parser = Parser(prog="python -m train", description="Train one of the lecture's nets on a list of names.")
     add = parser.add_argument
     add(
         "--names",
@@ -69,86 +83,143 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="how to make and train the net (quick)",
     )
     add("--list", action="store_true", help="show the recipes, train nothing")
+    add("--compare", nargs=2, metavar=("A", "B"), help="show two checkpoints side by side, train nothing")
     add(
         "--seed",
-        type=_at_least(0),
+        type=at_least(0),
         default=NOTEBOOK_SEED,
         metavar="N",
         help=f"({NOTEBOOK_SEED}, the notebook's)",
     )
+    look = parser.add_argument_group("looking inside").add_argument
+    look("--plots", type=Path, metavar="DIR", help="write the lecture's pictures, and index.html with all of them")
+    look("--tensorboard", type=Path, metavar="DIR", help="write the same numbers for TensorBoard")
+    look("--every", type=at_least(1), metavar="N", help=f"watch every N-th step (about {WATCHED} steps in all)")
+    look("--explain", action="store_true", help="say which parameters moved, and which factors kept the others still")
+    look(
+        "--calibrate", action="store_true",
+        help="after training, take the statistics of every BatchNorm over the whole training set, and keep them",
+    )  # fmt: skip
     change = parser.add_argument_group("instead of what the recipe says").add_argument
-    change("--context", type=_at_least(1), metavar="N", help="characters of context")
-    change("--embedding", type=_at_least(1), metavar="N", help="numbers for each character")
-    change("--hidden", type=_at_least(1), metavar="N", help="neurons of each hidden layer")
+    change("--context", type=at_least(1), metavar="N", help="characters of context")
+    change("--embedding", type=at_least(1), metavar="N", help="numbers for each character")
+    change("--hidden", type=at_least(1), metavar="N", help="neurons of each hidden layer")
     change(
         "--layers", type=_layers, action="append", default=[], metavar="N|KIT",
         help="how many linear layers, or whose: torch (torch.nn's) or scratch (written out); may be given twice",
     )  # fmt: skip
-    change("--steps", type=_at_least(1), metavar="N", help="steps of training")
-    change("--batch", type=_at_least(2), metavar="N", help="examples, or different contexts, in a step")
-    change("--rate", type=_positive, metavar="X", help="the highest learning rate")
+    change("--steps", type=at_least(1), metavar="N", help="steps of training")
+    change("--batch", type=at_least(2), metavar="N", help="examples, or different contexts, in a step")
+    change("--rate", type=positive, metavar="X", help="the highest learning rate")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, write the checkpoint, and show what came of it; return the exit code."""
-    console = Console(highlight=False)
+    """Do what the command line says; return the exit code."""
+    console = open_console()
     if options.list:
         print_recipes(console, RECIPES)
         return 0
     torch.set_num_threads(1)
-    _check_output(options.out)
+    if options.compare:
+        return _compare(console, options)
     recipe = _season(RECIPES[options.recipe], options)
+    _check(options, recipe)
+    return _run_recipe(console, options, recipe)
+
+
+def _run_recipe(console: Console, options: argparse.Namespace, recipe: Recipe) -> int:
+    """Train, write the checkpoint, and show what came of it; return the exit code."""
     names = data.read_names(options.names)
     material = prepare(names, recipe.context)
     generator = Generator().manual_seed(options.seed)
     net = make(recipe, material, generator)
     with postponed_interrupt() as interrupted:
         console.print(_introduce(names, material, recipe, net), soft_wrap=True)
-        history = _train(net, material, recipe, generator, interrupted)
-        losses = _measure_all(net, material)
-        record = _record(options, names, recipe, history, losses)
+        seen = _train(net, material, recipe, generator, interrupted, options)
+        nets = {"this net": net}
+        if options.calibrate:
+            nets = {"running statistics": net, **calibration.calibrate(net, material, recipe)}
+        rows = {name: _measure_all(each, material) for name, each in nets.items()}
+        kept = calibration.AS_DRAWN if options.calibrate else "this net"
+        record = _record(options, names, recipe, seen.history, rows[kept])
         domain = InputDomain((recipe.context,), "int64", 0, len(material.vocabulary))
-        save(options.out, Checkpoint(to_torch(net).eval(), domain, material.vocabulary.characters, record))
-    print_losses(console, {"this net": losses, **_references(material, recipe)})
-    console.print(_compare_first(history[0], recipe))
+        model = to_torch(nets[kept]).eval()
+        save(options.out, Checkpoint(model, domain, material.vocabulary.characters, record))
+    print_losses(console, rows | _references(material, recipe))
+    console.print(_compare_first(seen.history[0], recipe))
+    _show_inside(console, options, nets, material, seen)
     invented = invent(
-        net, material.vocabulary, recipe.context, SAMPLES, Generator().manual_seed(options.seed)
+        nets[kept], material.vocabulary, recipe.context, SAMPLES, Generator().manual_seed(options.seed)
     )
     console.print("\n".join(["", *invented, ""]), markup=False, soft_wrap=True)
-    stopped = f", stopped after {len(history)} of {recipe.steps} steps" if len(history) < recipe.steps else ""
+    taken = len(seen.history)
+    stopped = f", stopped after {taken} of {recipe.steps} steps" if taken < recipe.steps else ""
     console.print(f"wrote {options.out}{stopped}; next: python -m bnfold.fold {options.out}", soft_wrap=True)
     return 130 if stopped else 0
 
 
+def _compare(console: Console, options: argparse.Namespace) -> int:
+    """Show two checkpoints side by side."""
+    names = data.read_names(options.names)
+    left, right = (load_side(path, names) for path in options.compare)
+    for table in compare(left, right, tuple(options.compare), SAMPLES, options.seed):
+        print_table(console, table)
+    return 0
+
+
+def _show_inside(
+    console: Console,
+    options: argparse.Namespace,
+    nets: dict[str, nn.Sequential],
+    material: Material,
+    seen: Seen,
+) -> None:
+    """Print and write what was asked for besides the losses."""
+    net, *calibrated = nets.values()
+    statistics = compare_statistics(net, calibrated[0]) if calibrated else ()
+    if statistics:
+        print_table(console, calibration.tabulate(statistics))
+    if seen.ledger is not None:
+        print_table(console, gradients.tabulate(seen.ledger.entries(), len(seen.history)))
+        habits = study_habits(net, material.train)
+        console.print(
+            f"KL(letters' frequencies || net) {habits.divergence:.4f} nats; a context changes the probability of a "
+            f"character by {habits.contrast:.2g} at most",
+            soft_wrap=True,
+        )
+    if seen.diagnostics is not None and options.plots:
+        from train.plots import draw
+
+        page = draw(seen.diagnostics, options.plots, statistics, f"{options.recipe}: what the net did")
+        console.print(f"wrote {page}", soft_wrap=True)
+    if seen.diagnostics is not None and options.tensorboard:
+        from train.events import write_events
+
+        write_events(seen.diagnostics, options.tensorboard)
+        console.print(f"wrote {options.tensorboard}; look: tensorboard --logdir {options.tensorboard}", soft_wrap=True)
+
+
 def _layers(text: str) -> int | str:
-    number: int | str = text if text in ("torch", "scratch") else _at_least(1)(text)
+    number: int | str = text if text in ("torch", "scratch") else at_least(1)(text)
     return number
 
 
-def _at_least(least: int) -> Any:
-    def integer(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        if value >= 2**63:
-            raise argparse.ArgumentTypeError(f"{value} is more than 63 bits hold")
-        return value
+def _check(options: argparse.Namespace, recipe: Recipe) -> None:
+    """Raise before the training, and not after it, if what is asked for cannot be had."""
+    if options.out.is_dir():
+        raise InputError(f"{options.out} is a folder; name a file to write")
+    if not options.out.parent.is_dir():
+        raise InputError(f"{options.out.parent} is no folder; make it first, or write elsewhere")
+    if options.plots:
+        check_folder(options.plots, "the pictures")
+    if options.tensorboard:
+        from train.events import check_tensorboard
 
-    return integer
-
-
-def _positive(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
-    return value
-
-
-def _check_output(path: Path) -> None:
-    """Raise before the training, and not after it, if nothing can be written to `path`."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file to write")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is no folder; make it first, or write elsewhere")
+        check_folder(options.tensorboard, "the events")
+        check_tensorboard()
+    if options.calibrate and recipe.design.batchnorm == "none":
+        raise InputError(f"{recipe.name} has no BatchNorm to calibrate; leave --calibrate out")
 
 
 def _season(recipe: Recipe, options: argparse.Namespace) -> Recipe:
@@ -176,16 +247,29 @@ def _train(
     recipe: Recipe,
     generator: Generator,
     interrupted: Callable[[], bool],
-) -> list[float]:
-    """Train until the end or Ctrl-C; return the loss of every step taken, at least one."""
-    history = []
-    with Bar(recipe.name, recipe.steps) as bar:
+    options: argparse.Namespace,
+) -> Seen:
+    """Train until the end or Ctrl-C; return the loss of every step taken, at least one, and what was watched."""
+    seen = Seen(
+        [],
+        Diagnostics(net, options.every or max(1, recipe.steps // WATCHED))
+        if options.plots or options.tensorboard
+        else None,
+        Ledger(net) if options.explain or recipe.explain else None,
+    )
+    with ExitStack() as stack:
+        bar = stack.enter_context(Bar(recipe.name, recipe.steps))
+        notes: list[Callable[[float], None]] = [seen.history.append, bar.advance]
+        if seen.diagnostics is not None:
+            notes.append(stack.enter_context(seen.diagnostics).record)
+        if seen.ledger is not None:
+            notes.append(stack.enter_context(seen.ledger).count)
         for loss in descend(net, material, recipe, generator):
-            history.append(loss)
-            bar.advance(loss)
+            for note in notes:
+                note(loss)
             if interrupted():
                 break
-    return history
+    return seen
 
 
 def _compare_first(loss: float, recipe: Recipe) -> str:
@@ -231,6 +315,7 @@ def _record(
         },
         "recipe": recipe.name,
         "layers": recipe.kit,
+        "statistics": calibration.AS_DRAWN if options.calibrate else "running",
         "seed": options.seed,
         "steps": {"planned": recipe.steps, "taken": len(history)},
         "batch": recipe.batch,

@@ -27,7 +27,7 @@ from torch import Generator, Tensor
 
 from train.material import Material
 
-__all__ = ["ROUND", "draw_contexts", "draw_examples", "inclusion"]
+__all__ = ["ROUND", "draw_contexts", "draw_examples", "inclusion", "presence"]
 
 ROUND = 16
 
@@ -71,6 +71,15 @@ def inclusion(frequencies: Tensor, size: int) -> Tensor:
             return torch.where(certain, 1.0, wished * scale)
         certain |= more
     return torch.ones_like(wished)
+
+
+def presence(draw: object, material: Material, size: int) -> Tensor:
+    """Return how often each context of the training set is in a batch of `draw`, on average, (n,) float64.
+
+    That is what a BatchNorm sees while the net trains; for `draw_examples` it is the frequency in the set.
+    """
+    frequencies = material.train.frequencies
+    return inclusion(frequencies, size) if draw is draw_contexts else frequencies * (size / frequencies.sum())
 
 
 def _systematic(probabilities: Tensor, size: int, generator: Generator) -> Iterator[Tensor]:

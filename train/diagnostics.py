@@ -78,7 +78,7 @@ class Spread:
     def density(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The middles of BINS / 2 wider bins and the density there, both (BINS / 2,); without width there is none."""
         width = (self.most - self.least) / BINS * 2
-        middles = self.least + width * (np.arange(BINS // 2) + 0.5)
+        middles = np.asarray(self.least + width * (np.arange(BINS // 2) + 0.5), np.float64)
         area = self.counts.sum() * width
         counts: NDArray[np.float64] = self.counts.reshape(-1, 2).sum(1)
         return middles, counts / area if area else np.zeros(BINS // 2)
@@ -142,6 +142,21 @@ class Statistics:
     running_var: NDArray[np.float64]
     mean: NDArray[np.float64]
     var: NDArray[np.float64]
+
+    @property
+    def apart(self) -> float:
+        """How far the means of a channel are apart at most, in calibrated stds."""
+        return float((np.abs(self.running_mean - self.mean) / self._floor**0.5).max())
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """The least and the largest ratio of running to calibrated std."""
+        ratios = (self.running_var / self._floor) ** 0.5
+        return float(ratios.min()), float(ratios.max())
+
+    @property
+    def _floor(self) -> NDArray[np.float64]:
+        return np.maximum(self.var, np.finfo(float).tiny)
 
 
 class Diagnostics:
@@ -245,7 +260,7 @@ class _Watch:
         self._before = {name: p.detach().clone() for name, p in self._parameters.items()}
         hooks: list[Any] = [m.register_forward_hook(partial(self._see, n)) for n, m in _bends(net).items()]
         hooks += [
-            p.register_hook(partial(self._see_gradient, self._gradients, name))
+            p.register_hook(partial(self._see_gradient, self._gradients, name))  # type: ignore[no-untyped-call]
             for name, p in self._parameters.items()
             if p.requires_grad
         ]
@@ -270,7 +285,8 @@ class _Watch:
     def _see(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         if module.training and output.requires_grad:
             self._layers[name] = _summarise(name, module, output.detach())
-            output.register_hook(partial(self._see_gradient, self._layer_gradients, name))
+            see = partial(self._see_gradient, self._layer_gradients, name)
+            output.register_hook(see)  # type: ignore[no-untyped-call]
 
     def _see_gradient(self, gradients: dict[str, Spread], name: str, gradient: Tensor) -> None:
         gradients[name] = _spread(gradient.detach())

@@ -19,7 +19,7 @@ import numpy as np
 from bnfold.errors import InputError
 from train.diagnostics import BINS, Diagnostics, Record, Spread
 
-__all__ = ["write_events"]
+__all__ = ["check_tensorboard", "write_events"]
 
 
 def write_events(diagnostics: Diagnostics, folder: str | Path) -> None:
@@ -39,14 +39,24 @@ def write_events(diagnostics: Diagnostics, folder: str | Path) -> None:
                 _add_histogram(writer, name, spread, record.step)
 
 
-def _open(folder: str | Path) -> Any:
+def check_tensorboard() -> Any:
+    """Return what writes an event file.
+
+    Raises:
+        InputError: the package tensorboard is missing.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError("--tensorboard needs the package tensorboard; pip install tensorboard") from error
+    return SummaryWriter
+
+
+def _open(folder: str | Path) -> Any:
+    writer = check_tensorboard()
     if Path(folder).is_file():
         raise InputError(f"{folder} is a file; name a folder for the events")
-    return SummaryWriter(str(folder))
+    return writer(str(folder))
 
 
 def _scalars(record: Record) -> Iterator[tuple[str, float]]:

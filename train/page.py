@@ -29,11 +29,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text, (rows, headings); all columns but the first are numbers and set to the right."""
+    """Cells as text, (rows, headings); columns but the first and those in `words` are numbers, set to the right."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    words: Sequence[int] = ()
+
+    def is_text(self, column: int) -> bool:
+        """Tell whether a column holds words."""
+        return not column or column in self.words
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ figcaption, caption { color: var(--faint); text-align: left; }
 img { display: block; width: 100%; height: auto; min-width: 30rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.words { text-align: left; }
+th:first-child, td:first-child { padding-left: 0; }
 """
 
 
@@ -111,6 +117,11 @@ def _render_picture(picture: Picture) -> str:
 
 def _render_table(table: Table) -> str:
     caption = f"<caption>{escape(table.caption)}</caption>\n" if table.caption else ""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.headings)
-    rows = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
-    return f"<figure><table>\n{caption}<tr>{head}</tr>\n{rows}\n</table></figure>"
+    rows = "\n".join(_render_row("td", table, row) for row in table.rows)
+    return f"<figure><table>\n{caption}{_render_row('th', table, table.headings)}\n{rows}\n</table></figure>"
+
+
+def _render_row(tag: str, table: Table, cells: Sequence[str]) -> str:
+    marks = (' class="words"' if table.is_text(column) else "" for column in range(len(cells)))
+    row = "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
+    return f"<tr>{row}</tr>"

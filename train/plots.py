@@ -304,9 +304,8 @@ def _draw_map(axes: Axes, step: int, layer: Layer) -> None:
 
 
 def _compare(one: Statistics) -> str:
-    var = np.maximum(one.var, np.finfo(float).tiny)
-    apart, ratio = np.abs(one.running_mean - one.mean) / var**0.5, (one.running_var / var) ** 0.5
-    return f"{one.name}: means {apart.max():.2f} std apart at most, std ratio {ratio.min():.2f} to {ratio.max():.2f}"
+    least, most = one.ratios
+    return f"{one.name}: means {one.apart:.2f} std apart at most, std ratio {least:.2f} to {most:.2f}"
 
 
 def _name(layer: Layer) -> str:
@@ -340,7 +339,8 @@ def _legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
 
 @contextmanager
 def _figure(height: float) -> Iterator[Figure]:
-    with mpl.rc_context({**mpl.rcParamsDefault, **_SETTINGS}):
+    settings: dict[Any, Any] = {**mpl.rcParamsDefault, **_SETTINGS}
+    with mpl.rc_context(settings):
         yield Figure(figsize=(_WIDTH, height), layout="constrained")
 
 

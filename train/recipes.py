@@ -60,7 +60,8 @@ class Recipe:
     """How to make and train a net; the defaults are the lecture's own loop.
 
     `rate` times `schedule(done / steps)` is the learning rate of a step. `summary` says what the recipe is or changes,
-    `expect` what one should see. `reference` has the notebook's losses: "first", "train", "dev".
+    `expect` what one should see. With `explain` a run ends with what moved and what did not (see `train.gradients`).
+    `reference` has the notebook's losses: "first", "train", "dev".
     """
 
     name: str
@@ -78,6 +79,7 @@ class Recipe:
     context: int = 3
     design: Design = field(default_factory=Design)
     kit: Kit = "torch"
+    explain: bool = False
     reference: Mapping[str, float] = field(default_factory=dict)
 
     def vary(self, name: str, summary: str, expect: str, **changes: Any) -> Recipe:
@@ -191,8 +193,8 @@ ZEROS = Recipe(
     "zeros",
     "all weights and biases zero, no BatchNorm",
     "only the last bias moves, and the net learns the letters' frequencies: the unigram loss",
-    steps=1000,
-    schedule=constant,
+    steps=5000,
+    explain=True,
     design=Design(
         weights=Scale(0.0),
         biases=Scale(0.0),

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from train import page
 from train.recipes import Recipe
 
-__all__ = ["Bar", "print_losses", "print_recipes"]
+__all__ = ["Bar", "open_console", "print_losses", "print_recipes", "print_table"]
 
 _REFRESH_SECONDS = 0.1
 _SMOOTHING = 0.98
+_WIDTH = 130
+
+
+def open_console() -> Console:
+    """Return a console on stdout, wide where that is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
 
 
 class Bar:
@@ -70,6 +80,16 @@ def print_losses(console: Console, rows: Mapping[str, Mapping[str, float | None]
         cells = (losses.get(part) for part in ("train", "dev", "test"))
         table.add_row(name, *("" if cell is None else f"{cell:.4f}" for cell in cells))
     console.print(table)
+
+
+def print_table(console: Console, table: page.Table) -> None:
+    """Print the same table that a page shows."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=escape(table.caption) or None, title_justify="left")
+    for column, heading in enumerate(table.headings):
+        shown.add_column(heading, justify="left" if table.is_text(column) else "right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
 
 
 def print_recipes(console: Console, recipes: Mapping[str, Recipe]) -> None:

@@ -42,6 +42,7 @@ from export.latency import measure
 from export.prove import Examples, prove
 from export.session import open_session
 from export.write import write
+from train.arguments import Parser
 
 __all__ = ["Bottleneck", "ResNet", "anchor", "build", "main"]
 
@@ -70,7 +71,8 @@ class Bottleneck(nn.Module):
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        out: Tensor = self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return out
 
 
 class ResNet(nn.Module):
@@ -96,7 +98,8 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for number in range(self.stages):
             x = self.get_submodule(f"layer{number + 1}")(x)
-        return self.fc(self.avgpool(x).flatten(1))
+        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
+        return logits
 
 
 def build(images: Tensor, small: bool = False, seed: int = 0) -> nn.Module:
@@ -127,8 +130,9 @@ def anchor(net: nn.Module, images: Tensor, generator: Generator) -> nn.Module:
         norm.bias.copy_(draw(norm.bias) - 0.5)
     anchored = bnfold.calibrate(net, [images])
     for norm in _batchnorms(anchored):
-        norm.running_mean += (draw(norm.weight) - 0.5) * norm.running_var.sqrt() * 0.2
-        norm.running_var *= 0.8 + draw(norm.weight) * 0.4
+        mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        mean += (draw(norm.weight) - 0.5) * var.sqrt() * 0.2
+        var *= 0.8 + draw(norm.weight) * 0.4
     return anchored
 
 
@@ -166,7 +170,8 @@ def _write_unfolded(net: nn.Module, images: Tensor) -> bytes:
 
     optimizer.fold_constants(proto, onnx_shape_inference=True)
     optimizer.remove_unused_nodes(proto)
-    return proto.SerializeToString(deterministic=True)
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
 
 
 def _tabulate(net: nn.Module, exported: Exported, contents: Sequence[bytes], evidence: Evidence) -> Table:
@@ -222,9 +227,7 @@ def _count_nodes(content: bytes) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.resnet", description="Fold and export a bottleneck ResNet."
-    )
+    parser = Parser(prog="python -m train.resnet", description="Fold and export a bottleneck ResNet.")
     add = parser.add_argument
     add("--small", action="store_true", help="a tenth of the size, images of 64 x 64")
     add("--size", type=int, metavar="N", help="height and width of the image (224)")

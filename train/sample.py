@@ -1,14 +1,27 @@
-"""Names that a net invents: one character after the other, from its own probabilities, in eval mode."""
+"""python -m train.sample: names that a net invents, from a checkpoint of any recipe, folded or not.
+
+    python -m train.sample ckpt.pt [--count 20] [--seed 1]
+
+One character after the other is drawn from the net's own probabilities, in eval mode, until the terminator ends the
+name. Two checkpoints with the same probabilities give the same names for the same seed. `export.sample` does this
+without torch.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, nn
 
 import data
+from bnfold.checkpoint import Checkpoint, load
+from bnfold.errors import InputError, run_command
+from train.arguments import Parser, at_least
 from train.evaluate import evaluating
 
-__all__ = ["invent"]
+__all__ = ["invent", "load_characters"]
 
 
 def invent(
@@ -23,3 +36,39 @@ def invent(
             window, written = torch.cat([window[:, 1:], drawn], 1), torch.cat([written, drawn], 1)
     names = (vocabulary.decode(numbers) for numbers in written.tolist())
     return [name.partition(vocabulary.terminator)[0] for name in names]
+
+
+def load_characters(path: str) -> tuple[Checkpoint, data.Vocabulary, int]:
+    """Load a checkpoint of a net over characters; return it, its vocabulary and its context.
+
+    Raises:
+        InputError: the file is no checkpoint, or the net reads or writes something else.
+    """
+    checkpoint = load(path)
+    shape, characters = checkpoint.input.shape, checkpoint.vocabulary
+    if not characters or len(shape) != 1:
+        raise InputError(f"{path} holds no net over characters; make one with `python -m train`")
+    out = checkpoint.model(checkpoint.input.sample(1))
+    if out.shape != (1, len(characters)):
+        raise InputError(f"{path} gives {list(out.shape)[1:]} numbers for {len(characters)} characters")
+    return checkpoint, data.Vocabulary(characters), shape[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = Parser(prog="python -m train.sample", description="Names from a checkpoint of python -m train.")
+    parser.add_argument("checkpoint", help="ckpt.pt, folded or not")
+    parser.add_argument("--count", type=at_least(1), default=20, metavar="N", help="how many (20)")
+    parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help="(1)")
+    options = parser.parse_args(arguments)
+
+    def run() -> None:
+        checkpoint, vocabulary, context = load_characters(options.checkpoint)
+        generator = Generator().manual_seed(options.seed)
+        print(*invent(checkpoint.model, vocabulary, context, options.count, generator), sep="\n")
+
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""What the command lines of `train` have in common: numbers with bounds, and errors of one line, exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from bnfold.errors import InputError
+
+__all__ = ["Parser", "at_least", "check_folder", "positive"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that says what is wrong in one line, and where the options are listed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit with code 2."""
+        self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a type for arguments: an integer of `least` or more, of 63 bits."""
+
+    def integer(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        if value >= 2**63:
+            raise argparse.ArgumentTypeError(f"{value} is more than 63 bits hold")
+        return value
+
+    return integer
+
+
+def positive(text: str) -> float:
+    """Return a number above 0 that is finite: a type for arguments."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return value
+
+
+def check_folder(path: Path, what: str) -> None:
+    """Raise, before the work and not after it, unless `path` is a folder or can become one."""
+    for folder in (path, *path.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise InputError(f"{folder} is a file; name a folder for {what}")
+            return
