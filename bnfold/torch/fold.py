@@ -21,8 +21,9 @@ from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, judge
 from bnfold.errors import NotEquivalent, UnreadableModel
 from bnfold.graph import Graph
 from bnfold.report import Evidence, Report
-from bnfold.torch.read import _first_line, _restored, arrange, read, undisturbed
+from bnfold.torch.read import Reading, _first_line, _restored, arrange, copy_structure, read, undisturbed
 from bnfold.torch.recording import leaves
+from bnfold.torch.rehearse import find_fault, refuse_everything, runs_alike
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
 
@@ -54,8 +55,7 @@ def fold(
         UnreadableModel: the module cannot be run on the example inputs, or not copied.
         NotEquivalent: the folded module computes something else. With `inplace` it has been edited by then.
     """
-    reading = read(model, example_inputs)
-    journey = travel(reading.graph, Options(**options), check_fit(model, reading))
+    reading, journey = plan(model, example_inputs, Options(**options))
     size = _count(model)
     comparison = _Comparison(model, example_inputs, journey) if verify else None
     if comparison is not None:
@@ -68,6 +68,33 @@ def fold(
         else comparison.judge(folded)
     )
     return folded, Report(journey.verdicts, tuple(evidence), tuple(notes), (size, _count(folded)))
+
+
+def plan(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Journey]:
+    """Read a module and decide; take back what the module's own code would not go along with (see `rehearse`).
+
+    Raises:
+        UnreadableModel: the module cannot be run on the example inputs, or not copied.
+    """
+    reading = read(model, example_inputs)
+    journey = travel(reading.graph, options, check_fit(model, reading))
+    for repair in (find_fault, refuse_everything):
+        if not reading.steps or _is_rehearsed(model, example_inputs, reading, journey):
+            break
+        reading = repair(model, example_inputs, reading)
+        journey = travel(reading.graph, options, check_fit(model, reading))
+    return reading, journey
+
+
+def _is_rehearsed(model: nn.Module, example_inputs: Any, reading: Reading, journey: Journey) -> bool:
+    """Whether nothing changes, or the folded module runs the calls that were read."""
+    if not any(verdict.outcome != "kept" for verdict in journey.verdicts):
+        return True
+    try:
+        twin = copy_structure(model)
+    except UnreadableModel:
+        return True
+    return runs_alike(write(twin, reading, journey, inplace=True), example_inputs, reading, journey)
 
 
 def verify(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Evidence, ...]:

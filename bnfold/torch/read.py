@@ -18,7 +18,6 @@ that is read in any other way belongs to whoever reads it, and stays.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,18 +71,42 @@ class NormPlace:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One operation outside of every BatchNorm, as far as a fold must leave it as it is.
+
+    Attributes:
+        label: what was called.
+        inputs: how many computed values it read.
+        affine: of an affine map by constants.
+        weight: the slot of its weight, of a linear operator; `biased` tells whether it has a bias.
+    """
+
+    label: str
+    inputs: int
+    affine: Affine | None
+    weight: str
+    biased: bool
+
+
 @dataclass(frozen=True)
 class Reading:
     """A graph and the places of its numbers, by node name; valid for every copy of the module.
 
     Attributes:
         fake: whether it was read without arithmetic.
+        steps: what runs outside of the BatchNorms, for comparison with what runs after a fold.
+        branches: whether numbers that depend on the inputs left the tensors.
+        dtypes: the float dtypes that it computes in.
     """
 
     graph: Graph
     linears: Mapping[str, LinearPlace]
     norms: Mapping[str, NormPlace]
     fake: bool
+    steps: tuple[Step, ...] = ()
+    branches: bool = False
+    dtypes: frozenset[torch.dtype] = frozenset()
 
 
 @dataclass(eq=False, slots=True)
@@ -418,6 +441,20 @@ def read(model: nn.Module, example_inputs: Any) -> Reading:
     return _Reader(twin, draft, shapes).read()
 
 
+def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple[Step, ...]:
+    """What a module that was edited runs outside of the modules that were BatchNorms.
+
+    Raises:
+        Exception: whatever it raises.
+    """
+    args, kwargs = arrange(example_inputs)
+    draft = _Draft(_record(model, args, kwargs, reading.fake), Evaluator())
+    reader = _Reader(model, draft, dict(draft.shapes))
+    reader._join_biases()
+    reader._drop_identities()
+    return tuple(reader.steps({place.path for place in reading.norms.values()}))
+
+
 def _second(twin: nn.Module, args: Any, kwargs: Any, fake: bool) -> _Draft | None:
     """The same pass with another batch size, where it can be made."""
     try:
@@ -484,6 +521,8 @@ class _Reader:
         self._guard_changes()
         self._guard_inputs()
         self._drop_identities()
+        norms = {item.place.path for item in self.items if isinstance(item.place, NormPlace)}
+        steps = tuple(self.steps(norms))
         self._bind_linears()
         self._add_absent()
         self._part_twins()
@@ -493,8 +532,25 @@ class _Reader:
         linears = {
             i.name: i.place for i in self.items if isinstance(i.place, LinearPlace) and i.linear is not None
         }
-        norms = {i.name: i.place for i in self.items if isinstance(i.place, NormPlace)}
-        return Reading(graph, linears, norms, self.recording.fake)
+        places = {i.name: i.place for i in self.items if isinstance(i.place, NormPlace)}
+        dtypes = frozenset(
+            v.dtype for call in self.recording.calls for v in call.made if v.dtype.is_floating_point
+        )
+        return Reading(graph, linears, places, self.recording.fake, steps, self.recording.branches, dtypes)
+
+    def steps(self, norms: set[str]) -> Iterator[Step]:
+        """What runs outside of these modules, in order."""
+        inside = tuple(f"{path}." for path in norms)
+        for item in self.items:
+            path = item.call.frame.path or ""
+            if item.op in ("If", "Hook") or path in norms or path.startswith(inside):
+                continue
+            count = sum(value.data for value in item.call.reads.values())
+            if not count:
+                continue
+            slot = None if item.weight is None else _choose(item.weight, item.call.frame)
+            weight = "" if slot is None else slot.name
+            yield Step(item.call.label, count, item.affine, weight, item.bias is not None)
 
     def _node(self, item: _Item) -> Node:
         return Node(
@@ -573,7 +629,9 @@ class _Reader:
             value = item.outputs[0]
         while head and value != frame.made[0].name and head[-1].op not in ("BatchNormalization", "Affine"):
             value = head.pop().inputs[0]
-        if not any(item.op in ("BatchNormalization", "Affine") for item in head) or not self._is_norm(frame, head):
+        if not any(item.op in ("BatchNormalization", "Affine") for item in head) or not self._is_norm(
+            frame, head
+        ):
             return
         tail = self._find_tail(frame, within[len(head) :], value)
         if tail is None or not self._is_private(head) or not _is_straight(head):
@@ -732,7 +790,9 @@ class _Reader:
         """
         calls = self.recording.calls
         changes = [(at, call) for at, call in enumerate(calls) if call.written]
-        norms = [item for item in self.items if item.is_batchnorm and item.affine is not None] if changes else []
+        norms = (
+            [item for item in self.items if item.is_batchnorm and item.affine is not None] if changes else []
+        )
         values = {v.name: v for call in calls for v in (*call.reads.values(), *call.made)}
         places = {id(call): at for at, call in enumerate(calls)}
         lasting = {value.memory for value in self.recording.outputs.values()}
@@ -745,7 +805,9 @@ class _Reader:
                 mine = at > places[id(item.call)] and any(value.memory == above for value in call.written)
                 reads = (value for other in calls[at:] for value in other.reads.values())
                 if mine and (below & lasting or any(value.memory in below for value in reads)):
-                    item.refuse(f"`{call.label}` changes its input in place, and without it would change its output")
+                    item.refuse(
+                        f"`{call.label}` changes its input in place, and without it would change its output"
+                    )
 
     def _drop_identities(self) -> None:
         """Let who reads a copy of a value read the value."""
@@ -798,7 +860,9 @@ class _Reader:
         if isinstance(bias, str):
             if item.bias is not None:
                 return item.refuse(bias)
-            item.linear, bias = replace(item.linear, biasless=item.linear.biasless or bias), None
+            item.linear, bias = replace(item.linear, biasless=bias), None
+        elif item.op != "Embedding":
+            item.linear = replace(item.linear, biasless="")
         item.place = LinearPlace(slot, transposed, bias, computed)
         item.site = slot.module if slot.attribute == "weight" and slot.module else slot.name
         return None
@@ -827,13 +891,15 @@ class _Reader:
                 return "its bias is computed while the model runs"
             return _choose(item.bias, frame) or "its bias is held by several modules at once"
         assert item.linear is not None
-        if item.linear.biasless:
-            return item.linear.biasless
         module = frame.module
-        own = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and weight.module == frame.path
-        if own and module is not None and module._parameters.get("bias", 0) is None and _takes_bias(module):
+        if (
+            module is not None
+            and weight.name == f"{frame.path}.weight"
+            and getattr(module, "bias", 0) is None
+        ):
             return Slot(weight.module, "bias", "parameter")
-        return f"the code of `{frame.path or type(self.model).__name__}` gives it no bias"
+        nobody = f"the code of `{frame.path or type(self.model).__name__}` gives it no bias"
+        return item.linear.biasless or nobody
 
     def _other_reads(self) -> dict[int, str]:
         """Parameters that are read otherwise than as the weight or bias of a linear operator, and by whom."""
@@ -968,35 +1034,22 @@ def _is_bias(item: _Item, linear: _Item) -> bool:
     """Whether an item adds a stored vector to the product of a matrix."""
     assert linear.linear is not None
     values = [v for v in item.call.reads.values() if v.slots]
-    if (
-        item.op != "Affine"
-        or item.call.label not in ("add", "iadd", "radd")
-        or len(values) != 1
-        or not values[0].constant
-    ):
+    added = item.op in ("Affine", "Identity") and item.call.label in ("add", "iadd", "radd")
+    if not added or len(values) != 1 or len(item.call.args) != 2 or item.call.kwargs:
         return False
-    vector = (linear.linear.outputs,)
-    plain = (
-        item.affine is not None
-        and bool((item.affine.scale == 1).all())
-        and len(item.call.args) == 2
-        and not item.call.kwargs
-    )
+    bias, outputs = values[0], linear.linear.outputs
     last = linear.linear.out_axis == linear.call.made[0].rank - 1
-    return (
-        plain
-        and last
-        and values[0].shape[-1:] == vector
-        and values[0].tensor is not None
-        and values[0].tensor.numel() == vector[0]
-    )
+    whole = bias.tensor is not None and bias.tensor.numel() == outputs
+    return bias.constant and last and whole and bias.shape[-1:] == (outputs,)
 
 
 def _turns(head: Sequence[_Item]) -> Iterator[tuple[_Item, list[int]]]:
     """The parts of an affine map, each with the axes of its input as axes of the whole map's."""
     axes: list[int] = []
     for item in head:
-        rank = len(item.attributes["perm"]) if item.op == "Transpose" else item.affine.rank if item.affine else 0
+        rank = (
+            len(item.attributes["perm"]) if item.op == "Transpose" else item.affine.rank if item.affine else 0
+        )
         axes = axes or list(range(rank))
         yield item, axes
         if item.op == "Transpose":
@@ -1136,45 +1189,6 @@ def _kind(item: _Item) -> Any:
         item.op == "Conv",
     )
     return (item.place.weight.name, bias, item.place.transposed, item.bias is None, *form)
-
-
-_STANDARD = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-
-
-def _takes_bias(module: nn.Module) -> bool:
-    """Whether a module's forward uses the bias that it is given, if it had none before, by its source."""
-    if "forward" in vars(module) or "_conv_forward" in vars(module):
-        return False
-    return all(
-        _uses_bias(type(module), name) for name in ("forward", "_conv_forward") if hasattr(type(module), name)
-    )
-
-
-def _uses_bias(kind: type, method: str) -> bool:
-    for each in kind.__mro__:
-        if method in vars(each):
-            if each in _STANDARD or each is nn.modules.conv._ConvNd:
-                return True
-            source = _source(vars(each)[method])
-            if f"super().{method}" in source or f"super({each.__name__}, self).{method}" in source:
-                continue
-            return "bias" in source if method == "_conv_forward" else "self.bias" in source
-    return False
-
-
-def _source(function: Any) -> str:
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return ""
 
 
 def _stand_in(item: _Item, value: str) -> nn.Module | None:

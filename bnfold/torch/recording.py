@@ -180,6 +180,7 @@ class Recording:
         changed_slots: tensors of the model that the pass changed in place, by identity.
         borrowed: `(module path, attribute)` of tensors that were fetched from outside of their module's own call.
         fake: whether it ran without numbers.
+        branches: whether numbers that depend on the inputs left the tensors.
     """
 
     calls: list[Call]
@@ -190,6 +191,7 @@ class Recording:
     changed_slots: set[int]
     borrowed: dict[tuple[str, str], str]
     fake: bool
+    branches: bool
 
 
 def leaves(thing: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -685,6 +687,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake
         recorder.changed_slots,
         recorder.borrowed,
         fake,
+        recorder.root.branches,
     )
 
 

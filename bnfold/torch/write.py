@@ -220,10 +220,11 @@ def _put(module: nn.Module, attribute: str, array: Array, like: Tensor) -> Tenso
     tensor = _round(array, like)
     if attribute in module._buffers:
         module._buffers[attribute] = tensor
-    elif attribute in vars(module) and attribute not in module._parameters:
+    elif isinstance(vars(module).get(attribute), Tensor) and attribute not in module._parameters:
         vars(module)[attribute] = tensor
     else:
         tensor = nn.Parameter(tensor, like.requires_grad)
+        vars(module).pop(attribute, None)
         module._parameters[attribute] = tensor
     return tensor
 

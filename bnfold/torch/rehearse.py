@@ -1,0 +1,124 @@
+"""Rehearse a fold: does the folded module still run the code that was read?
+
+Folding takes modules out and adds biases, and Python code can look at both: `if self.conv.bias is None`,
+`isinstance(layer, nn.BatchNorm2d)`, `self.bn.eps`, a forward that never passes its bias on. So the folded module is
+recorded as well, and its calls are compared with those that were read, but for what the fold took out. Where they
+differ, or the folded module does not run, the BatchNorms and biases in question are looked for by halving: each half
+is taken out (or added) without its numbers, and the rest must still run the same calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfold.graph import Graph, Node
+from bnfold.torch.read import Reading, Step, copy_structure, draw_steps
+from bnfold.torch.write import become
+from bnfold.travel import Journey
+
+__all__ = ["find_fault", "refuse_everything", "runs_alike"]
+
+_ALIKE = {"clamp": "hardtanh", "truediv": "div", "relu_": "relu"}
+
+
+def runs_alike(folded: nn.Module, example_inputs: Any, reading: Reading, journey: Journey) -> bool:
+    """Whether the folded module runs the calls that were read, and passes on each bias that it was given."""
+    shifted = (node for node in journey.graph.nodes if node.linear is not None and node.linear.shifts)
+    places = (reading.linears[node.name] for node in shifted if node.name in reading.linears)
+    biased = {place.weight.name for place in places if place.bias is not None}
+    return _matches(folded, example_inputs, reading, biased)
+
+
+def _matches(folded: nn.Module, example_inputs: Any, reading: Reading, biased: set[str]) -> bool:
+    try:
+        steps = draw_steps(folded, example_inputs, reading)
+    except Exception:  # noqa: BLE001 whatever the code raises that missed something
+        return False
+    if len(steps) != len(reading.steps):
+        return False
+    return all(_same(mine, theirs, biased) for mine, theirs in zip(reading.steps, steps, strict=True))
+
+
+def _same(mine: Step, theirs: Step, biased: set[str]) -> bool:
+    if (
+        _ALIKE.get(mine.label, mine.label) != _ALIKE.get(theirs.label, theirs.label)
+        or mine.inputs != theirs.inputs
+    ):
+        return False
+    if (mine.affine is None) != (theirs.affine is None):
+        return False
+    if mine.affine is not None and theirs.affine is not None and not mine.affine.equals(theirs.affine):
+        return False
+    return not mine.weight or theirs.biased == (mine.biased or mine.weight in biased)
+
+
+def find_fault(model: nn.Module, example_inputs: Any, reading: Reading) -> Reading:
+    """The reading without what cannot be taken out or added, as far as that can be told; else without anything."""
+    norms = sorted({place.path for place in reading.norms.values()})
+    biases = sorted({place.weight.name for place in reading.linears.values() if place.bias is not None})
+
+    def take_out(paths: Sequence[str]) -> bool:
+        return _matches(_without(model, reading, set(paths), set()), example_inputs, reading, set())
+
+    def add(names: Sequence[str]) -> bool:
+        return _matches(_without(model, reading, set(), set(names)), example_inputs, reading, set(names))
+
+    if reading.branches:
+        return refuse_everything(model, example_inputs, reading)
+    return _refuse(reading, set(_culprits(norms, take_out)), set(_culprits(biases, add)))
+
+
+def refuse_everything(model: nn.Module, example_inputs: Any, reading: Reading) -> Reading:
+    """The reading with every BatchNorm kept."""
+    return _refuse(reading, {place.path for place in reading.norms.values()}, set())
+
+
+def _culprits(candidates: list[str], works: Callable[[Sequence[str]], bool]) -> list[str]:
+    """Those that do not work, found by halving."""
+    if not candidates or works(candidates):
+        return []
+    if len(candidates) == 1:
+        return candidates
+    half = len(candidates) // 2
+    return _culprits(candidates[:half], works) + _culprits(candidates[half:], works)
+
+
+def _without(model: nn.Module, reading: Reading, norms: set[str], biases: set[str]) -> nn.Module:
+    """A copy without some BatchNorms and with some biases of zero, whatever that makes of its numbers."""
+    twin = copy_structure(model)
+    for norm in dict.fromkeys(reading.norms.values()):
+        if norm.path in norms:
+            become(twin.get_submodule(norm.path), norm, None)
+    for name, place in reading.linears.items():
+        linear = reading.graph[name].linear
+        if place.weight.name in biases and place.bias is not None and linear is not None:
+            owner = twin.get_submodule(place.bias.module)
+            if getattr(owner, place.bias.attribute, None) is None:
+                weight = getattr(owner, place.weight.attribute)
+                zeros = torch.zeros(linear.outputs, dtype=weight.dtype, device=weight.device)
+                vars(owner).pop(place.bias.attribute, None)
+                owner._parameters[place.bias.attribute] = nn.Parameter(zeros, weight.requires_grad)
+    return twin
+
+
+def _refuse(reading: Reading, norms: set[str], biases: set[str]) -> Reading:
+    """The reading with these BatchNorms kept and these biases not to be written."""
+    nodes: dict[str, Node] = {}
+    for node in reading.graph.nodes:
+        norm, linear = reading.norms.get(node.name), reading.linears.get(node.name)
+        if norm is not None and norm.path in norms and node.affine is not None:
+            reason = (
+                "some code looks at it otherwise than by calling it, and would do something else without it"
+            )
+            nodes[node.name] = replace(node, affine=None, attributes={"reason": reason})
+        if linear is not None and linear.weight.name in biases and node.linear is not None:
+            reason = "its code does something else where there is a bias"
+            own = replace(node.linear, biasless=node.linear.biasless or reason)
+            nodes[node.name] = replace(node, linear=own)
+    graph: Graph = reading.graph.replace(nodes)
+    return replace(reading, graph=graph)
