@@ -139,7 +139,7 @@ class _FaceBlock(nn.Module):
 
 
 class FaceResNet(nn.Module):
-    """IResNet-50 (Deng et al. 2019, "ArcFace"; insightface's iresnet.py): BatchNorm before padded convs, and a Flatten."""
+    """IResNet-50 (Deng et al. 2019, "ArcFace"; insightface): BatchNorm before padded convs, and before a Flatten."""
 
     def __init__(
         self, blocks: Sequence[int] = (3, 4, 14, 3), width: int = 64, size: int = 112, features: int = 512
@@ -231,7 +231,10 @@ class TDNN(nn.Module):
 
 
 class Crepe(nn.Module):
-    """CREPE (Kim et al. 2018; torchcrepe): padded conv, ReLU, BatchNorm, MaxPool. Without `pad` the convs are "valid"."""
+    """CREPE (Kim et al. 2018; torchcrepe): padded conv, ReLU, BatchNorm, MaxPool.
+
+    Without `pad` the convs are "valid".
+    """
 
     def __init__(
         self,
@@ -300,7 +303,7 @@ class InceptionTime(nn.Module):
         return self.head(x.mean(2))
 
 
-# ---------------------------------------------------------------- BatchNorm behind a pool, beside a conv, or right behind it
+# ---------------------------------------------------------------- behind a pool, beside a conv, right behind it
 
 
 class _Group(nn.Module):
@@ -399,7 +402,7 @@ _INCEPTION = [
 
 
 class GoogLeNet(nn.Module):
-    """Inception v1 with BatchNorm (Szegedy et al. 2015; torchvision's googlenet): every BatchNorm right behind a conv."""
+    """Inception v1 with BatchNorm (Szegedy et al. 2015; torchvision): every BatchNorm right behind a conv."""
 
     def __init__(self, part: int = 1, classes: int = 1000) -> None:
         super().__init__()
@@ -559,7 +562,7 @@ class LeViT(nn.Module):
 
 
 class ConvE(nn.Module):
-    """ConvE on FB15k-237 (Dettmers et al. 2018): embeddings, concat, BatchNorm, conv; the embedding is the output layer."""
+    """ConvE on FB15k-237 (Dettmers et al. 2018): embeddings, concat, BatchNorm, conv; tied output layer."""
 
     def __init__(
         self, entities: int = 14_541, relations: int = 474, height: int = 10, width: int = 20
@@ -683,7 +686,7 @@ def build(name: str, gammas: str = "positive", small: bool = False) -> tuple[nn.
 
 
 def anchor(model: nn.Module, inputs: tuple[Tensor, ...], negative: float) -> None:
-    """Give every BatchNorm the moments of these inputs, moved a little, and gammas of which this share is negative."""
+    """Give every BatchNorm the moments of these inputs, moved a little, and this share of negative gammas."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     model.eval()
     with torch.no_grad():
