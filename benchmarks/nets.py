@@ -654,7 +654,9 @@ NETS = {
         partial(Crepe, kernels=(512, 15, 15, 8, 3, 2), frame=1920, pad=False), _sequence(1920),
         partial(Crepe, (6, 4, 5), (16, 3, 2), 128, False, 7), _sequence(128),
     ),
-    "InceptionTime": Net(InceptionTime, _sequence(1, 512), partial(InceptionTime, 3, 4, (9, 5, 3), 3), _sequence(1, 24)),
+    "InceptionTime": Net(
+        InceptionTime, _sequence(1, 512), partial(InceptionTime, 3, 4, (9, 5, 3), 3), _sequence(1, 24)
+    ),
     "Inception v1": Net(GoogLeNet, _images(224), partial(GoogLeNet, 8, 5), _images(64)),
     "airbench94": Net(Airbench, _images(32), partial(Airbench, (4, 6, 8), 5), _images(32)),
     "RepVGG-A0": Net(RepVGG, _images(224), partial(RepVGG, (1, 2, 2), (4, 4, 6), 5), _images(24)),

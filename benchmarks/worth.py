@@ -61,7 +61,7 @@ SITTINGS = 3
 def export(model: nn.Module, inputs: tuple[Any, ...], **options: Any) -> onnx.ModelProto:
     """The ONNX model of a module, with every BatchNorm still in it."""
     data = io.BytesIO()
-    fixed = {"dynamo": False, "do_constant_folding": False, "training": torch.onnx.TrainingMode.PRESERVE}
+    fixed = {"dynamo": False, "do_constant_folding": True, "training": torch.onnx.TrainingMode.PRESERVE}
     torch.onnx.export(model, inputs, data, **(fixed | options))
     return onnx.load_from_string(data.getvalue())
 
