@@ -151,7 +151,9 @@ def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ..
     picture = read(first, folder)
     weights = sum(node.linear is not None for node in picture.graph.nodes)
     proof = Proof(picture, inputs)
-    return proof.judge(lambda: Runner(second, other), lambda: proof.run_wide(second, other), weights, rounded=True)
+    return proof.judge(
+        lambda: Runner(second, other), lambda: proof.run_wide(second, other), weights, rounded=True
+    )
 
 
 # ---------------------------------------------------------------- one fold
@@ -166,7 +168,9 @@ class _Plan:
     @property
     def changed(self) -> int:
         """How many nodes get new numbers."""
-        new = (node for node in self.journey.graph.nodes if node.linear is not None or node.affine is not None)
+        new = (
+            node for node in self.journey.graph.nodes if node.linear is not None or node.affine is not None
+        )
         old = {node.name: node for node in self.picture.graph.nodes}
         return sum(node.name not in old or _differs(old[node.name], node) for node in new)
 
@@ -205,12 +209,15 @@ def _fold(
 ) -> tuple[onnx.ModelProto, Report]:
     """Fold a model that is ours to change."""
     plan, notes = _decide(model, folder, choices), []
+    original = model
     inlined, names = _inline(model)
     if inlined is not None:
         other = _decide(inlined, folder, choices)
         if other.erased > plan.erased:
             model, plan = inlined, other
-            notes.append(f"the model's functions {', '.join(names)} were inlined, since their bodies are shared")
+            notes.append(
+                f"the model's functions {', '.join(names)} were inlined, since their bodies are shared"
+            )
     notes += plan.picture.notes
     before = _count(model)
     if not plan.does_something:
@@ -218,7 +225,7 @@ def _fold(
         ends.finish(model, None)
         notes += ["nothing was changed, so there was nothing to compare"] if plan.journey.verdicts else []
         return model, Report(plan.journey.verdicts, notes=tuple(notes), parameters=(before, before))
-    proof = _prove(plan, choices) if choices.verify else None
+    proof = _prove(plan, choices, original) if choices.verify else None
     editor = write(plan.picture, plan.journey.graph)
     if choices.freeze_initializers:
         _freeze(model)
@@ -232,10 +239,10 @@ def _fold(
     return model, Report(plan.journey.verdicts, evidence, tuple(notes), (before, after))
 
 
-def _prove(plan: _Plan, choices: _Choices) -> Any:
+def _prove(plan: _Plan, choices: _Choices, original: onnx.ModelProto) -> Any:
     from bnfold.onnx.proof import Proof
 
-    proof = Proof(plan.picture, choices.inputs)
+    proof = Proof(plan.picture, choices.inputs, original)
     proof.prepare(plan.journey.graph, choices.freeze_initializers, plan.demoted)
     return proof
 
@@ -265,7 +272,12 @@ def _complaint(model: onnx.ModelProto) -> str:
         return ""
     try:
         onnx.checker.check_model(model, full_check=True)
-    except Exception as error:
+    except (
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         return " ".join(str(error).split())[:300]
     return ""
 
@@ -298,14 +310,12 @@ def _inline(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, list[str]]:
     from onnx import inliner
 
     wanted = _functions_worth_inlining(model)
-    if not any(_holds(model, function, {"BatchNormalization"}) for function in model.functions):
-        if not any(node.op_type == "BatchNormalization" for node in model.graph.node):
-            return None, []
-    if not wanted:
+    inside = any(_holds(model, function, {"BatchNormalization"}) for function in model.functions)
+    if not wanted or not (inside or any(node.op_type == "BatchNormalization" for node in model.graph.node)):
         return None, []
     try:
         return inliner.inline_selected_functions(model, wanted), [name for _, name in wanted]
-    except Exception:
+    except (onnx.checker.ValidationError, ValueError, RuntimeError):
         return None, []
 
 
@@ -313,7 +323,9 @@ def _functions_worth_inlining(model: onnx.ModelProto) -> list[tuple[str, str]]:
     return [(f.domain, f.name) for f in model.functions if _holds(model, f, _SHARED)]
 
 
-def _holds(model: onnx.ModelProto, function: onnx.FunctionProto, operators: frozenset[str] | set[str]) -> bool:
+def _holds(
+    model: onnx.ModelProto, function: onnx.FunctionProto, operators: frozenset[str] | set[str]
+) -> bool:
     """Whether a function computes one of these operators, by itself or through another function."""
     by_name = {(f.domain, f.name): f for f in model.functions}
     waiting, seen = [function], {(function.domain, function.name)}

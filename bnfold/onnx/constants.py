@@ -53,7 +53,11 @@ def _attribute_value(item: onnx.AttributeProto) -> Any:
         return value.decode("utf-8", "replace")
     if isinstance(value, (onnx.TensorProto, onnx.GraphProto, int, float)):
         return value
-    return [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in value] if _is_list(value) else value
+    return (
+        [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in value]
+        if _is_list(value)
+        else value
+    )
 
 
 def _is_list(value: object) -> bool:
@@ -82,9 +86,12 @@ def _map_external(tensor: TensorProto, folder: Path | None) -> Tensor:
     dtype, shape = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
     if dtype.itemsize * 8 != _bits(tensor.data_type):
         raise InputError(f"the tensor `{tensor.name}` is packed more densely than bnfold reads")
-    if not size:
-        return np.empty(shape, dtype)
-    return np.memmap(path, np.uint8, "r", offset, (size,)).view(dtype).reshape(shape)
+    return map_bytes(path, offset, size).view(dtype).reshape(shape)
+
+
+def map_bytes(path: Path, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A part of a file, as it is on the disk."""
+    return np.memmap(path, np.uint8, "r", offset, (size,)) if size else np.empty(0, np.uint8)
 
 
 def check_external(tensor: TensorProto, folder: Path | None) -> tuple[Path, int, int]:
@@ -102,7 +109,13 @@ def check_external(tensor: TensorProto, folder: Path | None) -> tuple[Path, int,
 
 def _bits(data_type: int) -> int:
     name = TensorProto.DataType.Name(data_type)
-    return 4 if "4" in name and not name.endswith("64") else 2 if name.endswith("INT2") else _whole_bits(data_type)
+    return (
+        4
+        if "4" in name and not name.endswith("64")
+        else 2
+        if name.endswith("INT2")
+        else _whole_bits(data_type)
+    )
 
 
 def _whole_bits(data_type: int) -> int:
@@ -123,7 +136,9 @@ def locate(tensor: TensorProto, folder: Path | None) -> tuple[Path, int, int]:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if folder is None:
-        raise InputError(f"`{tensor.name}` keeps its data in {location!r}; fold the file, so that its folder is known")
+        raise InputError(
+            f"`{tensor.name}` keeps its data in {location!r}; fold the file, so that its folder is known"
+        )
     try:
         offset, length = int(entries.get("offset") or 0), int(entries.get("length") or 0)
     except ValueError as error:
@@ -176,9 +191,15 @@ class Constants:
     def _is_constant(self, node: onnx.NodeProto, inputs: Sequence[str]) -> bool:
         operator = node.op_type
         if operator not in EVALUATE:
-            return operator in _REFERENCE and bool(inputs) and all(not value or value in self for value in inputs)
+            return (
+                operator in _REFERENCE
+                and bool(inputs)
+                and all(not value or value in self for value in inputs)
+            )
         if operator in ("Shape", "Size"):
-            return inputs[0] in self or all(isinstance(size, int) for size in self.shapes.get(inputs[0], (None,)))
+            return inputs[0] in self or all(
+                isinstance(size, int) for size in self.shapes.get(inputs[0], (None,))
+            )
         if operator == "CastLike":
             return inputs[0] in self and inputs[1] in self.types
         if operator == "Dropout" and (len([o for o in node.output if o]) > 1 or len(inputs) > 2):
@@ -208,17 +229,23 @@ class Constants:
             return self.array(value)
         except InputError:
             raise
-        except (ValueError, TypeError, IndexError, KeyError, ArithmeticError, NotImplementedError, MemoryError):
+        except (
+            ValueError,
+            TypeError,
+            IndexError,
+            KeyError,
+            ArithmeticError,
+            NotImplementedError,
+            MemoryError,
+        ):
             return None
 
     def array(self, value: str) -> Tensor:
         """The numbers of a constant."""
         if value in self._memory:
             return self._memory[value]
-        if value in self._tensors:
-            result = load(self._tensors[value], self.folder)
-        else:
-            result = self._evaluate(value)
+        stored = self._tensors.get(value)
+        result = self._evaluate(value) if stored is None else load(stored, self.folder)
         if result.size <= SMALL:
             self._memory[value] = result
         return result
@@ -258,7 +285,7 @@ class Constants:
 
 def is_float(array: Tensor) -> bool:
     """Whether an array holds floating-point numbers, those of `ml_dtypes` included."""
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+    return bool(array.dtype.kind == "f" or array.dtype.name == "bfloat16")
 
 
 def cast(array: Tensor, data_type: int) -> Tensor:
@@ -363,9 +390,12 @@ def _concat(constants: Constants, node: onnx.NodeProto, arrays: list[Any]) -> An
 def _slice(constants: Constants, node: onnx.NodeProto, arrays: list[Any]) -> Any:
     data, options = arrays[0], attributes(node)
     names = ("starts", "ends", "axes", "steps")
-    given = [options.get(name) for name in names] if "starts" in options else [*arrays[1:], None, None, None][:4]
+    given = (
+        [options.get(name) for name in names] if "starts" in options else [*arrays[1:], None, None, None][:4]
+    )
     starts, ends, axes, steps = ([int(n) for n in np.ravel(a)] if a is not None else None for a in given)
-    assert starts is not None and ends is not None
+    assert starts is not None
+    assert ends is not None
     cut = [slice(None)] * data.ndim
     for place, axis in enumerate(axes or range(len(starts))):
         cut[axis] = bounded(starts[place], ends[place], steps[place] if steps else 1, data.shape[axis])
@@ -413,9 +443,13 @@ EVALUATE: dict[str, Operator] = {
     "Log": _arithmetic(np.log),
 }
 
-_REFERENCE = frozenset(
-    ["And", "ArgMax", "ArgMin", "Ceil", "Clip", "CumSum", "Equal", "Floor", "GatherElements", "GatherND", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "MatMul", "Max", "Mean", "Min", "Mod", "Not", "OneHot", "Or", "Pad", "Range", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Round", "ScatterElements", "ScatterND", "Sigmoid", "Sign", "Split", "Sum", "Tile", "Trilu", "Where", "Xor"]
-)
+_REFERENCE = frozenset({
+    "And", "ArgMax", "ArgMin", "Ceil", "Clip", "CumSum", "Equal", "Floor", "GatherElements", "GatherND",
+    "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "MatMul", "Max", "Mean", "Min", "Mod", "Not",
+    "OneHot", "Or", "Pad", "Range", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+    "ReduceSum", "ReduceSumSquare", "Round", "ScatterElements", "ScatterND", "Sigmoid", "Sign", "Split",
+    "Sum", "Tile", "Trilu", "Where", "Xor",
+})  # fmt: skip
 """Other operators that are evaluated, by ONNX's reference implementation."""
 
 

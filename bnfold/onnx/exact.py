@@ -1,6 +1,8 @@
 """ONNX's reference implementation in float64, with convolutions that are fast enough for real nets.
 
-BatchNormalization is written here as well, since before operator set 14 the reference normalises by the batch. A convolution is one matrix product of the weight with what its taps see ("im2col"). ConvTranspose is the same, scattered instead of gathered.
+A convolution is one matrix product of the weight with what its taps see ("im2col"). ConvTranspose is the same,
+scattered instead of gathered. BatchNormalization is written here as well, since before operator set 14 the reference
+normalises by the batch; and the poolings, since it fails on padded sequences and on windows that reach too far.
 """
 
 from __future__ import annotations
@@ -32,15 +34,17 @@ def evaluate(model: onnx.ModelProto, feeds: Sequence[dict[str, Tensor]]) -> list
         InputError: the reference implementation cannot run it.
     """
     try:
-        evaluator = ReferenceEvaluator(model, new_ops=[Conv, ConvTranspose, BatchNormalization, MaxPool, AveragePool])
+        evaluator = ReferenceEvaluator(
+            model, new_ops=[Conv, ConvTranspose, BatchNormalization, MaxPool, AveragePool]
+        )
         with np.errstate(all="ignore"):
-            return [evaluator.run(None, feed) for feed in feeds]
+            return [list(evaluator.run(None, feed)) for feed in feeds]
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"the reference implementation cannot run it in float64: {line}") from error
 
 
-class Conv(OpRun):  # type: ignore[misc]
+class Conv(OpRun):
     """The convolution of the ONNX operator page."""
 
     op_domain = ""
@@ -65,8 +69,13 @@ class Conv(OpRun):  # type: ignore[misc]
             (n - (k - 1) * d - 1) // s + 1
             for n, k, d, s in zip(padded.shape[2:], kernel, dilations, strides, strict=True)
         ]
-        cuts = [_window(offset, sizes, strides, dilations) for offset in itertools.product(*map(range, kernel))]
-        seen = [padded[(slice(None), slice(None), *cut)].reshape(data.shape[0], group, -1, math.prod(sizes)) for cut in cuts]
+        cuts = [
+            _window(offset, sizes, strides, dilations) for offset in itertools.product(*map(range, kernel))
+        ]
+        seen = [
+            padded[(slice(None), slice(None), *cut)].reshape(data.shape[0], group, -1, math.prod(sizes))
+            for cut in cuts
+        ]
         taps = np.moveaxis(weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1), 3, 0)
         if weight.shape[1] == 1:
             result = functools.reduce(np.add, (tap * each for tap, each in zip(taps, seen, strict=True)))
@@ -76,7 +85,7 @@ class Conv(OpRun):  # type: ignore[misc]
         return (result if bias is None else result + bias.reshape(-1, *[1] * len(kernel)),)
 
 
-class ConvTranspose(OpRun):  # type: ignore[misc]
+class ConvTranspose(OpRun):
     """The transposed convolution of the ONNX operator page."""
 
     op_domain = ""
@@ -116,18 +125,18 @@ class ConvTranspose(OpRun):  # type: ignore[misc]
         return (result if bias is None else result + bias.reshape(-1, *[1] * spatial),)
 
 
-class MaxPool(ReferenceMaxPool):  # type: ignore[misc]
+class MaxPool(OpRun):
     """Of floats, without indices: the reference implementation fails on padded sequences, and is slow."""
 
     op_domain = ""
 
     def _run(self, data: Tensor, **options: Any) -> Any:
         if len(self.onnx_node.output) > 1 or data.dtype.kind != "f":
-            return super()._run(data, **options)
+            return ReferenceMaxPool._run(self, data, **options)  # type: ignore[no-untyped-call, arg-type]
         return (functools.reduce(np.maximum, _taps(data, options, -np.inf)),)
 
 
-class AveragePool(OpRun):  # type: ignore[misc]
+class AveragePool(OpRun):
     """The mean over what lies inside a window; what lies in the padding counts where the node says so."""
 
     op_domain = ""
@@ -142,7 +151,9 @@ def _taps(data: Tensor, options: dict[str, Any], padding: float) -> Iterator[Ten
     kernel = options["kernel_shape"]
     strides = options.get("strides") or [1] * len(kernel)
     dilations = options.get("dilations") or [1] * len(kernel)
-    pads = _padding(data.shape[2:], kernel, options.get("auto_pad") or "NOTSET", options.get("pads"), strides, dilations)
+    pads = _padding(
+        data.shape[2:], kernel, options.get("auto_pad") or "NOTSET", options.get("pads"), strides, dilations
+    )
     sizes, beyond = [], []
     for n, k, d, s, (before, after) in zip(data.shape[2:], kernel, dilations, strides, pads, strict=True):
         span = n + before + after - (k - 1) * d - 1
@@ -155,7 +166,7 @@ def _taps(data: Tensor, options: dict[str, Any], padding: float) -> Iterator[Ten
         yield padded[(slice(None), slice(None), *_window(offset, sizes, strides, dilations))]
 
 
-class BatchNormalization(OpRun):  # type: ignore[misc]
+class BatchNormalization(OpRun):
     """Inference only: before operator set 14 the reference implementation normalises by the batch."""
 
     op_domain = ""
@@ -175,7 +186,8 @@ def _window(
 ) -> tuple[slice, ...]:
     """Where one tap of a kernel reads (or writes), for all outputs (or inputs) at once."""
     return tuple(
-        slice(o * d, o * d + (n - 1) * s + 1, s) for o, n, s, d in zip(offset, sizes, strides, dilations, strict=True)
+        slice(o * d, o * d + (n - 1) * s + 1, s)
+        for o, n, s, d in zip(offset, sizes, strides, dilations, strict=True)
     )
 
 
@@ -214,7 +226,9 @@ def _cropping(
         wanted = [n * s for n, s in zip(data, strides, strict=True)]
     if wanted is None:
         both = list(pads or [0] * 2 * spatial)
-        ends = [w + e - b - a for w, e, b, a in zip(whole, extra, both[:spatial], both[spatial:], strict=True)]
+        ends = [
+            w + e - b - a for w, e, b, a in zip(whole, extra, both[:spatial], both[spatial:], strict=True)
+        ]
         return both[:spatial], ends
     begin = []
     for w, e, n in zip(whole, extra, wanted[-spatial:], strict=True):

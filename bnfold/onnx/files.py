@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import onnx
 from onnx import TensorProto
 
 from bnfold.errors import InputError
-from bnfold.onnx.constants import check_external, locate, width
+from bnfold.onnx.constants import check_external, map_bytes, width
 from bnfold.onnx.scope import bodies
 
 __all__ = ["load_file", "save_file", "size", "stored_tensors", "writing"]
@@ -102,7 +101,9 @@ def writing(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 def _place(new: Path, target: Path, old: Path) -> None:
     """Move everything in `new` beside the target, the model last; undo it all if one move fails."""
-    files = sorted((path for path in new.rglob("*") if path.is_file()), key=lambda path: path == new / target.name)
+    files = sorted(
+        (path for path in new.rglob("*") if path.is_file()), key=lambda path: path == new / target.name
+    )
     moved: list[tuple[Path, Path | None]] = []
     try:
         for number, path in enumerate(files):
@@ -136,7 +137,9 @@ def save_file(
     external = dict(external or {})
     names = _Locations(path, source)
     if size(model) >= LIMIT - (1 << 26):
-        external = {t.name: external.get(t.name, f"{(source or path).name}.data") for t in _large(model)} | external
+        external = {
+            t.name: external.get(t.name, f"{(source or path).name}.data") for t in _large(model)
+        } | external
     files: dict[str, _Companion] = {}
     for tensor in stored_tensors(model):
         old = _location(tensor) or external.get(tensor.name, "")
@@ -187,16 +190,18 @@ class _Companion:
     def append(self, tensor: TensorProto, folder: Path | None, location: str) -> None:
         """Write the data of a tensor and let the tensor say where."""
         if tensor.data_location == TensorProto.EXTERNAL:
-            path, start, length = locate(tensor, folder)
-            data = np.memmap(path, np.uint8, "r", start, (length or path.stat().st_size - start,))
+            path, start, length = check_external(tensor, folder)
+            data = map_bytes(path, start, length).data
             step = 4096 if start % 4096 == 0 else 64 if start % 64 == 0 else 1
         else:
-            data, step = np.frombuffer(tensor.raw_data, np.uint8), 64
+            data, step = memoryview(tensor.raw_data), 64
         with self.path.open("ab") as file:
             self.size += file.write(bytes(-self.size % step))
             offset = self.size
-            self.size += file.write(memoryview(data))
-        checksum = [(e.key, e.value) for e in tensor.external_data if e.key not in ("location", "offset", "length")]
+            self.size += file.write(data)
+        checksum = [
+            (e.key, e.value) for e in tensor.external_data if e.key not in ("location", "offset", "length")
+        ]
         tensor.ClearField("raw_data")
         del tensor.external_data[:]
         tensor.data_location = TensorProto.EXTERNAL

@@ -55,13 +55,16 @@ class Scene:
     copies: dict[str, str] = field(default_factory=dict)
 
     def shape(self, value: str) -> Shape | None:
+        """The shape of a value, as far as it is known."""
         return self.found.shapes.get(value)
 
     def rank(self, value: str) -> int | None:
+        """The rank of a value, if it is known."""
         shape = self.shape(value)
         return None if shape is None else len(shape)
 
     def type(self, value: str) -> int:
+        """The element type of a value, 0 if it is not known."""
         return self.found.types.get(value, 0)
 
     def computed(self, spot: Spot) -> tuple[str, ...]:
@@ -72,7 +75,8 @@ class Scene:
         """Why a value that should be constant is not, as a clause."""
         raw = self.whole.raw.get(value, value)
         if value in self.overridable:
-            return f"its {role} `{raw}` is also an input of the model, which a caller may override; freeze it with --freeze-initializers"
+            fact = "is also an input of the model, which a caller may override"
+            return f"its {role} `{raw}` {fact}; freeze it with --freeze-initializers"
         maker = self.whole.makers.get(value)
         if maker is None:
             return f"its {role} `{raw}` is an input of the model"
@@ -89,11 +93,11 @@ Form = Callable[[Spot, Scene], Node]
 
 
 def draw(spot: Spot, scene: Scene) -> Node:
-    """Draw one node."""
+    """Draw one node; one that lacks what its operator asks for is drawn as unusual."""
     form = FORMS.get(spot.op) if not spot.results else None
     try:
         return form(spot, scene) if form is not None else _opaque(spot, scene)
-    except Unusual:
+    except (Unusual, IndexError, KeyError, TypeError):
         return _opaque(spot, scene, f"unusual {spot.op}")
 
 
@@ -186,8 +190,11 @@ def _convolution(spot: Spot, scene: Scene, transposed: bool) -> Node:
     channels = weight[1] * groups
     inputs, outputs = (weight[0], channels) if transposed else (channels, weight[0])
     seen = scene.shape(data)
-    if not groups or weight[0] % groups or (seen is not None and (len(seen) != len(weight) or _differ(seen[1], inputs))):
-        return _linear(spot, scene.computed(spot), None, "the shapes of its weight and of its input do not match")
+    suits = seen is None or (len(seen) == len(weight) and not _differ(seen[1], inputs))
+    if not groups or weight[0] % groups or not suits:
+        return _linear(
+            spot, scene.computed(spot), None, "the shapes of its weight and of its input do not match"
+        )
     partial = _crops(weight, options) if transposed else _pads_with_zeros(weight, options)
     centre = _centre(weight, options, transposed) if inputs == outputs else None
     order = "io" if transposed else "oi"
@@ -209,8 +216,12 @@ def _pads_with_zeros(weight: Shape, options: dict[str, Any]) -> str:
 def _crops(weight: Shape, options: dict[str, Any]) -> str:
     """Whether some output of a ConvTranspose does not sum every tap."""
     spatial = len(weight) - 2
-    plain = all(size == 1 for size in weight[2:]) and all(stride == 1 for stride in options.get("strides", ()))
-    moved = any(_pads(options, spatial)) or any(options.get("output_padding", ())) or "output_shape" in options
+    plain = all(size == 1 for size in weight[2:]) and all(
+        stride == 1 for stride in options.get("strides", ())
+    )
+    moved = (
+        any(_pads(options, spatial)) or any(options.get("output_padding", ())) or "output_shape" in options
+    )
     same = options.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
     return "" if plain and same and not moved else "some of its outputs sum only a part of its kernel"
 
@@ -225,7 +236,9 @@ def _extent(weight: Shape, options: dict[str, Any]) -> list[int]:
 def _centre(weight: Shape, options: dict[str, Any], transposed: bool) -> tuple[int, ...] | None:
     """The tap that reads an output's own position, where outputs are laid out like the input."""
     kernel, extent = weight[2:], _extent(weight, options)
-    if any(stride != 1 for stride in options.get("strides", ())) or any(int(size or 0) % 2 == 0 for size in kernel):
+    if any(stride != 1 for stride in options.get("strides", ())) or any(
+        int(size or 0) % 2 == 0 for size in kernel
+    ):
         return None
     if any(options.get("output_padding", ())) or "output_shape" in options:
         return None
@@ -234,9 +247,8 @@ def _centre(weight: Shape, options: dict[str, Any], transposed: bool) -> tuple[i
         pads = _pads(options, len(kernel))
         if pads != [size // 2 for size in extent] * 2:
             return None
-    elif mode == "VALID" or transposed:
-        if any(size != 1 for size in extent):
-            return None
+    elif (mode == "VALID" or transposed) and any(size != 1 for size in extent):
+        return None
     return tuple(int(size or 0) // 2 for size in kernel)
 
 
@@ -255,7 +267,9 @@ def _gemm(spot: Spot, scene: Scene) -> Node:
     seen = scene.shape(spot.inputs[0])
     bias = scene.constants.dims(spot.inputs[2]) if _input(spot, 2) else ()
     if (seen is not None and (len(seen) != 2 or _differ(seen[axis], inputs))) or not _suits(bias, outputs):
-        return _linear(spot, scene.computed(spot), None, "the shapes of its weight and of its input do not match")
+        return _linear(
+            spot, scene.computed(spot), None, "the shapes of its weight and of its input do not match"
+        )
     centre = () if axis == 1 and inputs == outputs else None
     return _linear(spot, [spot.inputs[0]], Linear(order, inputs, outputs, axis, 1, centre=centre))
 
@@ -350,8 +364,14 @@ def _batchnorm_affine(spot: Spot, scene: Scene) -> tuple[Affine | None, str]:
     gamma, beta, mean, var = (np.asarray(array, np.float64) for array in numbers)
     per_element = scene.opset < 9 and not options.get("spatial", 1)
     expected = shape[1:] if per_element else shape[1:2]
-    if any(len(a.shape) != len(expected) or any(map(_differ, expected, a.shape)) for a in (gamma, beta, mean, var)):
-        return None, f"its scale has the shape {list(gamma.shape)}, which does not suit an input of {list(shape)}"
+    if any(
+        len(a.shape) != len(expected) or any(map(_differ, expected, a.shape))
+        for a in (gamma, beta, mean, var)
+    ):
+        return (
+            None,
+            f"its scale has the shape {list(gamma.shape)}, which does not suit an input of {list(shape)}",
+        )
     epsilon = options.get("epsilon", EPSILON)
     scale, shift = batchnorm(mean, var, gamma, beta, epsilon)
     broken = _broken(var + epsilon, scale, shift)
@@ -434,7 +454,9 @@ def _sum(spot: Spot, scene: Scene) -> Node:
     inputs = scene.computed(spot)
     if len(inputs) != len(spot.inputs):
         raise Unusual
-    return _node(spot, inputs) if len(inputs) > 1 else Node(spot.name, "Identity", inputs, tuple(spot.outputs))
+    return (
+        _node(spot, inputs) if len(inputs) > 1 else Node(spot.name, "Identity", inputs, tuple(spot.outputs))
+    )
 
 
 # ---------------------------------------------------------------- what passes an affine on
@@ -461,7 +483,7 @@ def _prelu(spot: Spot, scene: Scene) -> Node:
     return _plain(spot, scene)
 
 
-_WIDER = {
+_WIDER: dict[int, tuple[int, ...]] = {
     TensorProto.FLOAT16: (TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE),
     TensorProto.BFLOAT16: (TensorProto.BFLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE),
     TensorProto.FLOAT: (TensorProto.FLOAT, TensorProto.DOUBLE),
@@ -470,10 +492,15 @@ _WIDER = {
 
 
 def _cast(spot: Spot, scene: Scene) -> Node:
-    source, target = scene.type(spot.inputs[0]), scene.type(spot.outputs[0]) or attributes(spot.node).get("to", 0)
+    source, target = (
+        scene.type(spot.inputs[0]),
+        scene.type(spot.outputs[0]) or attributes(spot.node).get("to", 0),
+    )
     if source not in FLOATS or target not in FLOATS:
         raise Unusual
-    return Node(spot.name, "Cast", (spot.inputs[0],), tuple(spot.outputs), {"lossless": target in _WIDER[source]})
+    return Node(
+        spot.name, "Cast", (spot.inputs[0],), tuple(spot.outputs), {"lossless": target in _WIDER[source]}
+    )
 
 
 def _measure(spot: Spot, scene: Scene) -> Node:
@@ -550,7 +577,11 @@ def _pool(spot: Spot, scene: Scene) -> Node:
         raise Unusual
     kernel = options["kernel_shape"]
     mode = options.get("auto_pad", "NOTSET")
-    padded = any(_pads(options, len(kernel))) or mode in ("SAME_UPPER", "SAME_LOWER") or bool(options.get("ceil_mode"))
+    padded = (
+        any(_pads(options, len(kernel)))
+        or mode in ("SAME_UPPER", "SAME_LOWER")
+        or bool(options.get("ceil_mode"))
+    )
     strides = options.get("strides") or [1] * len(kernel)
     still = [k == 1 and s == 1 and not padded for k, s in zip(kernel, strides, strict=True)]
     axes = tuple(axis + 2 for axis, stays in enumerate(still) if not stays)
@@ -586,7 +617,13 @@ def _resize(spot: Spot, scene: Scene) -> Node:
     cropped = options.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     partial = "it fills in a constant outside the image" if cropped else ""
     axes = _resized(spot, scene, data)
-    return Node(spot.name, "Resize", (data,), tuple(spot.outputs), {"axes": axes, "keepdims": True, "partial": partial})
+    return Node(
+        spot.name,
+        "Resize",
+        (data,),
+        tuple(spot.outputs),
+        {"axes": axes, "keepdims": True, "partial": partial},
+    )
 
 
 def _resized(spot: Spot, scene: Scene, data: str) -> tuple[int, ...]:
@@ -598,7 +635,9 @@ def _resized(spot: Spot, scene: Scene, data: str) -> tuple[int, ...]:
     scales = _scales(spot, scene, options)
     if scales is not None and len(scales) == len(places) and options.get("keep_aspect_ratio_policy") is None:
         return tuple(axis for axis, scale in zip(places, scales, strict=True) if scale != 1)
-    same = [a is not None and a == b for a, b in zip(shape, after, strict=True)] if after else [False] * before
+    same = (
+        [a is not None and a == b for a, b in zip(shape, after, strict=True)] if after else [False] * before
+    )
     return tuple(axis for axis in places if not same[axis])
 
 

@@ -7,6 +7,7 @@ are drawn from its rows. Sizes that the model leaves open are tried out, until i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from bnfold.errors import InputError
 from bnfold.graph import Dim
 from bnfold.onnx.constants import FLOATS
 from bnfold.onnx.forms import Scene
@@ -22,13 +24,31 @@ __all__ = ["Feed", "candidates"]
 
 Feed = dict[str, np.ndarray[Any, Any]]
 
-_SIZES = ((2, 64), (1, 64), (1, 32), (2, 16), (1, 128), (1, 224), (1, 512), (1, 8), (1, 320), (1, 1), (1, 16000))
+LARGEST = 1 << 24
+"""No input is made up with more elements than this, unless it is declared so."""
+
+_SIZES = (
+    (2, 64),
+    (1, 64),
+    (1, 32),
+    (2, 16),
+    (1, 128),
+    (1, 224),
+    (1, 512),
+    (1, 8),
+    (1, 320),
+    (1, 1),
+    (1, 16000),
+)
 """Sizes to try where they are open: of the first axis, and of every other."""
 
 _WHOLE = (None, 1, 16000, 0)
 """What to try for whole numbers that reach no table: a few different ones, or all of them this one."""
 
-_THROUGH = frozenset(["Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Flatten", "Expand", "Slice", "Clip", "Gather", "Concat"])
+_THROUGH = frozenset({
+    "Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Flatten", "Expand", "Slice",
+    "Clip", "Gather", "Concat",
+})  # fmt: skip
 
 
 def candidates(model: onnx.ModelProto, scene: Scene, seed: int = 0) -> Iterator[Feed]:
@@ -36,13 +56,24 @@ def candidates(model: onnx.ModelProto, scene: Scene, seed: int = 0) -> Iterator[
     given = [item for item in model.graph.input if item.name in scene.whole.inputs]
     is_open = any(not isinstance(size, int) for item in given for size in _shape(item))
     is_whole = any(_kind(item) not in FLOATS for item in given)
+    for item in given:
+        if not item.type.HasField("tensor_type"):
+            raise InputError(f"the input `{item.name}` is no tensor; give inputs, or fold without verifying")
     for whole in _WHOLE if is_whole else (None,):
         for sizes in _SIZES if is_open else _SIZES[:1]:
-            yield make(given, scene, sizes, whole, seed)
+            yield from _small(given, scene, sizes, whole, seed)
         for channels in _channels(scene) if is_open else ():
             for size in (16, 64):
                 for axis in (-1, 1):
-                    yield make(given, scene, (2, size), whole, seed, (axis, channels))
+                    yield from _small(given, scene, (2, size), whole, seed, (axis, channels))
+
+
+def _small(*arguments: Any) -> Iterator[Feed]:
+    """One feed, or none where it would be too large."""
+    try:
+        yield make(*arguments)
+    except InputError:
+        return
 
 
 def _channels(scene: Scene) -> list[int]:
@@ -74,6 +105,8 @@ def make(
         shape = [_size(dim, axis, sizes) for axis, dim in enumerate(declared)]
         if channels is not None and len(shape) > 1 and not isinstance(declared[channels[0]], int):
             shape[channels[0]] = channels[1]
+        if math.prod(shape) > LARGEST and any(not isinstance(size, int) for size in declared):
+            raise InputError(f"the input `{item.name}` would be too large")
         feed[item.name] = np.asarray(_array(item, shape, scene, whole, random))
     return feed
 
@@ -109,7 +142,9 @@ def _array(
     rows = _rows(item.name, scene)
     if whole is not None and rows is None:
         return np.full(shape, whole, dtype)
-    return np.asarray(random.integers(0, rows or (256 if kind == TensorProto.UINT8 else 8), shape)).astype(dtype)
+    return np.asarray(random.integers(0, rows or (256 if kind == TensorProto.UINT8 else 8), shape)).astype(
+        dtype
+    )
 
 
 def signal(shape: list[int], random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -123,7 +158,9 @@ def signal(shape: list[int], random: np.random.Generator) -> np.ndarray[Any, np.
                 along = np.cos(2 * np.pi * (turns + random.random()))
                 wave = wave * along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
         result = result + wave
-    offsets = random.standard_normal(shape[:2] + [1] * (len(shape) - 2)) if shape else random.standard_normal()
+    offsets = (
+        random.standard_normal(shape[:2] + [1] * (len(shape) - 2)) if shape else random.standard_normal()
+    )
     return np.asarray(result + 0.5 * offsets)
 
 

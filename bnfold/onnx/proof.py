@@ -59,8 +59,8 @@ class Proof:
         notes: what could not be compared, and why.
     """
 
-    def __init__(self, picture: Picture, inputs: Any = None) -> None:
-        """Run the original.
+    def __init__(self, picture: Picture, inputs: Any = None, original: onnx.ModelProto | None = None) -> None:
+        """Run the original, which is the picture's model unless that one has inlined functions.
 
         Raises:
             InputError: it cannot be run on these inputs, or on any that were made up.
@@ -69,7 +69,7 @@ class Proof:
         self.seconds = 0.0
         self._folded: list[Outputs] | None = None
         try:
-            self.runner: Callable[[Feed], Outputs] = Runner(picture.model, picture.folder)
+            self.runner: Callable[[Feed], Outputs] = Runner(original or picture.model, picture.folder)
             self.is_exact_only = False
         except InputError as error:
             if "NOT_IMPLEMENTED" not in str(error):
@@ -99,16 +99,18 @@ class Proof:
             self._check_names(given)
             return list(given), [self._time(feed) for feed in given]
         first, failure = None, InputError("the model has no inputs that could be made up")
-        for number, feed in enumerate(self._candidates(0)):
+        tried = 0
+        for feed in self._candidates(0):
             try:
                 first = self._time(feed)
                 break
             except InputError as error:
-                failure = error
+                failure, tried = error, tried + 1
         if first is None:
-            raise InputError(f"{failure}; give real inputs (--inputs FILE.npz), or fold without verifying (--no-verify)")
+            ways = "give real inputs (--inputs FILE.npz), or fold without verifying (--no-verify)"
+            raise InputError(f"{failure}; {ways}")
         count = next((count for limit, count in FEEDS if self.seconds < limit), 1)
-        others = [next(islice(self._candidates(seed), number, None)) for seed in range(1, count)]
+        others = [next(islice(self._candidates(seed), tried, None)) for seed in range(1, count)]
         return [feed, *others], [first, *(self._time(other) for other in others)]
 
     def _candidates(self, seed: int) -> Iterator[Feed]:
@@ -119,7 +121,8 @@ class Proof:
         for feed in feeds:
             wrong = set(feed) - known or set(self.picture.scene.whole.inputs) - set(feed)
             if wrong:
-                raise InputError(f"the inputs do not suit the model, which has {sorted(known)}: look at {sorted(wrong)}")
+                has = f"the model has {sorted(known)}"
+                raise InputError(f"the inputs do not suit the model: {has}; look at {sorted(wrong)}")
 
     def _time(self, feed: Feed) -> Outputs:
         start = time.perf_counter()
@@ -135,7 +138,9 @@ class Proof:
         """Float64 outputs that agree with onnxruntime's up to rounding; others prove nothing."""
         if exact is None or _agree(exact, self.before, DOUBTFUL):
             return exact
-        self.notes.append("not compared in float64: the reference implementation disagrees with onnxruntime here")
+        self.notes.append(
+            "not compared in float64: the reference implementation disagrees with onnxruntime here"
+        )
         return None
 
     def prepare(self, graph: Graph, freeze: bool, demoted: frozenset[str]) -> None:
@@ -156,7 +161,9 @@ class Proof:
         return self._folded
 
     def _exactly(self, make: Callable[[], onnx.ModelProto]) -> list[Outputs] | None:
-        numbers = sum(int(np.prod(t.dims)) for t in stored_tensors(self.picture.model) if t.data_type in FLOATS)
+        numbers = sum(
+            int(np.prod(t.dims)) for t in stored_tensors(self.picture.model) if t.data_type in FLOATS
+        )
         try:
             if self.seconds > SLOW or numbers > HEAVY:
                 raise InputError("it is too large to be run in float64")
@@ -183,7 +190,9 @@ class Proof:
             if self.exact is None or wide is None:
                 raise InputError("the folded model could not be run in float64")
             dtype = self._dtype() if rounded else "float64"
-            return judge((self.exact, wide), (self.exact, wide), dtype, changed, self._examples(), rounded=rounded)
+            return judge(
+                (self.exact, wide), (self.exact, wide), dtype, changed, self._examples(), rounded=rounded
+            )
         runner = make()
         after = [runner(feed) for feed in self.feeds]
         pair = (self.exact, wide) if self.exact is not None and wide is not None else None
@@ -223,7 +232,9 @@ def _agree(exact: Sequence[Outputs], own: Sequence[Outputs], tolerance: float) -
             continue
         with np.errstate(invalid="ignore"):
             wide = [(a, b.astype(np.float64)) for a, b in pairs]
-            peak = max((float(np.nanmax(np.abs(a[np.isfinite(a)]), initial=0.0)) for a, _ in wide), default=0.0)
+            peak = max(
+                (float(np.nanmax(np.abs(a[np.isfinite(a)]), initial=0.0)) for a, _ in wide), default=0.0
+            )
             if any(np.nanmax(np.abs(a - b), initial=0.0) > tolerance * max(peak, 1e-4) for a, b in wide):
                 return False
     return True
@@ -249,7 +260,11 @@ def _given(inputs: Any) -> list[Feed] | None:
         return [_load(Path(inputs))]
     if isinstance(inputs, Mapping):
         inputs = [inputs]
-    if not isinstance(inputs, Sequence) or not all(isinstance(feed, Mapping) for feed in inputs) or not inputs:
+    if (
+        not isinstance(inputs, Sequence)
+        or not all(isinstance(feed, Mapping) for feed in inputs)
+        or not inputs
+    ):
         raise InputError("inputs are a dict of arrays by input name, a list of those, or an .npz file")
     return [{name: np.asarray(array) for name, array in feed.items()} for feed in inputs]
 

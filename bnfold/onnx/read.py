@@ -4,11 +4,11 @@
 node in its canonical form (`forms`). Two patterns of several nodes are drawn as one:
 
 - a MatMul by a constant and the Add of a constant vector along its output channels: one MatMul with a bias;
-- a BatchNormalization spelt out as Sub, Div, Mul and Add of constants: a maximal chain of affines, each link read by the
-  next one alone, with at least one scale and one shift. A chain that begins by subtracting a mean and goes on to scale
-  and shift, or that takes a square root of constants, is a BatchNormalization whatever becomes of it. Any other scale
-  with a shift (the tail of a LayerNorm computed by hand, a rescaled input) is only drawn as one if it disappears:
-  `demote` draws it as plain affines again.
+- a BatchNormalization spelt out as Sub, Div, Mul and Add of constants: a maximal chain of affines, each link read by
+  the next one alone, with at least one scale and one shift. A chain that begins by subtracting a mean and goes on to
+  scale and shift, or that takes a square root of constants, is a BatchNormalization whatever becomes of it. Any other
+  scale with a shift (a rescaled input, say) is only drawn as one if it disappears: `demote` draws it as plain affines
+  again. The tail of a LayerNorm that is computed by hand never is.
 
 A body of If, Loop or Scan is a part of the picture: its nodes stand before the node that runs it.
 """
@@ -99,11 +99,19 @@ def _survey(model: onnx.ModelProto, folder: Path | None, freeze: bool) -> tuple[
     listed = {given.name for given in model.graph.input} & {tensor.name for tensor in model.graph.initializer}
     overridable = frozenset(listed) if model.ir_version >= 4 and not freeze else frozenset()
     stored = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
-    found, constants = infer(model, whole, lambda found: Constants(folder, found.shapes, found.types, opset, stored))
+    found, constants = infer(
+        model, whole, lambda found: Constants(folder, found.shapes, found.types, opset, stored)
+    )
     notes = []
     if listed and not overridable:
-        why = "--freeze-initializers" if model.ir_version >= 4 else f"IR version {model.ir_version} has them all listed"
-        notes.append(f"{len(listed)} initializers are also inputs of the model and were taken for constants ({why})")
+        why = (
+            "--freeze-initializers"
+            if model.ir_version >= 4
+            else f"IR version {model.ir_version} has them all listed"
+        )
+        notes.append(
+            f"{len(listed)} initializers are also inputs of the model and were taken for constants ({why})"
+        )
     return Scene(whole, found, constants, opset, overridable), notes
 
 
@@ -111,7 +119,8 @@ def _opset(model: onnx.ModelProto) -> int:
     versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
     opset = int(versions[0]) if versions else onnx.defs.onnx_opset_version()
     if opset < OLDEST:
-        raise InputError(f"the model uses operator set {opset}; convert it to {OLDEST} or newer (onnx.version_converter)")
+        way = f"convert it to {OLDEST} or newer (onnx.version_converter)"
+        raise InputError(f"the model uses operator set {opset}; {way}")
     return opset
 
 
@@ -209,12 +218,18 @@ def _composed(chain: list[Node]) -> Node:
 
 
 def _kind(picture: Picture, chain: list[Node]) -> str:
-    """ "strong" for what can only be a BatchNorm, "weak" for what may be one, "" for what is none."""
+    """Return "strong" for what can only be a BatchNorm, "weak" for what may be one, "" for what is none."""
     affines = [link.affine for link in chain if link.affine is not None]
     scales = [place for place, affine in enumerate(affines) if np.any(affine.scale != 1)]
     shifts = [place for place, affine in enumerate(affines) if np.any(affine.shift != 0)]
     whole = _composed(chain).affine
-    if not scales or not shifts or whole is None or len(whole.axes) > 1 or not _per_channel(picture, chain, whole):
+    if (
+        not scales
+        or not shifts
+        or whole is None
+        or len(whole.axes) > 1
+        or not _per_channel(picture, chain, whole)
+    ):
         return ""
     centred = shifts[0] < scales[0] and shifts[-1] > scales[0]
     if (centred and len(chain) >= 3) or any(_has_root(picture, link) for link in chain):

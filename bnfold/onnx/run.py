@@ -1,9 +1,9 @@
 """Run a model as it stands: in onnxruntime with every optimisation off, or in float64.
 
 onnxruntime folds BatchNorms by itself from its basic level up, so a comparison with optimisations on would compare two
-folds. In float64 a *copy* of the model is run, in which every floating-point type has become float64; onnxruntime has no
-convolution in float64, so it runs in ONNX's reference implementation, with convolutions of our own that are a matrix
-product per tap. Models with random operators get a fixed seed in both copies.
+folds. In float64 a *copy* of the model is run, in which every floating-point type has become float64; onnxruntime has
+no convolution in float64, so a model with one runs in ONNX's reference implementation (`exact`). Models with random
+operators get a fixed seed in both copies.
 
 Not covered: operators whose types are fixed (they keep theirs, and a copy that does not hold together is not run).
 """
@@ -91,7 +91,9 @@ def _session(model: onnx.ModelProto | Path, folder: Path | None, options: Any) -
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(folder.resolve())
             )
-        return onnxruntime.InferenceSession(seeded.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            seeded.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
     with TemporaryDirectory(prefix="bnfold-") as scratch:
         path = Path(scratch) / "model.onnx"
         onnx.save_model(seeded, path, save_as_external_data=True)
@@ -120,7 +122,14 @@ def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
         waiting += [body for node in graph.node for body in bodies(node)]
 
 
-_RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
+_RANDOM = (
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Multinomial",
+    "Bernoulli",
+)
 
 
 def seed(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -183,7 +192,9 @@ def _widen_graph(graph: onnx.GraphProto, wide: onnx.GraphProto, folder: Path | N
             copy = getattr(wide, name).add()
             copy.CopyFrom(item)
             _widen_type(copy.type)
-    fixed = {node.input[place] for node in graph.node for place in _fixed_inputs(node) if place < len(node.input)}
+    fixed = {
+        node.input[place] for node in graph.node for place in _fixed_inputs(node) if place < len(node.input)
+    }
     for tensor in graph.initializer:
         _widen_tensor(tensor, wide.initializer.add(), folder, tensor.name in fixed)
     for node in graph.node:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import onnx
@@ -22,31 +21,20 @@ from onnx import TensorProto
 
 from bnfold.graph import Dim, Shape
 from bnfold.onnx.scope import Spot, Survey, bodies, survey
+from bnfold.onnx.sizes import Shapes, find_sizes, note_sizes, product
 
 if TYPE_CHECKING:
     from bnfold.onnx.constants import Constants
 
 __all__ = ["Shapes", "infer", "refine", "skeleton"]
 
+_FAILURES = (onnx.shape_inference.InferenceError, ValueError, RuntimeError, TypeError)
+
 ROUNDS = 8
 """How often what was refined is given back to the inference."""
 
 LARGE = 512
 """Tensors of more elements than this are left out of the copy that shapes are inferred on."""
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The shapes and the element types (`TensorProto.DataType`) of values, and what the inference complained about.
-
-    Attributes:
-        sizes: what is known of small vectors (and scalars) of whole numbers that the model computes.
-    """
-
-    shapes: dict[str, Shape]
-    types: dict[str, int]
-    complaint: str = ""
-    sizes: dict[str, Shape] = field(default_factory=dict)
 
 
 def infer(
@@ -62,7 +50,9 @@ def infer(
             refine(spot, found, known)
             if not spot.results:
                 known.add_node(spot.node, spot.inputs, spot.outputs)
-        better = {v: s for v, s in found.shapes.items() if _is_better(before.get(v), s) and found.types.get(v)}
+        better = {
+            v: s for v, s in found.shapes.items() if _is_better(before.get(v), s) and found.types.get(v)
+        }
         better = {v: s for v, s in better.items() if whole.home[v] is model.graph}
         if not better:
             break
@@ -74,11 +64,11 @@ def _infer_once(bare: onnx.ModelProto, whole: Survey) -> Shapes:
     complaint = ""
     try:
         inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
-    except Exception as error:
+    except _FAILURES as error:
         complaint = str(error)
         try:
             inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
-        except Exception:
+        except _FAILURES:
             inferred = bare
     found = Shapes({}, {}, complaint)
     for types in (survey(inferred).types, whole.types):
@@ -91,7 +81,9 @@ def _infer_once(bare: onnx.ModelProto, whole: Survey) -> Shapes:
 
 def _is_better(old: Shape | None, new: Shape) -> bool:
     """Whether refining has found a rank or a number that was not known."""
-    return old is None or any(isinstance(b, int) and not isinstance(a, int) for a, b in zip(old, new, strict=False))
+    return old is None or any(
+        isinstance(b, int) and not isinstance(a, int) for a, b in zip(old, new, strict=False)
+    )
 
 
 def _declare(bare: onnx.ModelProto, shapes: Mapping[str, Shape], types: Mapping[str, int]) -> None:
@@ -134,8 +126,8 @@ def skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _copy_graph(graph: onnx.GraphProto, bare: onnx.GraphProto) -> None:
     bare.name = graph.name
-    for field in ("input", "output", "value_info", "sparse_initializer"):
-        getattr(bare, field).extend(getattr(graph, field))
+    for part in ("input", "output", "value_info", "sparse_initializer"):
+        getattr(bare, part).extend(getattr(graph, part))
     for tensor in graph.initializer:
         _copy_tensor(tensor, bare.initializer.add())
     for node in graph.node:
@@ -179,20 +171,29 @@ def refine(spot: Spot, found: Shapes, constants: Constants) -> None:
     if spot.node.domain not in ("", "ai.onnx") or not spot.outputs or not spot.inputs or not spot.inputs[0]:
         return
     source, target = spot.inputs[0], spot.outputs[0]
-    _note_sizes(spot, found, constants)
+    note_sizes(spot, found, constants)
     if target not in found.types and source in found.types and spot.op in _KEEPS_TYPE:
         found.types[target] = found.types[source]
     shape = found.shapes.get(source)
-    better = _RULES[spot.op](spot, shape, found, constants) if shape is not None and spot.op in _RULES else None
+    better = _apply(spot, shape, found, constants) if shape is not None and spot.op in _RULES else None
     if better is not None:
         known = found.shapes.get(target)
         found.shapes[target] = better if known is None else _merge(known, better)
 
 
+def _apply(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
+    """Apply the rule of an operator; where a node lacks what the rule needs, nothing is known."""
+    try:
+        return _RULES[spot.op](spot, shape, found, constants)
+    except (IndexError, KeyError, ZeroDivisionError, ValueError):
+        return None
+
+
 def _merge(known: Shape, better: Shape) -> Shape:
     if len(known) != len(better):
         return known
-    return tuple(b if b is not None and (a is None or _is_invented(a)) else a for a, b in zip(known, better, strict=True))
+    pairs = zip(known, better, strict=True)
+    return tuple(b if b is not None and (a is None or _is_invented(a)) else a for a, b in pairs)
 
 
 def _is_invented(size: Dim) -> bool:
@@ -208,7 +209,7 @@ def _same(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shap
 
 def _reshape(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
     """Copy zeros, then let the one size that is open on both sides be the same on both."""
-    wanted = _sizes(spot.inputs[1], found, constants) if len(spot.inputs) > 1 else None
+    wanted = find_sizes(spot.inputs[1], found, constants) if len(spot.inputs) > 1 else None
     if wanted is None:
         target = found.shapes.get(spot.outputs[0])
         return None if target is None else balance(shape, target)
@@ -218,7 +219,7 @@ def _reshape(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> S
 
 
 def _expand(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    wanted = _sizes(spot.inputs[1], found, constants)
+    wanted = find_sizes(spot.inputs[1], found, constants)
     if wanted is None:
         return None
     rank = max(len(shape), len(wanted))
@@ -227,7 +228,7 @@ def _expand(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Sh
 
 
 def _resize(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    wanted = _sizes(spot.inputs[3], found, constants) if len(spot.inputs) > 3 and spot.inputs[3] else None
+    wanted = find_sizes(spot.inputs[3], found, constants) if len(spot.inputs) > 3 and spot.inputs[3] else None
     return wanted if wanted is not None and len(wanted) == len(shape) else None
 
 
@@ -259,14 +260,7 @@ def balance(source: Shape, target: Shape) -> Shape:
 def _flatten(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape:
     axis = next((item.i for item in spot.node.attribute if item.name == "axis"), 1)
     axis = axis + len(shape) if axis < 0 else axis
-    return _product(shape[:axis]), _product(shape[axis:])
-
-
-def _product(sizes: Shape) -> Dim:
-    rest = [size for size in sizes if size != 1]
-    if all(isinstance(size, int) for size in rest):
-        return math.prod(size for size in rest if isinstance(size, int))
-    return rest[0] if len(rest) == 1 else None
+    return product(shape[:axis]), product(shape[axis:])
 
 
 def _conv(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
@@ -307,7 +301,10 @@ def _slid(spot: Spot, sizes: Shape, kernel: Shape) -> list[Dim]:
 
 
 def _transpose(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    perm = next((list(item.ints) for item in spot.node.attribute if item.name == "perm"), list(range(len(shape)))[::-1])
+    perm = next(
+        (list(item.ints) for item in spot.node.attribute if item.name == "perm"),
+        list(range(len(shape)))[::-1],
+    )
     return tuple(shape[axis] for axis in perm) if sorted(perm) == list(range(len(shape))) else None
 
 
@@ -320,7 +317,8 @@ def _numbers(spot: Spot, name: str, place: int, constants: Constants) -> list[in
 
 def _slice(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
     starts, ends, axes, steps = (
-        _numbers(spot, name, place, constants) for place, name in enumerate(("starts", "ends", "axes", "steps"), 1)
+        _numbers(spot, name, place, constants)
+        for place, name in enumerate(("starts", "ends", "axes", "steps"), 1)
     )
     result = list(shape)
     if starts is None or ends is None:
@@ -383,7 +381,9 @@ def _pad(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape
     half = len(pads) // 2
     for place, axis in enumerate(around if axes is None else axes):
         around[axis % len(shape)] = pads[place] + pads[half + place]
-    return tuple(n + around[a] if isinstance(n, int) else (n if not around[a] else None) for a, n in enumerate(shape))
+    return tuple(
+        n + around[a] if isinstance(n, int) else (n if not around[a] else None) for a, n in enumerate(shape)
+    )
 
 
 def _concat(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
@@ -445,105 +445,20 @@ def _widest(sizes: tuple[Dim, ...]) -> Dim:
     return 1 if not others else next(iter(others)) if len(others) == 1 else None
 
 
-# ---------------------------------------------------------------- vectors of sizes
+_KEEPS_SHAPE = [
+    "Identity", "Dropout", "BatchNormalization", "InstanceNormalization", "Relu", "LeakyRelu", "PRelu",
+    "Sigmoid", "Tanh", "Clip", "Elu", "Selu", "Softplus", "HardSigmoid", "HardSwish", "Mish", "Gelu",
+    "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Softmax", "LogSoftmax", "Cast", "CastLike", "LRN",
+    "Floor", "Ceil", "Round", "Celu", "LayerNormalization", "Sign", "Reciprocal", "ThresholdedRelu",
+]  # fmt: skip
 
-
-def _sizes(value: str, found: Shapes, constants: Constants) -> Shape | None:
-    """What is known of a small vector of whole numbers."""
-    if value in constants:
-        size = constants.size(value)
-        numbers = constants.integers(value) if size is not None and size <= 64 else None
-        return None if numbers is None else tuple(numbers)
-    return found.sizes.get(value)
-
-
-def _note_sizes(spot: Spot, found: Shapes, constants: Constants) -> None:
-    """Compute a vector of sizes symbolically, if that is what a node computes."""
-    if spot.op in ("Shape", "Size"):
-        shape = found.shapes.get(spot.inputs[0])
-        result = None if shape is None else _measured(spot, shape)
-    elif spot.op in _SIZES and found.types.get(spot.outputs[0]) in (TensorProto.INT64, TensorProto.INT32):
-        given = [_sizes(value, found, constants) if value else None for value in spot.inputs]
-        result = None if given[0] is None else _SIZES[spot.op](spot, [g or () for g in given], constants)
-    else:
-        return
-    if result is not None and len(result) <= 64:
-        found.sizes[spot.outputs[0]] = result
-        rank = len(found.shapes.get(spot.outputs[0], (0, 0)))
-        whole = [size for size in result if isinstance(size, int)]
-        if rank < 2 and len(whole) == len(result):
-            constants.add_sizes(spot.outputs[0], whole if rank else whole[0])
-
-
-def _measured(spot: Spot, shape: Shape) -> Shape:
-    if spot.op == "Size":
-        return (_product(shape),)
-    bounds = {item.name: item.i for item in spot.node.attribute}
-    return shape[slice(bounds.get("start", 0), bounds.get("end"))]
-
-
-def _picked(spot: Spot, given: list[Shape], constants: Constants) -> Shape | None:
-    chosen = constants.integers(spot.inputs[1])
-    if chosen is None or any(not -len(given[0]) <= n < len(given[0]) for n in chosen):
-        return None
-    return tuple(given[0][n] for n in chosen)
-
-
-def _cut(spot: Spot, given: list[Shape], constants: Constants) -> Shape | None:
-    options = {item.name: list(item.ints) for item in spot.node.attribute}
-    numbers = [constants.integers(value) if value else None for value in spot.inputs[1:]]
-    starts, ends, _, steps = (*([options.get("starts"), options.get("ends")] if options else numbers), *[None] * 4)[:4]
-    if options:
-        steps = None
-    if not starts or not ends or len(starts) != 1 or (len(spot.inputs) > 4 and steps is None):
-        return None
-    return given[0][slice(starts[0], ends[0], steps[0] if steps else None)]
-
-
-def _joined(spot: Spot, given: list[Shape], constants: Constants) -> Shape | None:
-    return tuple(size for part in given for size in part) if all(given) else None
-
-
-def _kept(spot: Spot, given: list[Shape], constants: Constants) -> Shape | None:
-    return given[0]
-
-
-def _computed(compute: Callable[[int, int], int]) -> Callable[[Spot, list[Shape], Constants], Shape | None]:
-    def rule(spot: Spot, given: list[Shape], constants: Constants) -> Shape | None:
-        length = max(map(len, given))
-        if not all(given) or any(len(part) not in (1, length) for part in given):
-            return None
-        left, right = (part * length if len(part) == 1 else part for part in given)
-        return tuple(_combine(spot.op, compute, a, b) for a, b in zip(left, right, strict=True))
-
-    return rule
-
-
-def _combine(op: str, compute: Callable[[int, int], int], a: Dim, b: Dim) -> Dim:
-    if isinstance(a, int) and isinstance(b, int):
-        return compute(a, b) if op != "Div" or b else None
-    if op in ("Mul", "Div") and b == 1:
-        return a
-    return b if op == "Mul" and a == 1 else None
-
-
-_SIZES: Mapping[str, Callable[[Spot, list[Shape], Constants], Shape | None]] = {
-    **dict.fromkeys(("Identity", "Cast", "Unsqueeze", "Squeeze", "Reshape"), _kept),
-    "Gather": _picked,
-    "Slice": _cut,
-    "Concat": _joined,
-    "Add": _computed(lambda a, b: a + b),
-    "Sub": _computed(lambda a, b: a - b),
-    "Mul": _computed(lambda a, b: a * b),
-    "Div": _computed(lambda a, b: a // b),
-}
-
-_KEEPS_SHAPE = ["Identity", "Dropout", "BatchNormalization", "InstanceNormalization", "Relu", "LeakyRelu", "PRelu", "Sigmoid", "Tanh", "Clip", "Elu", "Selu", "Softplus", "HardSigmoid", "HardSwish", "Mish", "Gelu", "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Softmax", "LogSoftmax", "Cast", "CastLike", "LRN", "Floor", "Ceil", "Round", "Celu", "LayerNormalization", "Sign", "Reciprocal", "ThresholdedRelu"]
-
-_KEEPS_TYPE = frozenset(
-    ["Slice", "Squeeze", "Unsqueeze", "MaxPool", "AveragePool", "Split", "Gather", "Expand", "Resize", "Transpose", "Flatten", "ReduceMean", "ReduceSum", "ReduceMax", "GlobalAveragePool", "GlobalMaxPool"]
-    + [*_KEEPS_SHAPE, "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Sum", "Concat", "Reshape"]
-) - {"Cast", "CastLike"}
+_KEEPS_TYPE = frozenset([
+    *_KEEPS_SHAPE,
+    "Slice", "Squeeze", "Unsqueeze", "MaxPool", "AveragePool", "Split", "Gather", "Expand", "Resize",
+    "Transpose", "Flatten", "ReduceMean", "ReduceSum", "ReduceMax", "GlobalAveragePool",
+    "GlobalMaxPool", "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Sum",
+    "Concat", "Reshape",
+]) - {"Cast", "CastLike"}  # fmt: skip
 
 _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_KEEPS_SHAPE, _same),

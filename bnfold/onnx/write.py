@@ -155,7 +155,7 @@ class _Writer:
         """Copy a linear operator for the one BatchNorm that is to read the copy; a MatMul's Add comes along."""
         reader = node.attributes["reader"]
         spots: list[Spot] = []
-        shared = {}
+        shared: dict[str, str] = {}
         for spot in self.picture.spots[node.attributes["copy_of"]]:
             value = self.editor.new_value(f"{self.editor.whole.raw[spot.outputs[0]]}.copy", spot.owner)
             inputs = [shared.get(name, name) for name in spot.inputs]
@@ -191,7 +191,9 @@ class _Writer:
         weight_name = self._add(f"{raw}.folded", weight.reshape(shape), data_type, value)
         if bias is None or (old is not None and np.array_equal(bias, old) and slots.beta == 1):
             return weight_name, ""
-        raw = self._label(old_bias, raw.replace("weight", "bias") if "weight" in raw else f"{raw}.bias", "bias")
+        raw = self._label(
+            old_bias, raw.replace("weight", "bias") if "weight" in raw else f"{raw}.bias", "bias"
+        )
         bias_type = self.picture.scene.type(old_bias) if old_bias else data_type
         bias = self._place_bias(slots, linear, bias)
         return weight_name, self._add(f"{raw}.folded", bias, bias_type, old_bias or value)
@@ -280,9 +282,15 @@ class _Writer:
         for step, (op, role, numbers) in enumerate(steps):
             constant = self._add(f"{node.name}.{role}", _trim(numbers), data_type, "")
             last = step == len(steps) - 1
-            target = result if last else self.editor.new_value(f"{self.editor.whole.raw[result]}.scaled", anchor.owner)
+            target = (
+                result
+                if last
+                else self.editor.new_value(f"{self.editor.whole.raw[result]}.scaled", anchor.owner)
+            )
             name = node.name if last else f"{node.name}.{role}"
-            new = self.editor.insert(anchor, op, name if spots[-1].node.name else "", [source, constant], target)
+            new = self.editor.insert(
+                anchor, op, name if spots[-1].node.name else "", [source, constant], target
+            )
             source = new.outputs[0]
 
 
@@ -339,14 +347,20 @@ class _Fits:
         before = [np.abs(a).max(initial=0.0) for a in linear.before or (np.ones(1), np.zeros(1))]
         after = [np.abs(a).max(initial=0.0) for a in linear.after or (np.ones(1), np.zeros(1))]
         beside = np.abs(linear.beside).max(initial=0.0) if linear.beside is not None else 0.0
-        bias = np.abs(stored_bias(self.picture, slots, linear) if slots.bias_value else np.zeros(1)).max(initial=0.0)
-        taps = math.prod(self.picture.scene.constants.dims(slots.spot.inputs[slots.weight]) or ()) / linear.outputs
+        stored = stored_bias(self.picture, slots, linear)
+        bias = 0.0 if stored is None else np.abs(stored).max(initial=0.0)
+        taps = (
+            math.prod(self.picture.scene.constants.dims(slots.spot.inputs[slots.weight]) or ())
+            / linear.outputs
+        )
         weight = peak * before[0] * after[0] + beside
         return float(weight + after[0] * (bias + peak * before[1] * taps) + after[1])
 
     def _check(self, slots: Slots, linear: Linear, name: str, limit: float) -> str:
         bias = stored_bias(self.picture, slots, linear)
-        for role, array in zip(("weight", "bias"), linear.fold(stored_weight(self.picture, slots), bias), strict=True):
+        for role, array in zip(
+            ("weight", "bias"), linear.fold(stored_weight(self.picture, slots), bias), strict=True
+        ):
             if array is not None and not np.abs(array).max(initial=0.0) <= limit:
                 return f"its {role} would overflow {name}"
         return ""
@@ -354,8 +368,9 @@ class _Fits:
 
 def _limit(data_type: int) -> tuple[str, float]:
     """A type's name and its largest number."""
-    return {
+    limits: dict[int, tuple[str, float]] = {
         TensorProto.FLOAT16: ("float16", 65504.0),
         TensorProto.BFLOAT16: ("bfloat16", 3.38953139e38),
         TensorProto.DOUBLE: ("float64", 1.7976931348623157e308),
-    }.get(data_type, ("float32", 3.4028234663852886e38))
+    }
+    return limits.get(data_type, ("float32", 3.4028234663852886e38))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +29,10 @@ def save_external(path, some=None, **options):
     return path
 
 
+def listing(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -45,20 +48,20 @@ def test_a_file_becomes_a_file(tmp_path):
     report = bnfold.fold_file(source, tmp_path / "out.onnx")
     assert report.verified
     assert_same(source, tmp_path / "out.onnx")
-    assert sorted(os.listdir(tmp_path)) == ["net.onnx", "out.onnx"]
+    assert listing(tmp_path) == ["net.onnx", "out.onnx"]
 
 
 def test_no_target_writes_nothing(tmp_path):
     source = write(tmp_path / "net.onnx", net())
     assert bnfold.onnx.fold_file(source, None).count("folded") == 1
-    assert os.listdir(tmp_path) == ["net.onnx"]
+    assert listing(tmp_path) == ["net.onnx"]
 
 
 def test_a_file_may_be_folded_in_place(tmp_path):
     source = save_external(tmp_path / "net.onnx")
     copy = onnx.load(source)
     bnfold.fold_file(source, source)
-    assert sorted(os.listdir(tmp_path)) == ["net.onnx", "net.onnx.data"]
+    assert listing(tmp_path) == ["net.onnx", "net.onnx.data"]
     feed = {"x": weights(2, 3, 6, 6)}
     np.testing.assert_allclose(run(onnx.load(source), feed)["y"], run(copy, feed)["y"], atol=2e-5)
 
@@ -81,7 +84,7 @@ def test_one_file_per_tensor_stays_so(tmp_path):
     (tmp_path / "to").mkdir()
     source = save_external(tmp_path / "in" / "net.onnx", all_tensors_to_one_file=False, location=None)
     bnfold.fold_file(source, tmp_path / "to" / "net.onnx")
-    assert sorted(os.listdir(tmp_path / "to")) == ["c", "net.onnx", "w"]
+    assert listing(tmp_path / "to") == ["c", "net.onnx", "w"]
     assert_same(source, tmp_path / "to" / "net.onnx")
 
 
@@ -97,7 +100,9 @@ def test_only_what_was_external_is_external(tmp_path):
     source = save_external(tmp_path / "net.onnx", size_threshold=100)
     bnfold.fold_file(source, tmp_path / "out.onnx")
     folded = onnx.load(tmp_path / "out.onnx", load_external_data=False)
-    assert [t.name for t in folded.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL] == ["w.folded"]
+    assert [t.name for t in folded.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL] == [
+        "w.folded"
+    ]
 
 
 def test_untouched_data_is_copied_bit_for_bit(tmp_path):
@@ -171,7 +176,7 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(tmp_path, spoil, message,
     with pytest.raises(InputError, match=message):
         bnfold.fold_file(source, target, verify=verify)
     assert target.read_bytes() == b"what was there"
-    assert sorted(os.listdir(tmp_path)) == ["in", "out.onnx", "outside.bin"]
+    assert listing(tmp_path) == ["in", "out.onnx", "outside.bin"]
 
 
 def test_a_model_that_is_not_equivalent_is_not_written(tmp_path, monkeypatch):
@@ -251,7 +256,11 @@ assert report.count("folded") == 1
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3], capture_output=True, text=True
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
     )
     assert (tmp_path / "out.data").stat().st_size >= rows * 4000
     assert int(done.stdout) < 3000
