@@ -21,8 +21,18 @@ from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, judge
 from bnfold.errors import NotEquivalent, UnreadableModel
 from bnfold.graph import Graph
 from bnfold.report import Evidence, Report
-from bnfold.torch.read import Reading, _first_line, _restored, arrange, copy_structure, read, undisturbed
-from bnfold.torch.recording import leaves
+from bnfold.torch.read import (
+    Reading,
+    _first_line,
+    _restored,
+    arrange,
+    copied,
+    copy_structure,
+    is_same,
+    read,
+    undisturbed,
+)
+from bnfold.torch.recording import leaves, put_back
 from bnfold.torch.rehearse import find_fault, refuse_everything, runs_alike
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
@@ -124,13 +134,24 @@ def _count(model: nn.Module) -> int:
 def run(model: nn.Module, example_inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
     """The outputs of a module as arrays, by their path in what it returns.
 
-    No gradient, no change of the module's buffers, no use of the global random state; a fixed seed.
+    No gradient, no change of the module's tensors or of the inputs, no use of the global random state; a fixed seed.
     """
+    return _run(model, example_inputs, True)
+
+
+def _run(model: nn.Module, example_inputs: Any, writes: bool) -> dict[str, np.ndarray[Any, Any]]:
+    """The same, with no care for the parameters of a module that does not write to any."""
     args, kwargs = arrange(example_inputs)
-    with undisturbed(), _restored(model), torch.no_grad():
+    given = copied(tensor for _, tensor in leaves((args, kwargs)))
+    with undisturbed(), _restored(model, writes), torch.no_grad():
         torch.manual_seed(0)
-        result = model(*args, **kwargs)
-        return {path: _array(tensor) for path, tensor in leaves(result)}
+        try:
+            result = model(*args, **kwargs)
+            return {path: np.array(_array(tensor)) for path, tensor in leaves(result)}
+        finally:
+            for tensor, content in given:
+                if not is_same(tensor, content):
+                    put_back(tensor, content)
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:

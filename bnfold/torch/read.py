@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,7 +34,18 @@ from bnfold.errors import UnreadableModel
 from bnfold.graph import Graph, Node, Shape
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.modules import TAILS
-from bnfold.torch.recording import Call, Frame, Recording, Slot, Value, computes_weight, leaves, record
+from bnfold.torch.recording import (
+    Call,
+    Frame,
+    Recording,
+    Slot,
+    Value,
+    computes_weight,
+    leaves,
+    put_back,
+    record,
+    slot_values,
+)
 from bnfold.torch.rows import draw
 
 __all__ = ["LinearPlace", "NormPlace", "Reading", "arrange", "copy_structure", "read"]
@@ -307,12 +318,18 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put back every attribute, container and buffer that a pass with real tensors changes."""
+def _restored(model: nn.Module, whole: bool = False) -> Iterator[None]:
+    """Put back every attribute, container and buffer that a pass with real tensors changes.
+
+    What is written into a parameter is put back with `whole`, which copies them all; one that is given another memory
+    gets its own back in any case.
+    """
+    memories = [(p, p.data) for p in model.parameters() if type(p) is nn.Parameter]
     kept = [(module, dict(vars(module)), _containers(vars(module))) for module in model.modules()]
     tensors = [
         (tensor, tensor.detach().clone()) for tensor in model.buffers() if not nn.parameter.is_lazy(tensor)
     ]
+    tensors += copied(value.tensor for value in slot_values(model)) if whole else []
     try:
         yield
     finally:
@@ -323,10 +340,28 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 container = attributes[name]
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
+        for parameter, memory in memories:
+            if parameter.data_ptr() != memory.data_ptr():
+                parameter.data = memory
         with torch.no_grad():
             for tensor, content in tensors:
-                if tensor.device.type != "meta" and not torch.equal(tensor, content):
-                    tensor.copy_(content)
+                if tensor.device.type != "meta" and not is_same(tensor, content):
+                    put_back(tensor, content)
+
+
+def copied(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    """Each tensor that has numbers of its own, with a copy of them."""
+    plain = (t for t in tensors if t is not None and type(t) in (Tensor, nn.Parameter) and not t.is_nested)
+    return [(t, t.detach().clone()) for t in plain if t.device.type != "meta" and t.layout is torch.strided]
+
+
+def is_same(tensor: Tensor, content: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, NaN among them."""
+    if tensor.shape != content.shape or tensor.dtype != content.dtype:
+        return False
+    if torch.equal(tensor, content):
+        return True
+    return bool(((tensor == content) | ((tensor != tensor) & (content != content))).all())
 
 
 def _containers(attributes: Mapping[str, Any]) -> dict[str, Any]:

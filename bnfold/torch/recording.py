@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.torch.functions import LIKE, METADATA, PURE, name_of
 
-__all__ = ["Call", "Frame", "Like", "Listed", "Recording", "Slot", "Value", "leaves", "record"]
+__all__ = ["Call", "Frame", "Like", "Listed", "Recording", "Slot", "Value", "leaves", "put_back", "record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +194,14 @@ class Recording:
     branches: bool
 
 
+def put_back(tensor: Tensor, content: Tensor) -> None:
+    """Give a tensor its earlier numbers, or its earlier memory where it lies in another one."""
+    if tensor.shape == content.shape and tensor.dtype == content.dtype:
+        tensor.copy_(content)
+    else:
+        tensor.data = content
+
+
 def leaves(thing: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """The tensors in nested tuples, lists, dicts, dataclasses and objects, with a path to each."""
     seen = set() if seen is None else seen
@@ -253,6 +261,8 @@ class _Recorder:
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.slots = {id(value.tensor): value for value in slot_values(model)}
         self.changed_slots: set[int] = set()
+        self.given: dict[int, Tensor] = {}
+        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.borrowed: dict[tuple[str, str], str] = {}
         self.frame = self.root = Frame(None, None, None)
         self.current: Call | None = None
@@ -283,6 +293,20 @@ class _Recorder:
         except (RuntimeError, NotImplementedError, AttributeError):
             return None
         return self.stores.setdefault(reference.cdata, _Store(reference, len(self.stores) + 1))
+
+    def save(self, tensor: Tensor) -> None:
+        """Keep the numbers of every parameter, buffer and input that lies in a memory about to be changed."""
+        store = self.store(tensor)
+        for value in store.values if store is not None and self.fake is None else ():
+            held = value.tensor if value.slots else self.given.get(id(value))
+            if held is not None and id(held) not in self.saved:
+                self.saved[id(held)] = held, held.detach().clone()
+
+    def restore(self) -> None:
+        """Put back what was saved."""
+        with torch.no_grad():
+            for tensor, content in self.saved.values():
+                put_back(tensor, content)
 
     def known(self, tensor: Tensor) -> _Entry | None:
         entry = self.entries.get(id(tensor))
@@ -569,6 +593,8 @@ class _Dispatches(TorchDispatchMode):  # type: ignore[no-untyped-call]
             changed = [
                 tensor for tensor in _written(function, args, kwargs) if recorder.store(tensor) is not None
             ]
+            for tensor in changed:
+                recorder.save(tensor)
         recorder.leaks |= _tells(function, args)
         recorder.current = call
         try:
@@ -667,6 +693,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake
         value = recorder.known(tensor)
         inputs[path] = value.value if value is not None else _enter_input(recorder, path, tensor)
     with ExitStack() as stack:
+        stack.callback(recorder.restore)
         stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -694,6 +721,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake
 def _enter_input(recorder: _Recorder, path: str, tensor: Tensor) -> Value:
     value = Value(tuple(tensor.shape), tensor.dtype, name=f"input {path}" if path else "input")
     value.frame = recorder.root
+    recorder.given[id(value)] = tensor
     return recorder.enter(tensor, value)
 
 

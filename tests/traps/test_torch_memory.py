@@ -72,3 +72,48 @@ def test_an_input_that_changes_when_the_output_was_read():
         return z + net.conv3(y)
 
     check(Net(forward), IMAGES, folded=["bn"])
+
+
+def weight_decays(net, x):
+    net.conv3.weight.data.mul_(0.9)
+    return net.conv3(net.bn(net.conv(x)))
+
+
+def weight_is_clipped(net, x):
+    with torch.no_grad():
+        net.conv3.weight.clamp_(-0.1, 0.1)
+    return net.conv3(net.bn(net.conv(x)))
+
+
+def weight_is_replaced(net, x):
+    net.conv3.weight.data = net.conv3.weight.data / net.conv3.weight.data.norm()
+    return net.conv3(net.bn(net.conv(x)))
+
+
+def attribute_grows(net, x):
+    net.count.add_(1)
+    return net.conv3(net.bn(net.conv(x))) * net.count
+
+
+@pytest.mark.parametrize("forward", [weight_decays, weight_is_clipped, weight_is_replaced, attribute_grows])
+def test_a_forward_pass_that_writes_to_its_own_tensors_leaves_no_trace(forward):
+    net = Net(forward, count=torch.ones(1))
+    check(net, IMAGES, folded=["bn"])
+    assert net.count == 1
+
+
+def test_rows_of_an_embedding_that_are_renormalised_when_read():
+    net = nn.Sequential(nn.Embedding(9, 4, max_norm=0.5), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5))
+    check(net, torch.randint(9, (6, 3)), folded=["3"])
+
+
+@pytest.mark.parametrize("change", [lambda x: x.mul_(2), lambda x: x.data.mul_(2), lambda x: x[:, :1].zero_()])
+def test_example_inputs_are_left_alone(change):
+    def forward(net, batch):
+        change(batch["x"])
+        return net.conv2(net.bn(net.conv(batch["x"])))
+
+    images = IMAGES.double()
+    before = images.clone()
+    check(Net(forward), ({"x": images},), folded=["bn"])
+    assert torch.equal(images, before)
