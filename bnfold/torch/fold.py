@@ -69,6 +69,7 @@ def fold(
     size = _count(model)
     comparison = _Comparison(model, example_inputs, journey) if verify else None
     if comparison is not None:
+        comparison.writes = reading.writes
         comparison.run_before(model)
         comparison.run_exact(model, lambda twin: write(twin, reading, journey, inplace=True))
     folded = write(model, reading, journey, inplace)
@@ -198,6 +199,7 @@ class _Comparison:
         self.before: list[Outputs] | None = None
         self.exact: tuple[list[Outputs], list[Outputs]] | None = None
         self.narrow = False
+        self.writes = True
         self.notes: list[str] = []
         tensors = [tensor for _, tensor in leaves(example_inputs)]
         everything = (*model.parameters(), *model.buffers(), *tensors)
@@ -208,7 +210,7 @@ class _Comparison:
     def run_before(self, model: nn.Module) -> None:
         if self.possible:
             try:
-                self.before = [run(model, each) for each in self.inputs]
+                self.before = [_run(model, each, self.writes) for each in self.inputs]
             except Exception as error:  # noqa: BLE001 a dtype that some operator lacks
                 self.notes.append(
                     f"not compared in {self.dtype}: the model does not run in it: {_first_line(error)}"
@@ -222,7 +224,7 @@ class _Comparison:
             twin = widen(model)
             wide = [torch.utils._pytree.tree_map_only(Tensor, _wide, each) for each in self.inputs]
             with _double(), _Narrow() as watch:
-                before: list[Outputs] = [run(twin, each) for each in wide]
+                before: list[Outputs] = [_run(twin, each, self.writes) for each in wide]
         except Exception as error:  # noqa: BLE001 a dtype that the model fixes by itself
             self.notes.append(f"not compared in float64: the model does not run in it: {_first_line(error)}")
             return
@@ -234,7 +236,7 @@ class _Comparison:
 
     def _run_folded(self, model: nn.Module, inputs: Sequence[Any]) -> list[Outputs]:
         try:
-            return [run(model, each) for each in inputs]
+            return [_run(model, each, self.writes) for each in inputs]
         except Exception as error:
             raise UnreadableModel(
                 f"the folded model does not run: {type(error).__name__}: {_first_line(error)}; "

@@ -108,6 +108,7 @@ class Reading:
         fake: whether it was read without arithmetic.
         steps: what runs outside of the BatchNorms, for comparison with what runs after a fold.
         branches: whether numbers that depend on the inputs left the tensors.
+        writes: whether it changed tensors that the module holds, or might have on other inputs.
         dtypes: the float dtypes that it computes in.
     """
 
@@ -118,6 +119,7 @@ class Reading:
     steps: tuple[Step, ...] = ()
     branches: bool = False
     dtypes: frozenset[torch.dtype] = frozenset()
+    writes: bool = True
 
 
 @dataclass(eq=False, slots=True)
@@ -571,7 +573,10 @@ class _Reader:
         dtypes = frozenset(
             v.dtype for call in self.recording.calls for v in call.made if v.dtype.is_floating_point
         )
-        return Reading(graph, linears, places, self.recording.fake, steps, self.recording.branches, dtypes)
+        writes = bool(self.recording.changed_slots) or self.recording.branches
+        return Reading(
+            graph, linears, places, self.recording.fake, steps, self.recording.branches, dtypes, writes
+        )
 
     def steps(self, norms: set[str]) -> Iterator[Step]:
         """What runs outside of these modules, in order."""

@@ -54,7 +54,9 @@ def two_in_a_row(net, x):
     return net.conv2(z) + net.conv3(y)
 
 
-@pytest.mark.parametrize("forward", [changed_after, changed_through_a_view_after, a_view_of_the_output_is_read])
+@pytest.mark.parametrize(
+    "forward", [changed_after, changed_through_a_view_after, a_view_of_the_output_is_read]
+)
 def test_an_input_that_changes_while_the_output_is_still_read(forward):
     check(Net(forward), IMAGES, kept=["bn"], because="changes its input in place")
 
@@ -107,7 +109,9 @@ def test_rows_of_an_embedding_that_are_renormalised_when_read():
     check(net, torch.randint(9, (6, 3)), folded=["3"])
 
 
-@pytest.mark.parametrize("change", [lambda x: x.mul_(2), lambda x: x.data.mul_(2), lambda x: x[:, :1].zero_()])
+@pytest.mark.parametrize(
+    "change", [lambda x: x.mul_(2), lambda x: x.data.mul_(2), lambda x: x[:, :1].zero_()]
+)
 def test_example_inputs_are_left_alone(change):
     def forward(net, batch):
         change(batch["x"])
