@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 import bnfold.onnx
 from tests.onnx_models import run
@@ -61,7 +62,11 @@ class Draw:
         x = x or self.any_image()
         channels = self.values[x][1]
         sign = np.where(self.random.random(channels) < self.pick([0, 0.3]), -1, 1)
-        arrays = [self.random.uniform(0.5, 1.5, channels) * sign, self.numbers(channels), self.numbers(channels)]
+        arrays = [
+            self.random.uniform(0.5, 1.5, channels) * sign,
+            self.numbers(channels),
+            self.numbers(channels),
+        ]
         arrays.append(self.random.uniform(0.5, 2, channels))
         inputs = [x, *(self.tensor(a.astype(np.float32)) for a in arrays)]
         return self.node("BatchNormalization", inputs, self.values[x])
@@ -76,7 +81,11 @@ class Draw:
         key = (out, c // groups, kernel, kernel)
         if key not in self.weights or self.pick([True, True, False]):
             self.weights[key] = self.tensor(self.numbers(*key) / np.sqrt(np.prod(key[1:])).astype(np.float32))
-        inputs = [x, self.weights[key], *([self.tensor(self.numbers(out))] if self.pick([True, False]) else [])]
+        inputs = [
+            x,
+            self.weights[key],
+            *([self.tensor(self.numbers(out))] if self.pick([True, False]) else []),
+        ]
         shape = (n, out, h - kernel + 1 + 2 * pad, w - kernel + 1 + 2 * pad)
         return self.node("Conv", inputs, shape, group=groups, pads=[pad] * 4)
 
@@ -119,7 +128,9 @@ class Draw:
     def concat(self):
         x = self.any_image()
         n, c, *rest = self.values[x]
-        y = self.pick([name for name, s in self.values.items() if s[0] == n and list(s[2:]) == rest and len(s) == 4])
+        y = self.pick(
+            [name for name, s in self.values.items() if s[0] == n and list(s[2:]) == rest and len(s) == 4]
+        )
         return self.node("Concat", [x, y], (n, c + self.values[y][1], *rest), axis=1)
 
     def pool(self, op, **more):
@@ -181,7 +192,9 @@ class Draw:
         x = self.any_image()
         *rest, last = self.values[x]
         y = self.node("MatMul", [x, self.tensor(self.numbers(last, 4) / 2)], (*rest, 4))
-        return self.node("Add", [y, self.tensor(self.numbers(4))], (*rest, 4)) if self.pick([True, False]) else y
+        return (
+            self.node("Add", [y, self.tensor(self.numbers(4))], (*rest, 4)) if self.pick([True, False]) else y
+        )
 
     def pad(self):
         x = self.any_image()
@@ -195,7 +208,9 @@ class Draw:
         if h > 12 or w > 12:
             return x
         scales = self.tensor(np.array([1, 1, 2, 2], np.float32))
-        return self.node("Resize", [x, "", scales], (n, c, 2 * h, 2 * w), mode=self.pick(["nearest", "linear"]))
+        return self.node(
+            "Resize", [x, "", scales], (n, c, 2 * h, 2 * w), mode=self.pick(["nearest", "linear"])
+        )
 
     def flatten(self):
         x = self.any_image()
@@ -268,9 +283,24 @@ def check(data):
     assert bool(exact) == report.verified
     for given_feed in feeds:
         wanted = run(some, given_feed)
-        for name, array in run(folded, given_feed, optimised=True).items():
-            scale = max(1.0, float(np.abs(wanted[name]).max(initial=0)))
-            np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-3 * scale)
+        assert_close(run(folded, given_feed), wanted)
+        if survives_optimisation(some, given_feed, wanted):
+            assert_close(run(folded, given_feed, optimised=True), wanted)
+
+
+def survives_optimisation(some, feed, wanted):
+    """Whether onnxruntime's optimiser leaves a model as it was; a Pad with zeros before a MaxPool it does not."""
+    try:
+        assert_close(run(some, feed, optimised=True), wanted)
+    except (AssertionError, RuntimeError, Fail):
+        return False
+    return True
+
+
+def assert_close(found, wanted):
+    for name, array in found.items():
+        scale = max(1.0, float(np.abs(wanted[name]).max(initial=0)))
+        np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-3 * scale)
 
 
 @settings(max_examples=150)
