@@ -373,21 +373,20 @@ def _containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Recording:
-    with undisturbed(), _restored(model):
+    with undisturbed(), _restored(model), _quiet():
         return record(model, args, kwargs, fake)
 
 
 def _record_somehow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
-    """Record with real tensors, or with shapes alone where there are no numbers or too many; else the other way."""
-    inputs = sum(tensor.numel() for _, tensor in leaves((args, kwargs)))
-    heavy = inputs > 1 << 20 or sum(tensor.numel() for tensor in model.parameters()) > 1 << 27
-    meta = _is_meta(model, args, kwargs)
-    try:
-        if meta or heavy:
-            with _quiet():
-                return _record(model, args, kwargs, True)
-    except Exception as error:
-        if meta:
+    """Record with real tensors; with shapes alone where there are no numbers, or no memory or kernel for them.
+
+    Fake tensors are not the first choice: they take longer, and what a model caches outside of its modules (in an
+    `lru_cache`, say) would be poisoned with them.
+    """
+    if _is_meta(model, args, kwargs):
+        try:
+            return _record(model, args, kwargs, True)
+        except Exception as error:
             raise _unreadable(model, error) from error
     try:
         return _record(model, args, kwargs, False)
@@ -404,8 +403,7 @@ def _record_shapes(
 ) -> Recording:
     """Record what cannot be run here; where that fails as well, the first problem is the one to report."""
     try:
-        with _quiet():
-            return _record(model, args, kwargs, True)
+        return _record(model, args, kwargs, True)
     except Exception:  # noqa: BLE001
         raise _unreadable(model, error) from error
 
