@@ -84,7 +84,9 @@ def print_losses(console: Console, rows: Mapping[str, Mapping[str, float | None]
 
 def print_table(console: Console, table: page.Table) -> None:
     """Print the same table that a page shows."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=escape(table.caption) or None, title_justify="left")
+    if table.caption:
+        console.print(f"\n{escape(table.caption)}", soft_wrap=True)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, heading in enumerate(table.headings):
         shown.add_column(heading, justify="left" if table.is_text(column) else "right", overflow="fold")
     for row in table.rows:
