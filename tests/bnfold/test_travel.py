@@ -259,13 +259,14 @@ def test_equal_batchnorms_of_one_value_go_up_together(model: Model) -> None:
     assert journey.graph.outputs == (value,) * 3
 
 
-def test_an_identity_batchnorm_beside_a_concat_of_one_value_twice_comes_to_an_end(model: Model) -> None:
+def test_an_identity_batchnorm_beside_a_value_that_is_added_twice_joins_once_and_comes_to_an_end(
+    model: Model,
+) -> None:
     value = model.conv("x", "conv")
-    twice = model.add("Concat", value, value, shape=(2, 8, 6, 6), axis=1)
-    affine = Affine.along(1, 4, [1.0] * 4 + [2.0] * 4, np.zeros(8))
-    wide = model.add("BatchNormalization", twice, name="bn", affine=affine)
-    journey = model.fold(wide, model.norm(value, "nothing", scale=1.0, shift=0.0))
-    assert outcomes(journey)["nothing"] == "folded"
+    total = model.add("Sum", value, value, model.conv("z", "other"))
+    shifted = model.norm(total, "bn", scale=1.0)
+    journey = model.fold(shifted, model.norm(value, "nothing", scale=1.0, shift=0.0))
+    assert outcomes(journey) == {"bn": "folded", "nothing": "folded"}
 
 
 def test_what_one_node_reads_twice_must_suit_it_twice(model: Model) -> None:
