@@ -58,7 +58,8 @@ TRAPS = {
     "matrix from the left": "g (float[2, 3, 7] x) => (float[2, 5, 7] y) { h = MatMul(w5x3, x) BN }",
     "grouped deconvolution": """g (float[2, 5, 4, 4] x) => (float[2, 5, 6, 6] y) {
         h = ConvTranspose<group=5>(x, w5x1x3x3) BN }""",
-    "gemm with alpha, beta, C": "g (float[4, 3] x) => (float[4, 5] y) { h = Gemm<alpha=0.5, beta=2.0>(x, w3x5, w4x1) BN }",
+    "gemm with alpha, beta, C": """g (float[4, 3] x) => (float[4, 5] y) {
+        h = Gemm<alpha=0.5, beta=2.0>(x, w3x5, w4x1) BN }""",
     "gemm with transA": "g (float[3, 4] x) => (float[4, 5] y) { h = Gemm<transA=1>(x, w3x5) BN }",
     "shared weight": """g (float[4, 3] x) => (float[4, 5] y, float[4, 5] z) {
         h = Gemm(x, w3x5) BN r = Relu(x) z = Gemm(r, w3x5) }""",
@@ -67,16 +68,18 @@ TRAPS = {
         z = If (c) <then_branch = t () => (float[4, 5] p) { p = Relu(h) },
                     else_branch = e () => (float[4, 5] q) { q = Neg(h) }> }""",
     "overridable weight": "g (float[4, 3] x, float[3, 5] w3x5) => (float[4, 5] y) { h = Gemm(x, w3x5) BN }",
-    "padded below": "g (float[2, 5, 6] x) => (float[2, 5, 6] y) { h = Relu(x) n = BatchNormalization(h, s, b, m, v) y = Conv<pads=[1, 1]>(n, w5x5x3) }",
+    "padded below": """g (float[2, 5, 6] x) => (float[2, 5, 6] y) {
+        h = Relu(x) n = BatchNormalization(h, s, b, m, v) y = Conv<pads=[1, 1]>(n, w5x5x3) }""",
     "constant behind a chain": """g (float[2, 3, 6] x) => (float[2, 5, 4] y) {
         one = Constant<value_float=0.5>() like = CastLike(one, x) n = Constant<value_ints=[5]>() c = Expand(like, n)
         h = Conv(x, w5x3x3, c) BN }""",
     "spelt out": """g (float[2, 3, 6] x) => (float[2, 5, 4] y) { h = Conv(x, w5x3x3) to = Constant<value_ints=[5, 1]>()
         mm = Reshape(m, to) vv = Reshape(v, to) ss = Reshape(s, to) bb = Reshape(b, to)
-        e = Constant<value_float=0.001>() ve = Add(vv, e) d = Sqrt(ve) c = Sub(h, mm) n = Div(c, d) k = Mul(n, ss) y = Add(k, bb) }""",
+        e = Constant<value_float=0.001>() ve = Add(vv, e) d = Sqrt(ve)
+        c = Sub(h, mm) n = Div(c, d) k = Mul(n, ss) y = Add(k, bb) }""",
     "float16 weight, float statistics": "g (float16[4, 3] x) => (float16[4, 5] y) { h = Gemm(x, half3x5) BN }",
 }
-"""Graphs on which folders are known to differ; `w3x5` is a tensor of that shape, `s b m v` are the numbers of a norm."""
+"""Graphs on which folders differ; `w3x5` is a tensor of that shape, `s b m v` are the numbers of a BatchNorm."""
 
 
 # ---------------------------------------------------------------- the tools, each in a process of its own
@@ -111,12 +114,16 @@ def fold(tool: str, source: Path, target: Path) -> None:
 
 def work(tool: str, source: Path, target: Path) -> None:
     """Fold in this process, and print the seconds and the peak of memory in MB as JSON."""
-    import resource
-
     start = time.perf_counter()
     fold(tool, source, target)
     seconds = time.perf_counter() - start
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+    print(json.dumps([seconds, peak_memory()]))
+
+
+def peak_memory() -> float:
+    """The peak of this process in MB; `getrusage` would begin with what the parent had."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,9 @@ def measure(tool: str, source: Path, timeout: float) -> Result:
         command = [sys.executable, "-m", "benchmarks.onnx_folders", "--work", tool, str(source), str(target)]
         variables = os.environ | {"OMP_NUM_THREADS": "1"}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables, check=True)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout, env=variables, check=True
+            )
             seconds, megabytes = json.loads(done.stdout.splitlines()[-1])
             return Result(count(target), judge(source, target), seconds, megabytes)
         except subprocess.TimeoutExpired:
@@ -185,6 +194,7 @@ def judge(source: Path, target: Path) -> str:
 
 
 def agree(wanted: Outputs, found: Outputs) -> bool:
+    """Whether outputs are the same, within `TOLERANCE`."""
     if wanted.keys() != found.keys():
         return False
     for name, array in wanted.items():
@@ -220,7 +230,9 @@ def write_traps(folder: Path) -> Iterator[tuple[str, Path]]:
 def _tensor(name: str, draw: np.random.Generator) -> np.ndarray | None:
     if name in ("s", "b", "m", "v"):
         return np.abs(draw.standard_normal(5)).astype(np.float32) + (0.5 if name == "v" else 0)
-    kind = next((kind for kind in ("half", "w") if name.startswith(kind) and name[len(kind) :][:1].isdigit()), None)
+    kind = next(
+        (kind for kind in ("half", "w") if name.startswith(kind) and name[len(kind) :][:1].isdigit()), None
+    )
     if kind is None:
         return None
     shape = [int(size) for size in name[len(kind) :].split("x")]
@@ -264,6 +276,7 @@ def find(places: list[Path], folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def cell(result: Result) -> str:
+    """One result in the table: how many are left, and what is wrong with it."""
     return f"{result.left}" if result.verdict == "right" else f"{result.left} {result.verdict}"
 
 
@@ -279,10 +292,17 @@ def summarise(rows: dict[str, tuple[int, dict[str, Result]]], tool: str) -> list
     return [tool, f"{erased} of {total}", wrong, f"{seconds:.1f}", f"{peak:.0f}"]
 
 
-HEADINGS = ("tool", "BatchNorms erased, outputs right", "files not right", "seconds, all files", "peak memory, MB")
+HEADINGS = (
+    "tool",
+    "BatchNorms erased, outputs right",
+    "files not right",
+    "seconds, all files",
+    "peak memory, MB",
+)
 
 
 def show(rows: dict[str, tuple[int, dict[str, Result]]], tools: list[str]) -> None:
+    """Print both tables."""
     table = Table("file", "BatchNorms", *tools)
     for name, (norms, results) in rows.items():
         table.add_row(name, str(norms), *(cell(results[tool]) for tool in tools))
@@ -295,21 +315,32 @@ def show(rows: dict[str, tuple[int, dict[str, Result]]], tools: list[str]) -> No
 
 
 def to_markdown(rows: dict[str, tuple[int, dict[str, Result]]], tools: list[str]) -> str:
+    """Both tables as Markdown."""
+
     def line(cells: list[str]) -> str:
         return f"| {' | '.join(cells)} |"
 
     head = ["file", "BatchNorms", *tools]
-    body = [[name, str(norms), *(cell(results[tool]) for tool in tools)] for name, (norms, results) in rows.items()]
+    body = [
+        [name, str(norms), *(cell(results[tool]) for tool in tools)]
+        for name, (norms, results) in rows.items()
+    ]
     whole = [list(HEADINGS), ["---"] * len(HEADINGS), *(summarise(rows, tool) for tool in tools)]
     each = [head, ["---"] * len(head), *body]
-    return "\n".join(["\n".join(map(line, whole)), "", "BatchNorms left, file by file:", "", *map(line, each)]) + "\n"
+    return (
+        "\n".join(["\n".join(map(line, whole)), "", "BatchNorms left, file by file:", "", *map(line, each)])
+        + "\n"
+    )
 
 
 def main() -> None:
+    """Run the tools on the files and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="ONNX files, or folders of them")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one tool on one file")
-    parser.add_argument("--markdown", type=Path, help="write the tables here, too, below the line `<!-- table -->`")
+    parser.add_argument(
+        "--markdown", type=Path, help="write the tables here, too, below the line `<!-- table -->`"
+    )
     parser.add_argument("--work", nargs=3, metavar=("TOOL", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -322,7 +353,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, path in find(options.files, Path(folder)):
             rows[name] = (count(path), {tool: measure(tool, path, options.timeout) for tool in tools})
-            print(f"{name}: " + ", ".join(f"{tool} {cell(result)}" for tool, result in rows[name][1].items()), flush=True)
+            print(
+                f"{name}: " + ", ".join(f"{tool} {cell(result)}" for tool, result in rows[name][1].items()),
+                flush=True,
+            )
     show(rows, tools)
     if options.markdown:
         before = options.markdown.read_text(encoding="utf-8").partition("<!-- table -->")[0]

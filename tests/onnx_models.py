@@ -21,7 +21,12 @@ def random(seed: int = 0) -> np.random.Generator:
 
 
 def model(
-    text: str, tensors: Mapping[str, Tensor] | None = None, opset: int = 17, ir: int = 8, extra: str = "", rest: str = ""
+    text: str,
+    tensors: Mapping[str, Tensor] | None = None,
+    opset: int = 17,
+    ir: int = 8,
+    extra: str = "",
+    rest: str = "",
 ) -> onnx.ModelProto:
     """Parse a graph (and functions, in `rest`) and give it initializers."""
     header = f'<ir_version: {ir}, opset_import: ["" : {opset}{extra}]>\n'
@@ -62,8 +67,16 @@ def run(some: onnx.ModelProto, feed: Mapping[str, Tensor], optimised: bool = Fal
     options.log_severity_level = 4
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(some.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return dict(zip([o.name for o in session.get_outputs()], session.run(None, {name: np.asarray(array) for name, array in feed.items()}), strict=True))
+    session = onnxruntime.InferenceSession(
+        some.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return dict(
+        zip(
+            [o.name for o in session.get_outputs()],
+            session.run(None, {name: np.asarray(array) for name, array in feed.items()}),
+            strict=True,
+        )
+    )
 
 
 def fold(

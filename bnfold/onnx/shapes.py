@@ -175,7 +175,10 @@ def refine(spot: Spot, found: Shapes, constants: Constants) -> None:
     if target not in found.types and source in found.types and spot.op in _KEEPS_TYPE:
         found.types[target] = found.types[source]
     shape = found.shapes.get(source)
-    better = _apply(spot, shape, found, constants) if shape is not None and spot.op in _RULES else None
+    if shape is None and spot.op == "Reshape":
+        better = _target(spot, found, constants)
+    else:
+        better = _apply(spot, shape, found, constants) if shape is not None and spot.op in _RULES else None
     if better is not None:
         known = found.shapes.get(target)
         found.shapes[target] = better if known is None else _merge(known, better)
@@ -192,12 +195,7 @@ def _apply(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Sha
 def _merge(known: Shape, better: Shape) -> Shape:
     if len(known) != len(better):
         return known
-    pairs = zip(known, better, strict=True)
-    return tuple(b if b is not None and (a is None or _is_invented(a)) else a for a, b in pairs)
-
-
-def _is_invented(size: Dim) -> bool:
-    return isinstance(size, str) and size.startswith("unk__")
+    return tuple(a if b is None or isinstance(a, int) else b for a, b in zip(known, better, strict=True))
 
 
 Rule = Callable[[Spot, Shape, Shapes, "Constants"], "Shape | None"]
@@ -216,6 +214,12 @@ def _reshape(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> S
     keeps = not any(item.name == "allowzero" and item.i for item in spot.node.attribute)
     copied = [shape[i] if n == 0 and keeps and i < len(shape) else n for i, n in enumerate(wanted)]
     return balance(shape, tuple(None if n == -1 else n for n in copied))
+
+
+def _target(spot: Spot, found: Shapes, constants: Constants) -> Shape | None:
+    """What a reshape asks for, whatever it reshapes."""
+    wanted = find_sizes(spot.inputs[1], found, constants) if len(spot.inputs) > 1 else None
+    return None if wanted is None else tuple(None if n in (0, -1) else n for n in wanted)
 
 
 def _expand(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:

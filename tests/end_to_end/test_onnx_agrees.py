@@ -43,7 +43,11 @@ class Joined(nn.Module):
 class Lookup(nn.Module):
     def __init__(self):
         super().__init__()
-        self.table, self.linear, self.norm = nn.Embedding(27, 10), nn.Linear(30, 20, bias=False), nn.BatchNorm1d(20)
+        self.table, self.linear, self.norm = (
+            nn.Embedding(27, 10),
+            nn.Linear(30, 20, bias=False),
+            nn.BatchNorm1d(20),
+        )
 
     def forward(self, x):
         return torch.tanh(self.norm(self.linear(self.table(x).flatten(1))))
@@ -78,7 +82,9 @@ def export(module, example, dynamo):
             torch.onnx.export(module, (example,), data, dynamo=True, optimize=False, verbose=False)
         else:
             keep = torch.onnx.TrainingMode.PRESERVE
-            torch.onnx.export(module, (example,), data, dynamo=False, do_constant_folding=False, training=keep)
+            torch.onnx.export(
+                module, (example,), data, dynamo=False, do_constant_folding=False, training=keep
+            )
     return onnx.load_from_string(data.getvalue())
 
 
@@ -93,7 +99,11 @@ def numbers(file):
         slots = find_slots(picture, node.name)
         weight = constants.array(slots.spot.inputs[slots.weight])
         found.append(weight if node.linear.order == "oi" or weight.ndim > 2 else weight.T)
-        found.append(constants.array(slots.bias_value) if slots.bias_value else np.zeros(node.linear.outputs, np.float32))
+        found.append(
+            constants.array(slots.bias_value)
+            if slots.bias_value
+            else np.zeros(node.linear.outputs, np.float32)
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Random ONNX graphs, folded: the same numbers in float64 at 1e-12, and a valid model that onnxruntime optimises at will.
+"""Random ONNX graphs, folded: the same numbers in float64 at 1e-12, and a valid model.
 
 A draw is a graph of images `(2, C, H, W)`: each step takes values that were computed earlier, so that branches, second
 readers and shared weights come about by themselves. Half of all steps are BatchNorms or linear operators. Any value may
@@ -19,9 +19,9 @@ import bnfold.onnx
 from tests.onnx_models import run
 
 STEPS = [
-    "norm", "norm", "norm", "norm", "conv", "conv", "conv", "deconv", "relu", "leaky", "tanh", "identity", "add", "sub",
-    "concat", "average", "maximum", "scale", "shift", "split", "slice", "shuffle", "transpose", "matmul", "pad", "resize",
-    "flatten", "if", "spelt", "channel mean",
+    "norm", "norm", "norm", "norm", "conv", "conv", "conv", "deconv", "relu", "leaky", "tanh", "identity", "add",
+    "sub", "concat", "average", "maximum", "scale", "shift", "split", "slice", "shuffle", "transpose", "matmul", "pad",
+    "resize", "flatten", "if", "spelt", "channel mean",
 ]  # fmt: skip
 
 

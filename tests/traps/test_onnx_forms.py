@@ -20,7 +20,8 @@ def test_gemm_alpha_beta_and_any_c(shape, trans):
     a, b = trans
     c = "" if shape is None else ", c"
     x = "3, 4" if a else "4, 3"
-    text = f"g (float[{x}] x) => (float[4, 5] y) {{ h = Gemm<alpha=0.7, beta=1.3, transA={a}, transB={b}>(x, w{c}) {BN} }}"
+    text = f"""g (float[{x}] x) => (float[4, 5] y) {{
+        h = Gemm<alpha=0.7, beta=1.3, transA={a}, transB={b}>(x, w{c}) {BN} }}"""
     tensors = {"w": weights(5, 3) if b else weights(3, 5), **norm(5)}
     if shape is not None:
         tensors["c"] = weights(*shape)
@@ -42,7 +43,9 @@ def test_operator_set_6_is_refused_with_the_way_out():
 
 @pytest.mark.parametrize("spatial", [0, 1])
 def test_spatial_of_operator_set_7(spatial):
-    numbers = {k: a if spatial else np.broadcast_to(a[:, None, None], (4, 5, 5)).copy() for k, a in norm(4).items()}
+    numbers = {
+        k: a if spatial else np.broadcast_to(a[:, None, None], (4, 5, 5)).copy() for k, a in norm(4).items()
+    }
     text = f"""g (float[2, 3, 5, 5] x) => (float[2, 4, 5, 5] y) {{
         h = Conv(x, w) y = BatchNormalization<spatial={spatial}>(h, s, b, m, v) }}"""
     some = model(text, {"w": weights(4, 3, 1, 1), **numbers}, opset=7)
@@ -90,7 +93,9 @@ def test_instance_normalization_is_no_batchnorm():
 def test_grouped_conv_transpose_also_with_equal_channels(groups, channels):
     text = f"""g (float[2, 4, 6, 6] x) => (float[2, {channels}, 13, 13] y) {{
         h = ConvTranspose<group={groups}, strides=[2, 2], output_padding=[1, 1], pads=[1, 1, 0, 0]>(x, w, c) {BN} }}"""
-    fold(model(text, {"w": weights(4, channels // groups, 3, 3), "c": weights(channels), **norm(channels)}), 1)
+    fold(
+        model(text, {"w": weights(4, channels // groups, 3, 3), "c": weights(channels), **norm(channels)}), 1
+    )
 
 
 def test_a_matrix_from_the_left():
@@ -165,7 +170,12 @@ def test_a_pad_that_repeats_what_is_there_lets_all_through(mode):
 def test_a_pad_with_another_constant_stays():
     text = """g (float[2, 3, 6, 6] x) => (float[2, 4, 6, 6] y) {
         n = BatchNormalization(x, s, b, m, v) p = Pad(n, pads, one) y = Conv(p, w) }"""
-    tensors = {"w": weights(4, 3, 3, 3), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "one": np.float32(1), **norm(3)}
+    tensors = {
+        "w": weights(4, 3, 3, 3),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        "one": np.float32(1),
+        **norm(3),
+    }
     kept(model(text, tensors), "Pad")
 
 
@@ -189,11 +199,14 @@ def test_conv_transpose_with_output_padding_below_a_batchnorm():
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "tolerance"), [("float16", np.float16, 4e-3), ("double", np.float64, 1e-13), ("float", np.float32, 2e-6)]
+    ("kind", "dtype", "tolerance"),
+    [("float16", np.float16, 4e-3), ("double", np.float64, 1e-13), ("float", np.float32, 2e-6)],
 )
 def test_every_tensor_keeps_its_type(kind, dtype, tolerance):
     text = f"g ({kind}[4, 3] x) => ({kind}[4, 5] y) {{ h = Gemm(x, w) {BN} }}"
-    folded, _ = fold(model(text, {"w": weights(3, 5, dtype=dtype), **norm(5, dtype=dtype)}), 1, tolerance=tolerance)
+    folded, _ = fold(
+        model(text, {"w": weights(3, 5, dtype=dtype), **norm(5, dtype=dtype)}), 1, tolerance=tolerance
+    )
     assert {onnx.numpy_helper.to_array(t).dtype for t in folded.graph.initializer} == {np.dtype(dtype)}
 
 
@@ -217,7 +230,8 @@ def test_bfloat16_is_folded_and_compared_as_far_as_it_can_be_run():
 
 def test_overflow_in_half_precision_stays():
     numbers = norm(5, dtype=np.float16) | {"v": np.full(5, 1e-7, np.float16)}
-    text = "g (float16[4, 3] x) => (float16[4, 5] y) { h = Gemm(x, w) y = BatchNormalization<epsilon=1e-9>(h, s, b, m, v) }"
+    text = """g (float16[4, 3] x) => (float16[4, 5] y) {
+        h = Gemm(x, w) y = BatchNormalization<epsilon=1e-9>(h, s, b, m, v) }"""
     some = model(text, {"w": np.full((3, 5), 1e4, np.float16), **numbers})
     kept(some, "overflow float16")
 

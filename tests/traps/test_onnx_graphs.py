@@ -31,7 +31,10 @@ def test_a_producer_that_is_an_output_stays():
 
 
 def test_a_batchnorm_between_input_and_output_stays():
-    kept(model("g (float[4, 3] x) => (float[4, 3] y) { y = BatchNormalization(x, s, b, m, v) }", norm(3)), "input of")
+    kept(
+        model("g (float[4, 3] x) => (float[4, 3] y) { y = BatchNormalization(x, s, b, m, v) }", norm(3)),
+        "input of",
+    )
 
 
 def test_a_shared_weight_under_two_batchnorms_becomes_two():
@@ -60,7 +63,9 @@ def test_a_weight_that_somebody_else_reads_stays_for_them():
 def test_a_bias_shared_by_two_nodes():
     text = """g (float[4, 3] x) => (float[4, 5] y, float[4, 5] z) {
         h = Gemm(x, w, c) y = BatchNormalization(h, s, b, m, v) z = Gemm(x, u, c) }"""
-    folded, _ = fold(model(text, {"w": weights(3, 5), "u": weights(3, 5, seed=4), "c": weights(5), **norm(5)}), 1)
+    folded, _ = fold(
+        model(text, {"w": weights(3, 5), "u": weights(3, 5, seed=4), "c": weights(5), **norm(5)}), 1
+    )
     np.testing.assert_array_equal(initializers(folded)["c"], weights(5))
 
 
@@ -73,7 +78,7 @@ def test_an_embedding_that_is_also_the_output_layer():
 
 
 def test_both_weight_and_statistics_may_be_one_tensor():
-    text = f"g (float[4, 3] x) => (float[4, 5] y) {{ h = Gemm(x, w, s) y = BatchNormalization(h, s, s, s, v) }}"
+    text = "g (float[4, 3] x) => (float[4, 5] y) { h = Gemm(x, w, s) y = BatchNormalization(h, s, s, s, v) }"
     fold(model(text, {"w": weights(3, 5), "s": norm(5)["s"], "v": norm(5)["v"]}), 1)
 
 
@@ -86,7 +91,9 @@ def overridable(ir):
 
 
 def test_an_overridable_initializer_is_no_constant():
-    report = kept(overridable(8), "--freeze-initializers", inputs={"x": weights(4, 3), "w": weights(3, 5, seed=5)})
+    report = kept(
+        overridable(8), "--freeze-initializers", inputs={"x": weights(4, 3), "w": weights(3, 5, seed=5)}
+    )
     assert "`w`" in report.verdicts[0].reason
 
 
@@ -101,7 +108,9 @@ def test_a_frozen_initializer_is_a_constant_and_no_input_any_more():
 
 def test_an_overridable_statistic_is_no_constant():
     text = f"g (float[4, 3] x, float[5] m) => (float[4, 5] y) {{ h = Gemm(x, w) {BN} }}"
-    kept(model(text, {"w": weights(3, 5), **norm(5)}), "mean `m`", inputs={"x": weights(4, 3), "m": weights(5)})
+    kept(
+        model(text, {"w": weights(3, 5), **norm(5)}), "mean `m`", inputs={"x": weights(4, 3), "m": weights(5)}
+    )
 
 
 def test_ir_version_3_lists_every_initializer_and_says_so():
@@ -113,7 +122,9 @@ def test_ir_version_3_lists_every_initializer_and_says_so():
     assert report.count("folded") == 1
     assert "IR version 3" in report.notes[0]
     assert {i.name for i in folded.graph.input} == {"x", "w.folded", "c.folded"}
-    np.testing.assert_allclose(run(folded, {"x": weights(4, 3)})["y"], run(some, {"x": weights(4, 3)})["y"], atol=1e-5)
+    np.testing.assert_allclose(
+        run(folded, {"x": weights(4, 3)})["y"], run(some, {"x": weights(4, 3)})["y"], atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------- bodies
@@ -164,7 +175,9 @@ LOOP = """g (float[4, 5] x, int64 n) => (float[4, 5] z) {
 
 
 def test_a_batchnorm_in_a_loop_folds_into_the_loop():
-    folded, _ = fold(model(LOOP, {"w": weights(5, 5), **norm(5)}), 1, inputs={"x": weights(4, 5), "n": np.int64(3)})
+    folded, _ = fold(
+        model(LOOP, {"w": weights(5, 5), **norm(5)}), 1, inputs={"x": weights(4, 5), "n": np.int64(3)}
+    )
     assert count(folded) == 0
 
 
@@ -190,14 +203,20 @@ block (x, w, s, b, m, v) => (y) { h = Gemm(x, w) n = BatchNormalization(h, s, b,
 def test_a_function_whose_calls_have_other_numbers_is_inlined():
     text = """g (float[4, 5] x) => (float[4, 5] y) {
         h = local.block(x, w, s, b, m, v) y = local.block(h, u, s, v, b, v) }"""
-    some = model(text, {"w": weights(5, 5), "u": weights(5, 5, seed=3), **norm(5)}, extra=', "local" : 1', rest=FUNCTION)
+    some = model(
+        text,
+        {"w": weights(5, 5), "u": weights(5, 5, seed=3), **norm(5)},
+        extra=', "local" : 1',
+        rest=FUNCTION,
+    )
     folded, report = fold(some, 2)
     assert count(folded) == 0
     assert "block" in report.notes[0]
 
 
 def test_a_function_that_hides_nothing_is_left_alone():
-    text = "g (float[4, 3] x) => (float[4, 5] y) { h = Gemm(x, w) n = BatchNormalization(h, s, b, m, v) y = local.f(n) }"
+    text = """g (float[4, 3] x) => (float[4, 5] y) {
+        h = Gemm(x, w) n = BatchNormalization(h, s, b, m, v) y = local.f(n) }"""
     function = '\n<domain: "local", opset_import: ["" : 17]>\nf (x) => (y) { y = Relu(x) }'
     folded, _ = fold(model(text, {"w": weights(3, 5), **norm(5)}, extra=', "local" : 1', rest=function), 1)
     assert [n.op_type for n in folded.graph.node] == ["Gemm", "f"]
@@ -206,7 +225,9 @@ def test_a_function_that_hides_nothing_is_left_alone():
 
 def test_a_function_may_be_named_like_an_operator():
     """`local.BatchNormalization` is not ONNX's."""
-    text = "g (float[4, 3] x) => (float[4, 5] y) { h = Gemm(x, w) y = local.BatchNormalization(h, s, b, m, v) }"
+    text = (
+        "g (float[4, 3] x) => (float[4, 5] y) { h = Gemm(x, w) y = local.BatchNormalization(h, s, b, m, v) }"
+    )
     function = '\n<domain: "local", opset_import: ["" : 17]>\nBatchNormalization (x, s, b, m, v) => (y) { y = Relu(x) }'
     fold(model(text, {"w": weights(3, 5), **norm(5)}, extra=', "local" : 1', rest=function), 0)
 
@@ -242,7 +263,11 @@ def test_a_weight_in_disguise(how):
     text = f"g (float[4, 3] x) => (float[4, 5] y) {{ {chain} h = Gemm(x, {'k' if chain else 'w'}) {BN} }}"
     tensors = {"w": np.ascontiguousarray(stored), "shape": np.array([3, 5]), "zero": np.array([0]), **norm(5)}
     tensors |= {"one1": np.array([1]), "parts": np.array([1, 2]), "three": np.array([3])}
-    used = {name: a for name, a in tensors.items() if name in text.replace(",", " ").replace(")", " ").replace("(", " ").split()}
+    used = {
+        name: a
+        for name, a in tensors.items()
+        if name in text.replace(",", " ").replace(")", " ").replace("(", " ").split()
+    }
     folded, _ = fold(model(text, used), 1)
     assert [n.op_type for n in folded.graph.node] == ["Gemm"], "the chain is dead and should be gone"
     assert {t.data_type for t in folded.graph.initializer} == {onnx.TensorProto.FLOAT}
@@ -287,8 +312,15 @@ def test_a_computed_weight_is_no_constant():
 
 
 def test_a_quantised_weight_is_left_alone():
-    text = f"g (float[4, 3] x) => (float[4, 5] y) {{ w = DequantizeLinear(q, scale, zero) h = Gemm(x, w) {BN} }}"
-    tensors = {"q": np.arange(15, dtype=np.int8).reshape(3, 5), "scale": np.float32(0.1), "zero": np.int8(2), **norm(5)}
+    text = (
+        f"g (float[4, 3] x) => (float[4, 5] y) {{ w = DequantizeLinear(q, scale, zero) h = Gemm(x, w) {BN} }}"
+    )
+    tensors = {
+        "q": np.arange(15, dtype=np.int8).reshape(3, 5),
+        "scale": np.float32(0.1),
+        "zero": np.int8(2),
+        **norm(5),
+    }
     kept(model(text, tensors), "quantised", tolerance=2e-2)
 
 
@@ -348,7 +380,12 @@ def test_a_scale_and_a_shift_that_stay_are_no_batchnorm():
 def test_a_scale_and_a_shift_that_disappear_are_one():
     text = "g (float[2, 3, 6] x) => (float[2, 4, 6] y) { h = Conv(x, w) a = Mul(h, s) c = Add(a, b) y = Relu(c) }"
     numbers = norm(4)
-    fold(model(text, {"w": weights(4, 3, 1), "s": numbers["s"].reshape(4, 1), "b": numbers["b"].reshape(4, 1)}), 1)
+    fold(
+        model(
+            text, {"w": weights(4, 3, 1), "s": numbers["s"].reshape(4, 1), "b": numbers["b"].reshape(4, 1)}
+        ),
+        1,
+    )
 
 
 def test_the_tail_of_a_layer_norm_is_no_batchnorm():
@@ -374,7 +411,9 @@ def test_everything_else_comes_through_untouched():
     some.graph.node[2].doc_string = "sine"
     some.graph.node[2].metadata_props.add(key="n", value="m")
     some.graph.value_info.append(onnx.helper.make_tensor_value_info("h", 1, ["N", 4, 4, 4]))
-    some.graph.quantization_annotation.add(tensor_name="x").quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="s0")
+    some.graph.quantization_annotation.add(tensor_name="x").quant_parameter_tensor_names.add(
+        key="SCALE_TENSOR", value="s0"
+    )
     folded, _ = fold(some, 1)
     wanted = onnx.ModelProto()
     wanted.CopyFrom(some)
@@ -408,7 +447,8 @@ def test_new_names_collide_with_nothing():
 
 def test_nodes_without_names_and_with_the_same_name():
     text = """g (float[4, 3] x) => (float[4, 5] y) {
-        h = Gemm(x, w) a = BatchNormalization(h, s, b, m, v) r = Relu(a) k = Gemm(r, u) y = BatchNormalization(k, s, b, m, v) }"""
+        h = Gemm(x, w) a = BatchNormalization(h, s, b, m, v) r = Relu(a)
+        k = Gemm(r, u) y = BatchNormalization(k, s, b, m, v) }"""
     some = model(text, {"w": weights(3, 5), "u": weights(5, 5), **norm(5)})
     _, report = fold(some, 2)
     assert [v.name for v in report.verdicts] == ["a", "y"]
@@ -448,7 +488,9 @@ def test_a_graph_out_of_order_is_read_in_order():
     swapped.graph.node[1].CopyFrom(some.graph.node[0])
     folded, report = bnfold.onnx.fold(swapped)
     assert report.count("folded") == 1
-    np.testing.assert_allclose(run(folded, {"x": weights(4, 3)})["y"], run(some, {"x": weights(4, 3)})["y"], atol=1e-5)
+    np.testing.assert_allclose(
+        run(folded, {"x": weights(4, 3)})["y"], run(some, {"x": weights(4, 3)})["y"], atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------- what cannot be used, and what cannot be trusted
