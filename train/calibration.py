@@ -35,7 +35,7 @@ def calibrate(net: nn.Sequential, material: Material, recipe: Recipe) -> dict[st
         InputError: the net has no BatchNorm.
     """
     drawn = presence(recipe.draw, material, recipe.batch)
-    ways = {AS_DRAWN: drawn}
+    ways = {AS_DRAWN: drawn * (material.train.examples / drawn.sum())}
     if recipe.draw is not draw_examples:
         ways[OVER_SET] = material.train.frequencies
     return {name: _calibrate(net, material.train.contexts, weights) for name, weights in ways.items()}

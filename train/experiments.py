@@ -91,7 +91,10 @@ def depth(material: Material, seed: int) -> list[Table]:
             (name, *(f"{end.output.std:.3f}" for end in ends), f"{seen[-1].saturated:.1%}",
              f"{gradients[0]:.1e}", f"{gradients[-1]:.1e}", f"{gradients[0] / gradients[-1]:.1e}")
         )  # fmt: skip
-    headings = ("50 layers", "std, first tanh", "25th", "last", "saturated there", "gradient, first", "last", "ratio")
+    headings = (
+        "50 layers", "std, first tanh", "std, 25th", "std, last", "saturated, last",
+        "gradient, first", "gradient, last", "ratio",
+    )  # fmt: skip
     return [Table(headings, rows, "the first batch, before any step")]
 
 
@@ -106,8 +109,8 @@ def bias(material: Material, seed: int) -> list[Table]:
          f"{found[f'{name}.weight'].moved:.1e}", f"{found[f'{name}.bias'].moved:.1e}")
         for name in names
     ]  # fmt: skip
-    headings = ("layer", "largest |gradient|, weight", "bias", "largest change, weight", "bias")
-    return [Table(headings, rows, "100 steps, each Linear followed by a BatchNorm: what is left is rounding")]
+    headings = ("layer", "gradient of the weight", "gradient of the bias", "change of the weight", "change of the bias")
+    return [Table(headings, rows, "each Linear followed by a BatchNorm: the largest of 100 steps")]
 
 
 def single(material: Material, seed: int) -> list[Table]:
@@ -203,7 +206,7 @@ EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment
 def _train(recipe: Recipe, material: Material, seed: int, steps: int) -> nn.Sequential:
     generator = Generator().manual_seed(seed)
     net = make(recipe, material, generator)
-    _run(net, material, replace(recipe, steps=steps), generator)
+    _run(net, material, replace(recipe, steps=min(recipe.steps, steps)), generator)
     return net
 
 

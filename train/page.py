@@ -68,7 +68,8 @@ figcaption, caption { color: var(--faint); text-align: left; }
 img { display: block; width: 100%; height: auto; min-width: 30rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; }
-.words { text-align: left; }
+td { white-space: nowrap; }
+.words { text-align: left; white-space: normal; }
 th:first-child, td:first-child { padding-left: 0; }
 """
 

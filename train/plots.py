@@ -134,8 +134,8 @@ def draw_losses(runs: Mapping[str, Sequence[float]]) -> Picture:
     with _figure(3.4) as figure:
         whole, rest = figure.subplots(1, 2)
         for (name, losses), colour in zip(runs.items(), _colours(len(runs)), strict=True):
-            _draw_loss(whole, name, losses, colour, 0)
-            _draw_loss(rest, name, losses, colour, len(losses) // 20)
+            _draw_loss(whole, name, losses, colour, 0, len(runs) == 1)
+            _draw_loss(rest, name, losses, colour, len(losses) // 20, len(runs) == 1)
         whole.set(title="all steps", xlabel="step", ylabel="loss", yscale="log")
         rest.set(title="without the first twentieth", xlabel="step")
         whole.yaxis.set_major_locator(MaxNLocator(7))
@@ -146,8 +146,8 @@ def draw_losses(runs: Mapping[str, Sequence[float]]) -> Picture:
         return _finish(
             figure, "loss", "Loss",
             "Left, on a logarithmic scale: a hockey stick means that training began by unlearning a confidently wrong "
-            "first guess. Right, what remains without it. Lines are means of neighbouring steps, bands go from "
-            "least to most.",
+            "first guess. Right, what remains without it. Lines are means of neighbouring steps; of a single run, a "
+            "band goes from least to most.",
         )  # fmt: skip
 
 
@@ -281,14 +281,17 @@ def _span(diagnostics: Diagnostics) -> tuple[float, float]:
     return -0.02 * len(diagnostics.losses), 1.02 * len(diagnostics.losses)
 
 
-def _draw_loss(axes: Axes, name: str, losses: Sequence[float], colour: str, begin: int) -> None:
+def _draw_loss(
+    axes: Axes, name: str, losses: Sequence[float], colour: str, begin: int, band: bool
+) -> None:
     values = np.asarray(losses)[begin:]
     steps = np.arange(begin, begin + len(values))
     size = max(1, len(values) // _BLOCKS)
     whole = len(values) // size * size
     blocks = values[:whole].reshape(-1, size)
     middles = steps[:whole].reshape(-1, size).mean(1)
-    axes.fill_between(middles, blocks.min(1), blocks.max(1), color=colour, alpha=0.25, linewidth=0)
+    if band:
+        axes.fill_between(middles, blocks.min(1), blocks.max(1), color=colour, alpha=0.25, linewidth=0)
     axes.plot(middles, blocks.mean(1), color=colour, label=name)
 
 

@@ -15,6 +15,7 @@ import torch
 
 import data
 import train.__main__ as command
+from bnfold import calibrate
 from bnfold.checkpoint import load
 from tests.conftest import CHECKOUT
 from train.evaluate import measure
@@ -123,6 +124,69 @@ def test_the_recipes_are_listed(tmp_path: Path, capsys, monkeypatch: pytest.Monk
     assert not list(tmp_path.iterdir())
 
 
+def test_looking_inside_writes_pictures_and_changes_no_byte_of_the_checkpoint(
+    names: Path, tmp_path: Path, capsys
+) -> None:
+    given = ["--names", str(names), "--recipe", "deep", "--hidden", "8", "--steps", "12"]
+    assert command.main([*given, "-o", str(tmp_path / "plain.pt")]) == 0
+    watched = [*given, "-o", str(tmp_path / "watched.pt"), "--plots", str(tmp_path / "deep" / "plots")]
+    assert command.main([*watched, "--every", "5", "--explain"]) == 0
+    assert (tmp_path / "plain.pt").read_bytes() == (tmp_path / "watched.pt").read_bytes()
+    pictures = {path.stem for path in (tmp_path / "deep" / "plots").glob("*.svg")}
+    assert pictures == {"loss", "activations", "gradients", "weights", "updates", "saturation"}
+    assert "Activations at step 10" in (tmp_path / "deep" / "plots" / "index.html").read_text()
+    assert "largest |gradient| of 12 steps" in capsys.readouterr().out
+
+
+def test_without_looking_nothing_is_hooked(names: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    hooked: list[str] = []
+    for owner, name in ((torch.nn.Module, "register_forward_hook"), (torch.Tensor, "register_hook")):
+        monkeypatch.setattr(owner, name, lambda self, hook, name=name: hooked.append(name))
+    given = ["--names", str(names), "--hidden", "8", "--steps", "3", "-o", str(tmp_path / "c.pt")]
+    assert command.main(given) == 0
+    assert not hooked
+
+
+def test_from_zeros_the_run_says_why_nothing_moves(names: Path, tmp_path: Path, capsys) -> None:
+    given = ["--names", str(names), "--recipe", "zeros", "--steps", "20", "-o", str(tmp_path / "c.pt")]
+    assert command.main(given) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("exactly 0") == 6
+    assert "changes the probability of a character by 0 at most" in shown
+
+
+def test_calibrated_statistics_are_shown_and_kept(names: Path, tmp_path: Path, capsys) -> None:
+    given = ["--names", str(names), "--recipe", "lecture", "--hidden", "8", "--steps", "12", "-o"]
+    assert command.main([*given, str(tmp_path / "running.pt")]) == 0
+    assert command.main([*given, str(tmp_path / "c.pt"), "--calibrate", "--plots", str(tmp_path / "plots")]) == 0
+    shown = capsys.readouterr().out
+    found, running = load(tmp_path / "c.pt"), load(tmp_path / "running.pt")
+    assert (found.record["statistics"], running.record["statistics"]) == ("calibrated as drawn", "running")
+    assert f"{found.record['losses']['dev']:.4f}" in shown
+    assert f"{running.record['losses']['dev']:.4f}" in shown
+    material = prepare(NAMES)
+    expected = calibrate(running.model, [material.examples[0]]).bn2
+    assert torch.allclose(found.model.bn2.running_var, expected.running_var, rtol=1e-4)
+    assert torch.allclose(found.model.bn2.running_mean, expected.running_mean, rtol=1e-4, atol=1e-6)
+    assert torch.equal(found.model.linear2.weight, running.model.linear2.weight)
+    assert (tmp_path / "plots" / "statistics.svg").exists()
+
+
+def test_without_tensorboard_nothing_is_trained_in_vain(names: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    given = ["--names", str(names), "-o", str(tmp_path / "c.pt"), "--tensorboard", str(tmp_path / "events")]
+    assert command.main(given) == 2
+    assert capsys.readouterr().err == "error: --tensorboard needs the package tensorboard; pip install tensorboard\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
+
+
+def test_with_tensorboard_an_event_file_is_written(names: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("tensorboard")
+    given = ["--names", str(names), "--hidden", "8", "--steps", "3", "-o", str(tmp_path / "c.pt")]
+    assert command.main([*given, "--tensorboard", str(tmp_path / "events")]) == 0
+    assert len(list((tmp_path / "events").iterdir())) == 1
+
+
 @pytest.mark.parametrize("recipe", ["batchnorm", "deep"])
 def test_every_kind_of_net_becomes_a_checkpoint_that_measures_the_same(
     recipe: str, tmp_path: Path, capsys
@@ -187,6 +251,13 @@ def test_an_interrupt_leaves_a_usable_checkpoint(names: Path, tmp_path: Path) ->
         (["--names", "missing.txt"], "missing.txt"),
         (["-o", "nowhere/ckpt.pt"], "nowhere is no folder"),
         (["-o", "."], "is a folder"),
+        (["--plots", "ckpt.pt"], "ckpt.pt is a file; name a folder for the pictures"),
+        (["--plots", "ckpt.pt/deeper"], "ckpt.pt is a file"),
+        (["--tensorboard", "ckpt.pt"], "ckpt.pt is a file"),
+        (["--recipe", "kaiming", "--calibrate"], "kaiming has no BatchNorm to calibrate"),
+        (["--compare", "ckpt.pt", "ckpt.pt"], "ckpt.pt is no checkpoint"),
+        (["--compare", "ckpt.pt"], "expected 2 arguments"),
+        (["--every", "0"], "0 is less than 1"),
         (["--steps", "50", "--rate", "1e38"], "lower the learning rate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
