@@ -31,7 +31,7 @@ from bnfold.onnx.edit import Editor
 from bnfold.onnx.read import Picture, read
 from bnfold.onnx.run import Runner, run
 from bnfold.onnx.write import fits, write
-from bnfold.report import Evidence, Report
+from bnfold.report import Evidence, Report, Verdict
 from bnfold.travel import Journey, Options, travel
 
 __all__ = ["fold", "fold_file", "read", "run", "verify", "write"]
@@ -208,23 +208,16 @@ def _fold(
     ends: _Ends,
 ) -> tuple[onnx.ModelProto, Report]:
     """Fold a model that is ours to change."""
-    plan, notes = _decide(model, folder, choices), []
     original = model
-    inlined, names = _inline(model)
-    if inlined is not None:
-        other = _decide(inlined, folder, choices)
-        if other.erased > plan.erased:
-            model, plan = inlined, other
-            notes.append(
-                f"the model's functions {', '.join(names)} were inlined, since their bodies are shared"
-            )
+    plan, hidden, notes = _choose(model, folder, choices)
+    model, verdicts = plan.picture.model, (*plan.journey.verdicts, *hidden)
     notes += plan.picture.notes
     before = _count(model)
     if not plan.does_something:
         _refuse_broken(plan.picture, folder)
         ends.finish(model, None)
-        notes += ["nothing was changed, so there was nothing to compare"] if plan.journey.verdicts else []
-        return model, Report(plan.journey.verdicts, notes=tuple(notes), parameters=(before, before))
+        notes += ["nothing was changed, so there was nothing to compare"] if verdicts else []
+        return model, Report(verdicts, notes=tuple(notes), parameters=(before, before))
     proof = _prove(plan, choices, original) if choices.verify else None
     editor = write(plan.picture, plan.journey.graph)
     if choices.freeze_initializers:
@@ -236,7 +229,29 @@ def _fold(
     if proof is not None:
         evidence = proof.judge(runner, proof.folded, plan.changed)
         notes += proof.notes
-    return model, Report(plan.journey.verdicts, evidence, tuple(notes), (before, after))
+    return model, Report(verdicts, evidence, tuple(notes), (before, after))
+
+
+def _choose(
+    model: onnx.ModelProto, folder: Path | None, choices: _Choices
+) -> tuple[_Plan, list[Verdict], list[str]]:
+    """What to do, with the model's functions inlined where that erases more.
+
+    Where it does not, the BatchNorms in their bodies are owed a verdict all the same.
+    """
+    plan = _decide(model, folder, choices)
+    inlined, names = _inline(model)
+    if inlined is None:
+        return plan, [], []
+    other = _decide(inlined, folder, choices)
+    if other.erased > plan.erased:
+        return (
+            other,
+            [],
+            [f"the functions {', '.join(names)} were inlined, since all calls share their bodies"],
+        )
+    seen = {verdict.name for verdict in plan.journey.verdicts}
+    return plan, [verdict for verdict in other.journey.verdicts if verdict.name not in seen], []
 
 
 def _prove(plan: _Plan, choices: _Choices, original: onnx.ModelProto) -> Any:

@@ -223,6 +223,15 @@ def test_a_function_that_hides_nothing_is_left_alone():
     assert len(folded.functions) == 1
 
 
+def test_a_batchnorm_that_stays_in_a_function_has_a_verdict_and_the_function_stays():
+    text = "g (float[4, 5] x) => (float[4, 5] y) { y = local.block(x, s, b, m, v) }"
+    function = """
+<domain: "local", opset_import: ["" : 17]>
+block (x, s, b, m, v) => (y) { h = Relu(x) n = BatchNormalization(h, s, b, m, v) y = Relu(n) }
+"""
+    kept(model(text, norm(5), extra=', "local" : 1', rest=function), "Relu")
+
+
 def test_a_function_may_be_named_like_an_operator():
     """`local.BatchNormalization` is not ONNX's."""
     text = (
