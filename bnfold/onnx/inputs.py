@@ -18,7 +18,7 @@ from onnx import TensorProto
 from bnfold.errors import InputError
 from bnfold.graph import Dim
 from bnfold.onnx.constants import FLOATS
-from bnfold.onnx.forms import Scene
+from bnfold.onnx.scene import Scene
 
 __all__ = ["Feed", "candidates"]
 

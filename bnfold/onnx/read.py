@@ -26,7 +26,8 @@ from bnfold.algebra import Affine
 from bnfold.errors import InputError
 from bnfold.graph import Graph, Node
 from bnfold.onnx.constants import Constants
-from bnfold.onnx.forms import Scene, draw
+from bnfold.onnx.forms import draw
+from bnfold.onnx.scene import Scene
 from bnfold.onnx.scope import Spot, survey
 from bnfold.onnx.shapes import infer
 

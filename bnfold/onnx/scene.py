@@ -1,0 +1,63 @@
+"""What drawing the nodes of a model may look at: the flattened model, its shapes and types, and what is constant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bnfold.graph import Shape
+from bnfold.onnx.constants import Constants
+from bnfold.onnx.scope import Spot, Survey
+from bnfold.onnx.sizes import Shapes
+
+__all__ = ["Scene"]
+
+
+@dataclass(eq=False)
+class Scene:
+    """What drawing a node may look at.
+
+    Attributes:
+        whole: the flattened model.
+        found: shapes and types.
+        constants: what is known before the model runs.
+        opset: the version of ONNX's own operator set.
+        overridable: initializers that a caller may override.
+        copies: values that are the copy of another one, which stands for them in the graph.
+    """
+
+    whole: Survey
+    found: Shapes
+    constants: Constants
+    opset: int
+    overridable: frozenset[str] = field(default_factory=frozenset)
+    copies: dict[str, str] = field(default_factory=dict)
+
+    def shape(self, value: str) -> Shape | None:
+        """The shape of a value, as far as it is known."""
+        return self.found.shapes.get(value)
+
+    def rank(self, value: str) -> int | None:
+        """The rank of a value, if it is known."""
+        shape = self.shape(value)
+        return None if shape is None else len(shape)
+
+    def type(self, value: str) -> int:
+        """The element type of a value, 0 if it is not known."""
+        return self.found.types.get(value, 0)
+
+    def computed(self, spot: Spot) -> tuple[str, ...]:
+        """The values that a node reads and that are not constant, what its bodies return included."""
+        return tuple(v for v in (*spot.inputs, *spot.results) if v and v not in self.constants)
+
+    def why(self, role: str, value: str) -> str:
+        """Why a value that should be constant is not, as a clause."""
+        raw = self.whole.raw.get(value, value)
+        if value in self.overridable:
+            fact = "is also an input of the model, which a caller may override"
+            return f"its {role} `{raw}` {fact}; freeze it with --freeze-initializers"
+        maker = self.whole.makers.get(value)
+        if maker is None:
+            return f"its {role} `{raw}` is an input of the model"
+        if maker.op in ("DequantizeLinear", "QuantizeLinear"):
+            return f"its {role} is quantised; fold the model before it is quantised"
+        return f"its {role} is computed by `{maker.name}` ({maker.op})"
