@@ -33,7 +33,7 @@ from bnfold.torch.read import (
     undisturbed,
 )
 from bnfold.torch.recording import leaves, put_back
-from bnfold.torch.rehearse import find_fault, refuse_everything, runs_alike
+from bnfold.torch.rehearse import find_fault, read_again, refuse_everything, runs_alike
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
 
@@ -89,7 +89,7 @@ def plan(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Readi
     """
     reading = read(model, example_inputs)
     journey = travel(reading.graph, options, check_fit(model, reading))
-    for repair in (find_fault, refuse_everything):
+    for repair in (read_again, find_fault, refuse_everything):
         if not reading.steps or _is_rehearsed(model, example_inputs, reading, journey):
             break
         reading = repair(model, example_inputs, reading)

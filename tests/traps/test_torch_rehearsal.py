@@ -86,3 +86,13 @@ class Scratch(nn.Module):
 def test_a_linear_layer_written_by_hand_takes_a_bias(bias):
     after, _ = check(nn.Sequential(Scratch(3, 4, bias), nn.BatchNorm1d(4)), torch.randn(5, 3), folded=["1"])
     assert isinstance(after[0].bias, nn.Parameter)
+
+
+def test_what_a_first_pass_leaves_in_a_cache_is_no_difference():
+    from functools import lru_cache
+
+    @lru_cache
+    def positions(size):
+        return torch.arange(size, dtype=torch.float64).cos() + 1
+
+    check(Net(lambda net, x: net.bn(net.conv(x + positions(x.shape[-1])))), IMAGES, folded=["bn", "bn2"])
