@@ -18,7 +18,7 @@ class ChannelAdd(nn.Module):
     """`x + bias`, with one number per channel; what is left of a BatchNorm whose scale was folded.
 
     `bias` has the rank of the input without its first axis, with 1 along every axis but that of the channels:
-    `(channels, 1, 1)` for images.
+    `(channels, 1, 1)` for images. Inputs of a smaller rank are taken as well.
     """
 
     def __init__(self, bias: Tensor, requires_grad: bool = False) -> None:
@@ -27,7 +27,7 @@ class ChannelAdd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add."""
-        return x + self.bias
+        return x + _fit(self.bias, x)
 
 
 class ChannelMulAdd(nn.Module):
@@ -43,7 +43,12 @@ class ChannelMulAdd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply and add, in one pass."""
-        return torch.addcmul(self.bias, x, self.weight)
+        return torch.addcmul(_fit(self.bias, x), x, _fit(self.weight, x))
+
+
+def _fit(numbers: Tensor, x: Tensor) -> Tensor:
+    """One number per channel, in the rank that an input has."""
+    return numbers if numbers.dim() < x.dim() else numbers.reshape(numbers.shape[: x.dim() - 1])
 
 
 class Tail(nn.Module):

@@ -20,8 +20,9 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -320,11 +321,11 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _restored(model: nn.Module, whole: bool = False) -> Iterator[None]:
+def _restored(model: nn.Module, whole: bool = False, touched: list[str] | None = None) -> Iterator[None]:
     """Put back every attribute, container and buffer that a pass with real tensors changes.
 
     What is written into a parameter is put back with `whole`, which copies them all; one that is given another memory
-    gets its own back in any case.
+    gets its own back in any case. The names of attributes that were changed go to `touched`.
     """
     memories = [(p, p.data) for p in model.parameters() if type(p) is nn.Parameter]
     kept = [(module, dict(vars(module)), _containers(vars(module))) for module in model.modules()]
@@ -336,6 +337,8 @@ def _restored(model: nn.Module, whole: bool = False) -> Iterator[None]:
         yield
     finally:
         for module, attributes, containers in kept:
+            if touched is not None:
+                touched += _touched(vars(module), attributes, containers)
             vars(module).clear()
             vars(module).update(attributes)
             for name, content in containers.items():
@@ -366,18 +369,40 @@ def is_same(tensor: Tensor, content: Tensor) -> bool:
     return bool(((tensor == content) | ((tensor != tensor) & (content != content))).all())
 
 
+def _touched(now: Mapping[str, Any], before: Mapping[str, Any], containers: Mapping[str, Any]) -> list[str]:
+    """The attributes that are others than before, or hold other things."""
+    names = [
+        name for name in now.keys() | before.keys() if now.get(name, now) is not before.get(name, before)
+    ]
+    held = ((name, before[name], content) for name, content in containers.items())
+    return names + [name for name, mine, content in held if _identities(mine) != _identities(content)]
+
+
+def _identities(container: Any) -> list[int]:
+    return [id(thing) for thing in (container.values() if isinstance(container, dict) else container)]
+
+
 def _containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: copy.copy(thing) for name, thing in attributes.items() if isinstance(thing, list | dict | set)
     }
 
 
-def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Recording:
-    with undisturbed(), _restored(model), _quiet():
-        return record(model, args, kwargs, fake)
+def _record(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fake: bool,
+    unsteady: frozenset[str] = frozenset(),
+    touched: list[str] | None = None,
+) -> Recording:
+    with undisturbed(), _restored(model, touched=touched), _quiet():
+        return record(model, args, kwargs, fake, unsteady)
 
 
-def _record_somehow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+def _record_somehow(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], touched: list[str]
+) -> Recording:
     """Record with real tensors; with shapes alone where there are no numbers, or no memory or kernel for them.
 
     Fake tensors are not the first choice: they take longer, and what a model caches outside of its modules (in an
@@ -385,25 +410,25 @@ def _record_somehow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """
     if _is_meta(model, args, kwargs):
         try:
-            return _record(model, args, kwargs, True)
+            return _record(model, args, kwargs, True, touched=touched)
         except Exception as error:
             raise _unreadable(model, error) from error
     try:
-        return _record(model, args, kwargs, False)
+        return _record(model, args, kwargs, False, touched=touched)
     except (NotImplementedError, torch.OutOfMemoryError) as error:
-        return _record_shapes(model, args, kwargs, error)
+        return _record_shapes(model, args, kwargs, error, touched)
     except Exception as error:
         if "not implemented" in str(error):
-            return _record_shapes(model, args, kwargs, error)
+            return _record_shapes(model, args, kwargs, error, touched)
         raise _unreadable(model, error) from error
 
 
 def _record_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception, touched: list[str]
 ) -> Recording:
     """Record what cannot be run here; where that fails as well, the first problem is the one to report."""
     try:
-        return _record(model, args, kwargs, True)
+        return _record(model, args, kwargs, True, touched=touched)
     except Exception:  # noqa: BLE001
         raise _unreadable(model, error) from error
 
@@ -428,25 +453,31 @@ def _is_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _unreadable(model: nn.Module, error: BaseException) -> UnreadableModel:
     where = getattr(error, "bnfold_frame", "")
     place = f"`{where}`" if where else f"`{type(model).__name__}`"
+    if operator := re.search(r"HigherOrderOperator (\w+)", str(error)):
+        return UnreadableModel(
+            f"{place} calls torch.{operator[1]}, which cannot be followed; use Python's own control flow"
+        )
     return UnreadableModel(
         f"{place} could not be run on the example inputs: {type(error).__name__}: {_first_line(error)}"
     )
 
 
-def _rebatched(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """The same inputs with another size along axis 0; None where they have no batch in common."""
-    tensors = [tensor for _, tensor in leaves((args, kwargs)) if tensor.dim()]
-    sizes = {tensor.shape[0] for tensor in tensors}
-    if len(sizes) != 1 or 0 in sizes:
-        return None
-    size = sizes.pop()
-    wide = 2 if size > 2 else size + 1
+def _rebatched(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """The same inputs with another size along axis 0; of inputs that differ there, those of one size after another."""
+    sizes = [tensor.shape[0] for _, tensor in leaves((args, kwargs)) if tensor.dim()]
+    for size in list(dict.fromkeys(sizes))[:3]:
+        wide = 2 if size > 2 else size + 1
 
-    def stretch(tensor: Tensor) -> Tensor:
-        return tensor[torch.arange(wide, device=tensor.device) % size] if tensor.dim() else tensor
+        def stretch(tensor: Tensor, size: int = size, wide: int = wide) -> Tensor:
+            if not tensor.dim() or tensor.shape[0] != size:
+                return tensor
+            return tensor[torch.arange(wide, device=tensor.device) % size]
 
-    stretched = torch.utils._pytree.tree_map_only(Tensor, stretch, (args, kwargs))
-    return stretched if all(t.shape[0] == wide for _, t in leaves(stretched) if t.dim()) else None
+        if size:
+            stretched = torch.utils._pytree.tree_map_only(Tensor, stretch, (args, kwargs))
+            wanted = [wide if each == size else each for each in sizes]
+            if [tensor.shape[0] for _, tensor in leaves(stretched) if tensor.dim()] == wanted:
+                yield stretched
 
 
 # ---------------------------------------------------------------- reading
@@ -469,10 +500,13 @@ def read(model: nn.Module, example_inputs: Any) -> Reading:
         twin = copy_structure(model)
     except UnreadableModel:
         twin = model
-    recording = _record_somehow(twin, args, kwargs)
+    touched: list[str] = []
+    recording = _record_somehow(twin, args, kwargs, touched)
+    if (touched or recording.changed_slots) and (paths := _unsteady(twin, args, kwargs, recording.fake)):
+        recording = _record(twin, args, kwargs, recording.fake, paths)
     evaluator = Evaluator()
     draft = _Draft(recording, evaluator)
-    shapes = _settle_sizes(twin, draft, _second(twin, args, kwargs, recording.fake))
+    shapes = _settle_sizes(draft, _others(twin, args, kwargs, recording))
     return _Reader(twin, draft, shapes).read()
 
 
@@ -490,19 +524,61 @@ def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple
     return tuple(reader.steps({place.path for place in reading.norms.values()}))
 
 
-def _second(twin: nn.Module, args: Any, kwargs: Any, fake: bool) -> _Draft | None:
-    """The same pass with another batch size, where it can be made."""
+def _unsteady(twin: nn.Module, args: Any, kwargs: Any, fake: bool) -> frozenset[str]:
+    """The modules whose own code runs otherwise in a second pass, because of what the first one left behind."""
+    paths = {id(module): path for path, module in twin.named_modules()}
+    given = copied(tensor for _, tensor in leaves((args, kwargs)))
     try:
-        other = _rebatched(args, kwargs)
-        return None if other is None else _Draft(_record(twin, *other, fake), Evaluator())
-    except Exception:  # noqa: BLE001 a batch size that the model does not take
-        return None
+        with undisturbed(), _restored(twin, whole=True), _quiet():
+            first = _events(record(twin, args, kwargs, fake, lasting=True), paths)
+            for tensor, content in given:
+                put_back(tensor, content)
+            second = _events(record(twin, args, kwargs, fake, lasting=True), paths)
+    except Exception:  # noqa: BLE001 a pass that can be made once only
+        return frozenset(paths.values())
+    finally:
+        with torch.no_grad():
+            for tensor, content in given:
+                put_back(tensor, content)
+    return frozenset(path for path in first | second if first.get(path) != second.get(path))
 
 
-def _settle_sizes(twin: nn.Module, draft: _Draft, other: _Draft | None) -> dict[str, Shape]:
+def _events(recording: Recording, paths: Mapping[int, str]) -> dict[str, list[Any]]:
+    """What the code of each module did itself, in order: what it called, and on what of its own."""
+    events: dict[str, list[tuple[float, Any]]] = {}
+    makers: dict[int, tuple[str, int, int]] = {}
+
+    def own(path: str, values: Iterable[Value]) -> list[Any]:
+        return [name for v in values if (name := makers.get(id(v))) is not None and _inside(name[0], path)]
+
+    for at, call in enumerate(recording.calls):
+        if any(value.data for value in call.reads.values()) and call.label not in _UNSEEN:
+            path = paths.get(id(call.frame.module), "")
+            mine = events.setdefault(path, [])
+            mine.append((at, (call.label, own(path, call.reads.values()))))
+            makers.update({id(value): (path, len(mine), place) for place, value in enumerate(call.made)})
+    for frame in recording.frames:
+        if frame.parent is not None and frame.parent.module is not None:
+            path, child = paths.get(id(frame.parent.module), ""), paths.get(id(frame.module), "")
+            events.setdefault(path, []).append((frame.start - 0.5, (child, own(path, frame.given))))
+    return {path: [event for _, event in sorted(mine, key=lambda e: e[0])] for path, mine in events.items()}
+
+
+_UNSEEN = ("If", "Hook", "Alias", "Outside")
+
+
+def _others(twin: nn.Module, args: Any, kwargs: Any, recording: Recording) -> Iterator[_Draft]:
+    """The same pass with other batch sizes, where it can be made."""
+    for other in _rebatched(args, kwargs):
+        with suppress(Exception):  # a batch size that the model does not take
+            yield _Draft(_record(twin, *other, recording.fake, recording.unsteady), Evaluator())
+
+
+def _settle_sizes(draft: _Draft, others: Iterator[_Draft]) -> dict[str, Shape]:
     """Shapes with a symbol for each size that goes with the batch; settings that do, make a node opaque."""
     shapes: dict[str, Shape] = dict(draft.shapes)
-    if other is None or not _alike(draft, other):
+    other = next((other for other in others if _alike(draft, other)), None)
+    if other is None:
         return shapes
     for mine, theirs in zip(draft.items, other.items, strict=True):
         for name, twin_name in zip(
@@ -588,7 +664,8 @@ class _Reader:
                 continue
             slot = None if item.weight is None else _choose(item.weight, item.call.frame)
             weight = "" if slot is None else slot.name
-            yield Step(item.call.label, count, item.affine, weight, item.bias is not None)
+            affine = None if item.is_batchnorm else item.affine
+            yield Step(item.call.label, count, affine, weight, item.bias is not None)
 
     def _node(self, item: _Item) -> Node:
         return Node(
@@ -630,13 +707,16 @@ class _Reader:
         self.readers = self._readers()
         self.drawn: dict[int, list[_Item]] = {}
         self.children: dict[int, list[Frame]] = {}
+        self.merged: dict[str, list[_Item]] = {}
+        self.obstacles: dict[int, str] = {}
         for item in self.items:
             self.drawn.setdefault(id(item.call), []).append(item)
         for frame in self.recording.frames:
             self.children.setdefault(id(frame.parent), []).append(frame)
         for frame in self.recording.frames:
-            if frame.module is not None and frame.path and frame.plain and not frame.branches:
-                self._find_norm(frame)
+            if frame.module is not None and frame.path:
+                self.obstacles[id(frame)] = _obstacle(frame) or self._find_norm(frame)
+        self._compare_calls()
         for item in self.items:
             if item.is_batchnorm and item.place is None:
                 self._leave_functional(item)
@@ -646,10 +726,17 @@ class _Reader:
         items = (item for call in calls for item in self.drawn.get(id(call), ()))
         return [item for item in items if item.op not in ("If", "Hook")]
 
-    def _find_norm(self, frame: Frame) -> None:
-        """Make one BatchNormalization of what a module call does first, if that is one affine map."""
-        if type(frame.module).__call__ is not nn.Module.__call__:
-            return
+    def _compare_calls(self) -> None:
+        """Keep a BatchNorm that is not the same, tail included, in every call of its module."""
+        for path, items in self.merged.items():
+            calls = sum(frame.path == path for frame in self.recording.frames)
+            tails = {repr(item.place.tail) for item in items if isinstance(item.place, NormPlace)}
+            if calls != len(items) or len(tails) > 1:
+                for item in items:
+                    item.refuse(f"it is called {calls} times and does not do the same each time")
+
+    def _find_norm(self, frame: Frame) -> str:
+        """Make one BatchNormalization of what a module call does first, if that is one affine map; else say why not."""
         within = self._within(frame)
         head: list[_Item] = []
         value = frame.given[0].name
@@ -670,11 +757,12 @@ class _Reader:
         if not any(item.op in ("BatchNormalization", "Affine") for item in head) or not self._is_norm(
             frame, head
         ):
-            return
+            return _more(within)
         tail = self._find_tail(frame, within[len(head) :], value)
         if tail is None or not self._is_private(head) or not _is_straight(head):
-            return
+            return _more(within)
         self._merge(frame, head, tail)
+        return ""
 
     def _is_norm(self, frame: Frame, head: list[_Item]) -> bool:
         if any(item.is_batchnorm for item in head):
@@ -725,6 +813,7 @@ class _Reader:
         )
         one.place = NormPlace(frame.path or "", tail, frame.given[0].dtype)
         one.site = frame.path or ""
+        self.merged.setdefault(one.site, []).append(one)
         if narrowing:
             one.refuse(f"it also changes the type of its input, from {frame.given[0].dtype}")
         self._refuse_borrowed(one, frame)
@@ -748,11 +837,19 @@ class _Reader:
     def _leave_functional(self, item: _Item) -> None:
         mean = item.statistics.get("running_mean")
         owner = mean.slots[0].module if mean is not None and mean.slots else None
-        path = item.call.frame.path or ""
+        frame = item.call.frame
+        path = frame.path or ""
         item.site = owner or (f"{path}.{item.call.label}" if path else item.call.label)
-        if item.affine is not None:
+        if frame.module is not None and frame.path is None:
+            item.refuse(_HOMELESS)
+        elif frame.module is self.model and owner == "":
+            item.site = type(self.model).__name__
+            item.refuse("it is the whole model")
+        elif item.affine is not None:
+            obstacle = self.obstacles.get(id(frame), "") if owner == frame.path else ""
             item.refuse(
-                f"it is called as a function in the code of `{path or type(self.model).__name__}`; "
+                obstacle
+                or f"it is called as a function in the code of `{path or type(self.model).__name__}`; "
                 "make it an nn.BatchNorm module of its own"
             )
 
@@ -836,6 +933,8 @@ class _Reader:
         lasting = {value.memory for value in self.recording.outputs.values()}
         for item in norms:
             above, below = values[item.inputs[0]].memory, {values[item.outputs[0]].memory}
+            if above in below:
+                continue
             for later in norms:
                 if values[later.inputs[0]].memory in below:
                     below.add(values[later.outputs[0]].memory)
@@ -876,6 +975,8 @@ class _Reader:
         assert item.weight is not None
         assert item.linear is not None
         frame = item.call.frame
+        if frame.module is not None and frame.path is None:
+            return item.refuse(_HOMELESS)
         origin, transposed = _origin(item.weight)
         computed = ""
         if not origin.slots:
@@ -884,8 +985,6 @@ class _Reader:
                 return item.refuse("its weight is computed while the model runs")
         if not item.weight.constant and not computed:
             return item.refuse("its weight changes while the model runs")
-        if frame.module is not None and frame.path is None:
-            return item.refuse("its module is not held by the model")
         if not _is_plain(origin):
             return item.refuse("its weight is no ordinary tensor of numbers")
         slot = Slot(frame.path or "", "weight", "parameter") if computed else _choose(origin, frame)
@@ -1003,8 +1102,9 @@ class _Reader:
         met = {item.site for item in self.items if item.is_batchnorm}
         ran = {frame.path for frame in self.recording.frames}
         taken = {item.name for item in self.items}
+        used = self._used_modules()
         for path, module in self.modules.items():
-            if path in met or not _calls_itself_batchnorm(module):
+            if (path or type(module).__name__) in met or not _calls_itself_batchnorm(module):
                 continue
             if any(one.startswith(f"{path}.") for one in met):
                 continue
@@ -1014,7 +1114,8 @@ class _Reader:
             if inside is not None or isinstance(module, torch.jit.ScriptModule):
                 reason = f"it is compiled into the ScriptModule `{inside or path}`; fold before scripting"
             elif path not in ran:
-                reason = "it did not run on the example inputs"
+                who = used.get(path)
+                reason = f"it is not called; the code of `{who}` uses its numbers" if who else _IDLE
             elif module.training:
                 reason = "it is in training mode and would normalise by the batch; call model.eval() first"
             else:
@@ -1022,6 +1123,15 @@ class _Reader:
             absent = _absent(path, reason)
             absent.name += " (not met)" if path in taken else ""
             self.items.append(absent)
+
+    def _used_modules(self) -> dict[str, str]:
+        """The modules that hold a tensor which is read, with the path of the module in whose code that is."""
+        return {
+            slot.module: call.frame.path or type(self.model).__name__
+            for call in self.recording.calls
+            for value in call.reads.values()
+            for slot in value.slots
+        }
 
     def _part_twins(self) -> None:
         """Let no operator read one value twice: a copy stands between."""
@@ -1066,6 +1176,26 @@ def _agree(readers: Sequence[_Item]) -> bool:
     return len(affines) == len(readers) and all(
         first is not None and affine is not None and affine.equals(first) for affine in affines
     )
+
+
+_IDLE = "it did not run on the example inputs"
+_HOMELESS = "its module is not held by the model; make it an attribute, or keep it in an nn.ModuleList"
+
+
+def _obstacle(frame: Frame) -> str:
+    """Why a module call cannot be a BatchNorm that could go, whatever it computes."""
+    if type(frame.module).__call__ is not nn.Module.__call__:
+        return "its class has a `__call__` of its own"
+    if not frame.plain:
+        return "it is called with more than one argument, or returns more than one tensor"
+    return "its code branches on numbers that it computes" if frame.branches else ""
+
+
+def _more(within: Sequence[_Item]) -> str:
+    """What the code of a module does besides normalising."""
+    labels = dict.fromkeys(item.call.label for item in within if not item.is_batchnorm)
+    names = ", ".join(f"`{label}`" for label in list(labels)[:3])
+    return f"its own code does more than normalise and activate: {names or 'it keeps what it computes'}"
 
 
 def _is_bias(item: _Item, linear: _Item) -> bool:

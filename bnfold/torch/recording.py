@@ -181,6 +181,7 @@ class Recording:
         borrowed: `(module path, attribute)` of tensors that were fetched from outside of their module's own call.
         fake: whether it ran without numbers.
         branches: whether numbers that depend on the inputs left the tensors.
+        unsteady: what was known before of code that does not always run alike.
     """
 
     calls: list[Call]
@@ -192,6 +193,7 @@ class Recording:
     borrowed: dict[tuple[str, str], str]
     fake: bool
     branches: bool
+    unsteady: frozenset[str] = frozenset()
 
 
 def put_back(tensor: Tensor, content: Tensor) -> None:
@@ -252,8 +254,8 @@ class _Entry:
 class _Recorder:
     """The state of one recording."""
 
-    def __init__(self, model: nn.Module, fake: Any) -> None:
-        self.fake = fake
+    def __init__(self, model: nn.Module, fake: Any, unsteady: frozenset[str]) -> None:
+        self.fake, self.unsteady = fake, unsteady
         self.calls: list[Call] = []
         self.frames: list[Frame] = []
         self.entries: dict[int, _Entry] = {}
@@ -452,6 +454,7 @@ class _Recorder:
         if self.current is not None or self.hidden:
             return call(module, *args, **kwargs)
         frame = Frame(module, self.paths.get(id(module)), self.frame, len(self.calls))
+        frame.branches = frame.path in self.unsteady
         with _unseen(self):
             frame.given = tuple(self.value(tensor) for _, tensor in leaves((args, kwargs)))
             frame.start = len(self.calls)
@@ -670,12 +673,21 @@ def _unseen(recorder: _Recorder) -> Iterator[None]:
         recorder.hidden -= 1
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool = False) -> Recording:
+def record(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fake: bool = False,
+    unsteady: frozenset[str] = frozenset(),
+    lasting: bool = False,
+) -> Recording:
     """Run a model once and record it. The model is run as it is: give a copy where that must not be touched.
 
     Args:
         args, kwargs: what its forward is given.
         fake: compute shapes alone.
+        unsteady: paths of modules whose own code is known to run otherwise at other times; taken for branches.
+        lasting: leave what it changes in tensors as it is.
 
     Raises:
         Exception: whatever the model raises, with `bnfold_frame` set to the path of the module in whose code it was.
@@ -685,7 +697,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     if mode is not None:
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-    recorder = _Recorder(model, mode)
+    recorder = _Recorder(model, mode, unsteady)
     inputs = {}
     given = dict(leaves((args, kwargs) if kwargs else args))
     for path, tensor in given.items():
@@ -693,7 +705,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake
         value = recorder.known(tensor)
         inputs[path] = value.value if value is not None else _enter_input(recorder, path, tensor)
     with ExitStack() as stack:
-        stack.callback(recorder.restore)
+        if not lasting:
+            stack.callback(recorder.restore)
         stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -715,6 +728,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fake
         recorder.borrowed,
         fake,
         recorder.root.branches,
+        unsteady,
     )
 
 

@@ -89,7 +89,7 @@ def _edit(model: nn.Module, reading: Reading, journey: Journey) -> list[Tensor]:
     after = {node.name: node for node in journey.graph.nodes}
     made: list[Tensor] = []
     done: set[str] = set()
-    for node in reading.graph.nodes:
+    for node in sorted(reading.graph.nodes, key=lambda node: -node.affine.rank if node.affine else 0):
         new = after.get(node.name)
         kept = new is not None and new.op == node.op and new.affine is node.affine
         if node.name in reading.norms and node.place not in done and not kept:

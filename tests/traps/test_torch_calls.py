@@ -1,0 +1,157 @@
+"""Code that does not always run alike: calls that differ from one another, and passes that leave something behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bnfold.torch import fold
+from tests.torch_models import agree, check, randomise
+
+IMAGES = torch.randn(2, 3, 6, 6)
+
+
+class Centred(nn.Module):
+    """A hand-written BatchNorm that does something else with small images."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("mean", torch.randn(channels))
+
+    def forward(self, x):
+        y = (x - self.mean.view(1, -1, 1, 1)) * 3
+        return y.abs() if x.shape[-1] == 2 else y
+
+
+class Activated(nn.BatchNorm2d):
+    """A BatchNorm whose activation is another one with small images."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.relu(y) if x.shape[-1] > 2 else torch.tanh(y)
+
+
+class Scaled(nn.BatchNorm2d):
+    """A BatchNorm with a setting."""
+
+    def forward(self, x, k=1.0):
+        return super().forward(x) * k
+
+
+class Net(nn.Module):
+    """Two convolutions, a BatchNorm, a block, and a forward that a test gives."""
+
+    def __init__(self, forward, bn=None):
+        super().__init__()
+        self.conv, self.conv2 = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.bn = bn or nn.BatchNorm2d(4)
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.register_buffer("count", torch.zeros(1))
+        self.turn, self.grid, self.run = 0, None, forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def twice(net, x):
+    return net.block(
+        net.bn(net.conv(x)).sum((2, 3), keepdim=True)
+        + net.bn(net.conv2(x[..., :2])).sum((2, 3), keepdim=True)
+    )
+
+
+@pytest.mark.parametrize("kind", [Centred, Activated])
+def test_two_calls_of_a_batchnorm_that_do_not_do_the_same(kind):
+    net = randomise(Net(twice, kind(4)))
+    _, report = check(net, IMAGES, kept=["bn"], folded=["block.1"], randomised=True)
+    assert "does not do the same each time" in report.verdicts[0].reason
+
+
+def test_a_batchnorm_with_a_setting():
+    net = Net(lambda net, x: net.block(net.bn(net.conv(x), 2.0)), Scaled(4))
+    check(net, IMAGES, kept=["bn"], folded=["block.1"], because="more than one argument")
+
+
+def test_a_functional_call_does_not_keep_others_from_folding():
+    net = Net(lambda net, x: net.block(F.batch_norm(net.conv(x), net.bn.running_mean, net.bn.running_var)))
+    check(net, IMAGES, kept=["bn"], folded=["block.1"])
+
+
+def taking_turns(net, x):
+    net.turn = 1 - net.turn
+    return net.block(net.bn(net.conv(x)) if net.turn else net.bn(net.conv2(x)))
+
+
+def taking_turns_by_a_buffer(net, x):
+    net.count.add_(1)
+    return net.block(net.bn(net.conv(x) if net.count % 2 == 1 else net.conv2(x)))
+
+
+def swapping_modules(net, x):
+    net.conv, net.conv2 = net.conv2, net.conv
+    return net.block(net.bn(net.conv(x)))
+
+
+@pytest.mark.parametrize("forward", [taking_turns, taking_turns_by_a_buffer, swapping_modules])
+def test_a_pass_that_decides_what_the_next_one_does(forward):
+    net = Net(forward)
+    after, _ = check(net, IMAGES, kept=["bn"], folded=["block.1"])
+    for turn in range(2):
+        net.turn = after.turn = turn
+        agree(net, after, IMAGES.double())
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.allclose(net(IMAGES.double()), after(IMAGES.double()), rtol=1e-12)
+
+
+def caching_a_grid(net, x):
+    if net.grid is None:
+        net.grid = torch.arange(x.shape[-1]).to(x)
+    return net.block(net.bn(net.conv(x)) + net.grid)
+
+
+def counting_calls(net, x):
+    net.turn += 1
+    net.count.add_(1)
+    return net.block(net.bn(net.conv(x)))
+
+
+@pytest.mark.parametrize("forward", [caching_a_grid, counting_calls])
+def test_what_a_first_pass_leaves_behind_is_no_obstacle_where_nothing_depends_on_it(forward):
+    check(Net(forward), IMAGES, folded=["bn", "block.1"])
+
+
+def test_inputs_of_different_leading_sizes_are_stretched_apart():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4)
+
+        def forward(self, x, y):
+            return self.bn(self.conv(x).reshape(1, 4, -1)).mean() + y.sum()
+
+    check(Pair(), (torch.randn(1, 3, 4, 4), torch.randn(5)), kept=["bn"])
+
+
+def test_a_batchnorm_on_sequences_and_on_rows_leaves_what_fits_both():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            y = self.conv(x).tanh()
+            return self.bn(y), self.bn(y.mean(2))
+
+    model, x = randomise(Pair()).double(), torch.randn(4, 3, 5).double()
+    after, report = fold(model, x, lower=True)
+    assert report.verified
+    assert not isinstance(after.bn, nn.BatchNorm1d)
+    agree(model, after, x)
+
+
+def test_one_batchnorm_is_a_model_with_one_verdict():
+    _, report = check(nn.BatchNorm2d(3), IMAGES, kept=["BatchNorm2d"], because="the whole model")
+    assert len(report.verdicts) == 1
