@@ -75,9 +75,11 @@ def _windows(node: Node, x: np.ndarray, fill: float) -> np.ndarray:
 
 
 def _max_pool(node: Node, weights: dict[str, Any], x: np.ndarray) -> Any:
-    """The largest of each window and, where a second output is drawn, which one it is."""
+    """The largest of each window and, where a second output is drawn, the first that is it, rounding aside."""
     seen = _windows(node, x, -np.inf)
-    return seen.max(-1) if len(node.outputs) == 1 else (seen.max(-1), seen.argmax(-1))
+    most = seen.max(-1, keepdims=True)
+    nearly = seen >= most - 1e-9 * (1 + np.abs(most))
+    return most[..., 0] if len(node.outputs) == 1 else (most[..., 0], nearly.argmax(-1))
 
 
 def _depth_to_space(x: np.ndarray, block: int, mode: str) -> np.ndarray:
@@ -433,7 +435,15 @@ def combine(sketch: Sketch, op: str) -> None:
         wide = sketch.chance(0.4)
         operands.append(sketch.pick(lambda x: _broadcasts(x.shape, shape) if wide else x.shape == shape))  # noqa: B023
     sketch.random.shuffle(operands)
+    if op == "Div":
+        operands[1] = _away_from_zero(sketch, operands[1])
     sketch.add(op, *operands)
+
+
+def _away_from_zero(sketch: Sketch, value: str) -> str:
+    """Dividing by next to nothing would show the rounding of whatever was divided."""
+    one = np.ones((1,) * sketch.values[value].ndim)
+    return sketch.add("Affine", *sketch.add("Abs", value), affine=Affine(one, one))[0]
 
 
 def _broadcasts(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
