@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+from bnfold.command import Parser
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `bnfold COMMAND ...` and return its exit code."""
-    parser = argparse.ArgumentParser(prog="bnfold", description="Fold BatchNorms, exactly, and prove it.")
+    parser = Parser(prog="bnfold", description="Fold BatchNorms, exactly, and prove it.")
     parser.add_argument("command", choices=["fold"], help="`bnfold fold --help` lists its options")
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = parser.parse_args(given[:1]).command

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold import fold
+from bnfold.command import Parser
 from bnfold.errors import InputError, replacing, run_command
 
 if TYPE_CHECKING:
@@ -40,10 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: _run(options))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bnfold fold", description="Fold BatchNorms, exactly, and prove it."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="bnfold fold", description="Fold BatchNorms, exactly, and prove it.")
     add = parser.add_argument
     add(
         "file",
@@ -59,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--lower", action="store_true", help="turn every BatchNorm that is kept into one multiply and one add"
     )
-    add("--whole", dest="halves", action="store_false", help="leave BatchNorms alone of which only the scale can go")
+    add(
+        "--whole",
+        dest="halves",
+        action="store_false",
+        help="leave BatchNorms alone of which only the scale can go",
+    )
     onnx = parser.add_argument_group("ONNX files")
     onnx.add_argument("--inputs", type=Path, metavar="NPZ", help="verify on these arrays, by input name")
     onnx.add_argument(
@@ -153,7 +157,9 @@ def _fold_checkpoint(options: argparse.Namespace) -> tuple[Report, str]:
     from bnfold import checkpoint
 
     if options.lower:
-        raise InputError(f"{options.file} is a checkpoint, which holds layers of torch.nn only; leave --lower out")
+        raise InputError(
+            f"{options.file} is a checkpoint, which holds layers of torch.nn only; leave --lower out"
+        )
 
     source = checkpoint.load(options.file)
     count = source.input.count

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from bnfold.command import Parser
 from bnfold.errors import run_command
 from data.contexts import contexts, split
 from data.fetch import MAKEMORE_URL, fetch_makemore
@@ -25,7 +26,7 @@ from data.vocabulary import Vocabulary
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line; without a command it is `show`."""
-    parser = argparse.ArgumentParser(prog="python -m data", description="What a list of names holds.")
+    parser = Parser(prog="python -m data", description="What a list of names holds.")
     parser.set_defaults(run=show, names=None, context=3)
     commands = parser.add_subparsers(title="commands")
     table = commands.add_parser("show", help="counts and reference losses of a list (the default)")

@@ -26,6 +26,7 @@ from torch import nn
 
 from bnfold import checkpoint as checkpoints
 from bnfold.checkpoint import Checkpoint
+from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
 from bnfold.report import Report
 from export.convert import Exported, export, has_batchnorm
@@ -35,9 +36,7 @@ from export.write import Batch
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m export", description="Write a checkpoint as ONNX, proven."
-    )
+    parser = Parser(prog="python -m export", description="Write a checkpoint as ONNX, proven.")
     parser.add_argument("checkpoint", type=Path, help="ckpt.pt or ckpt.folded.pt", metavar="CHECKPOINT")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="where to write (ckpt.onnx beside it)"

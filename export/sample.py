@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
 from export.session import open_session
 
@@ -135,7 +136,7 @@ def choose(
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
-    parser = argparse.ArgumentParser(prog="python -m export.sample", description="Names from an ONNX file.")
+    parser = Parser(prog="python -m export.sample", description="Names from an ONNX file.")
     parser.add_argument("model", help="what python -m export wrote", metavar="ONNX")
     parser.add_argument("--count", type=int, default=20, help="how many names (20)")
     parser.add_argument("--seed", type=int, default=1, help="another seed gives other names (1)")

@@ -32,10 +32,11 @@ from torch import Generator, nn
 
 import data
 from bnfold.checkpoint import Checkpoint, InputDomain, save
+from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
 from data.names import DEFAULT_LIST
 from train import calibration, gradients
-from train.arguments import Parser, at_least, check_folder, positive
+from train.arguments import at_least, check_folder, positive
 from train.compare import compare, load_side
 from train.diagnostics import Diagnostics, compare_statistics
 from train.evaluate import measure, study_habits
@@ -92,10 +93,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"({NOTEBOOK_SEED}, the notebook's)",
     )
     look = parser.add_argument_group("looking inside").add_argument
-    look("--plots", type=Path, metavar="DIR", help="write the lecture's pictures, and index.html with all of them")
+    look(
+        "--plots",
+        type=Path,
+        metavar="DIR",
+        help="write the lecture's pictures, and index.html with all of them",
+    )
     look("--tensorboard", type=Path, metavar="DIR", help="write the same numbers for TensorBoard")
-    look("--every", type=at_least(1), metavar="N", help=f"watch every N-th step (about {WATCHED} steps in all)")
-    look("--explain", action="store_true", help="say which parameters moved, and which factors kept the others still")
+    look(
+        "--every", type=at_least(1), metavar="N", help=f"watch every N-th step (about {WATCHED} steps in all)"
+    )
+    look(
+        "--explain",
+        action="store_true",
+        help="say which parameters moved, and which factors kept the others still",
+    )
     look(
         "--calibrate", action="store_true",
         help="after training, take the statistics of every BatchNorm over the whole training set, and keep them",
@@ -197,7 +209,9 @@ def _show_inside(
         from train.events import write_events
 
         write_events(seen.diagnostics, options.tensorboard)
-        console.print(f"wrote {options.tensorboard}; look: tensorboard --logdir {options.tensorboard}", soft_wrap=True)
+        console.print(
+            f"wrote {options.tensorboard}; look: tensorboard --logdir {options.tensorboard}", soft_wrap=True
+        )
 
 
 def _layers(text: str) -> int | str:

@@ -1,23 +1,14 @@
-"""What the command lines of `train` have in common: numbers with bounds, and errors of one line, exit code 2."""
+"""What the command lines of `train` have in common: numbers with bounds, folders to write to."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from bnfold.errors import InputError
 
-__all__ = ["Parser", "at_least", "check_folder", "positive"]
-
-
-class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that says what is wrong in one line, and where the options are listed."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the line and exit with code 2."""
-        self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
+__all__ = ["at_least", "check_folder", "positive"]
 
 
 def at_least(least: int) -> Callable[[str], int]:

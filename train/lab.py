@@ -29,8 +29,9 @@ from rich.console import Console
 from torch import Generator
 
 import data
+from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
-from train.arguments import Parser, at_least
+from train.arguments import at_least
 from train.diagnostics import Diagnostics, Layer, examine
 from train.evaluate import evaluating, measure
 from train.experiments import EXPERIMENTS, Experiment
@@ -82,7 +83,10 @@ def perform(recipe: Recipe, material: Material, seed: int, most: int | None = No
     generator = Generator().manual_seed(seed)
     net = make(recipe, material, generator)
     failure = ""
-    with Bar(recipe.name, recipe.steps) as bar, Diagnostics(net, max(1, recipe.steps // WATCHED)) as diagnostics:
+    with (
+        Bar(recipe.name, recipe.steps) as bar,
+        Diagnostics(net, max(1, recipe.steps // WATCHED)) as diagnostics,
+    ):
         try:
             for loss in descend(net, material, recipe, generator):
                 diagnostics.record(loss)
@@ -166,12 +170,16 @@ def _tell_dead(layers: Sequence[Layer]) -> str:
     return f"{sum(shares) / len(shares):.1%}" if shares else ""
 
 
-def _lay_out(outcomes: Sequence[Outcome], answers: Sequence[tuple[Experiment, list[Table]]]) -> Iterator[Part]:
+def _lay_out(
+    outcomes: Sequence[Outcome], answers: Sequence[tuple[Experiment, list[Table]]]
+) -> Iterator[Part]:
     """Yield the parts of the page."""
     from train.plots import draw_losses
 
     yield tabulate(outcomes)
-    stations = {each.recipe.name: each.diagnostics.losses for each in outcomes if each.recipe.name in STATIONS}
+    stations = {
+        each.recipe.name: each.diagnostics.losses for each in outcomes if each.recipe.name in STATIONS
+    }
     if stations:
         yield draw_losses(stations)
     for outcome in outcomes:

@@ -35,6 +35,7 @@ from rich.table import Table
 from torch import Generator, Tensor, nn
 
 import bnfold
+from bnfold.command import Parser
 from bnfold.errors import InputError, replacing, run_command
 from bnfold.report import Evidence
 from export.convert import Exported, export_module
@@ -42,7 +43,6 @@ from export.latency import measure
 from export.prove import Examples, prove
 from export.session import open_session
 from export.write import write
-from train.arguments import Parser
 
 __all__ = ["Bottleneck", "ResNet", "anchor", "build", "main"]
 

@@ -17,8 +17,9 @@ from torch import Generator, nn
 
 import data
 from bnfold.checkpoint import Checkpoint, load
+from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
-from train.arguments import Parser, at_least
+from train.arguments import at_least
 from train.evaluate import evaluating
 
 __all__ = ["invent", "load_characters"]

@@ -86,4 +86,4 @@ def test_the_console_script_runs_its_own_commands_only(
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
-    assert "usage: bnfold" in capsys.readouterr().err
+    assert "bnfold --help lists the options" in capsys.readouterr().err
