@@ -30,28 +30,33 @@ class Sketch:
         self.shapes: dict[str, tuple[object, ...]] = {"x": SHAPE}
 
     def add(self, op: str, *inputs: str, channels: int = CHANNELS, **parts: object) -> str:
+        """One node, and the value that it computes."""
         name = f"{op.lower()}{len(self.nodes)}"
         self.nodes.append(Node(name, op, inputs, (f"{name}.out",), parts.pop("attributes", {}), **parts))
         self.shapes[f"{name}.out"] = ("N", channels, 8, 8)
         return f"{name}.out"
 
     def conv(self, value: str, channels: int = CHANNELS) -> str:
+        """A convolution from some channels to a few."""
         linear = Linear(
             "oi", channels, CHANNELS, 1, 1, centre=(1, 1) if channels == CHANNELS else None, partial="zeros"
         )
         return self.add("Conv", value, linear=linear)
 
     def norm(self, value: str, channels: int = CHANNELS) -> str:
+        """A BatchNorm; a run of them neither grows nor vanishes."""
         seed = len(self.nodes)
         scale = np.linspace(0.9, 1.1, channels) ** (-1) ** (seed % 2)
         affine = Affine.along(1, 4, scale, np.linspace(-1, 1, channels) + seed % 7)
         return self.add("BatchNormalization", value, channels=channels, affine=affine)
 
     def until(self, size: int) -> Iterator[int]:
+        """Go on until there are so many nodes."""
         while len(self.nodes) < size:
             yield len(self.nodes)
 
     def graph(self, *outputs: str) -> Graph:
+        """What was made."""
         return Graph(tuple(self.nodes), ("x",), outputs, self.shapes)
 
 
@@ -179,6 +184,7 @@ TOPOLOGIES: tuple[Callable[[Sketch, int], Graph], ...] = (
 
 
 def measure(draw: Callable[[Sketch, int], Graph], size: int) -> tuple[float, int]:
+    """Seconds for one graph, and how many BatchNorms stay."""
     graph = draw(Sketch(), size)
     start = time.perf_counter()
     journey = travel(graph)
@@ -186,6 +192,7 @@ def measure(draw: Callable[[Sketch, int], Graph], size: int) -> tuple[float, int
 
 
 def main() -> None:
+    """Print one line per topology."""
     sizes = [int(text) for text in sys.argv[1:]] or [*SIZES]
     print(f"{'topology':<14}" + "".join(f"{size:>10,}" for size in sizes) + "   growth  kept")
     for draw in TOPOLOGIES:

@@ -71,9 +71,14 @@ def test_an_existing_file_survives_every_failure_and_nothing_is_left_beside_it(
 ) -> None:
     target = tmp_path / "model.onnx"
     target.write_text("old")
-    with pytest.raises(error), replacing(target) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def write_half() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert target.read_text() == "old"
     assert [*tmp_path.iterdir()] == [target]
 

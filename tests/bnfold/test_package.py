@@ -57,7 +57,7 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 
 def test_what_is_no_model_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match="str is neither an nn.Module nor an ONNX model"):
+    with pytest.raises(InputError, match=r"str is neither an nn\.Module nor an ONNX model"):
         bnfold.fold("model.onnx")
     with pytest.raises(InputError, match="int is neither"):
         bnfold.verify(1, 2)
