@@ -99,7 +99,7 @@ def test_what_a_layer_gets_is_named_where_the_gradient_arrives():
     assert study(net, 1).entries["linear3.weight"].reason == "what linear3 gets is 0 in every step"
     net = net_of()
     nn.init.zeros_(net.linear1.weight)
-    nn.init.zeros_(net.linear1.bias)
+    nn.init.constant_(net.linear1.bias, 0.5)
     found = study(net, 1).entries["bn1.weight"]
     assert (found.gradient, found.reason) == (0, "what bn1 gets is the same for all examples in every step")
 
