@@ -81,7 +81,10 @@ def read(
     Raises:
         InputError: the model is older than operator set 7, or its graph does not hang together.
     """
-    scene, notes = _survey(model, folder, freeze_initializers)
+    try:
+        scene, notes = _survey(model, folder, freeze_initializers)
+    except UnicodeDecodeError as error:
+        raise InputError(f"the model holds text that is not UTF-8: {error}") from error
     nodes: list[Node] = []
     spots: dict[str, list[Spot]] = {}
     for spot in scene.whole.spots:

@@ -80,10 +80,11 @@ def brief(error: BaseException) -> str:
 def _session(model: onnx.ModelProto | Path, folder: Path | None, options: Any) -> Any:
     import onnxruntime
 
+    more: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
     if isinstance(model, Path):
         seeded = onnx.load_model(model, load_external_data=False)
         if not _draws(seeded):
-            return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(str(model), options, **more)
         model, folder = seeded, model.parent
     seeded = seed(model)
     if size(seeded) < TOO_LARGE:
@@ -91,13 +92,11 @@ def _session(model: onnx.ModelProto | Path, folder: Path | None, options: Any) -
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(folder.resolve())
             )
-        return onnxruntime.InferenceSession(
-            seeded.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(seeded.SerializeToString(), options, **more)
     with TemporaryDirectory(prefix="bnfold-") as scratch:
         path = Path(scratch) / "model.onnx"
         onnx.save_model(seeded, path, save_as_external_data=True)
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, **more)
 
 
 def flatten(names: Sequence[str], results: Sequence[Any]) -> Outputs:
@@ -223,7 +222,8 @@ def _widen_tensor(tensor: TensorProto, wide: TensorProto, folder: Path | None, f
         return
     wide.name, wide.data_type = tensor.name, TensorProto.DOUBLE
     wide.dims.extend(tensor.dims)
-    wide.raw_data = np.asarray(load(tensor, folder), np.float64).tobytes()
+    with np.errstate(invalid="ignore"):
+        wide.raw_data = np.asarray(load(tensor, folder), np.float64).tobytes()
 
 
 def _widen_node(node: onnx.NodeProto, wide: onnx.NodeProto, folder: Path | None, fixed: bool) -> None:

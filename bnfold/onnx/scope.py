@@ -136,6 +136,8 @@ class _Walk:
                 self.result.inputs.append(value)
 
     def _define(self, here: dict[str, str], name: str, prefix: str, graph: onnx.GraphProto) -> str:
+        if not isinstance(name, str):
+            raise InputError(f"the name {name!r} is not UTF-8")
         value = prefix + name
         if self.result.home.get(value) is not None:
             raise InputError(f"the value `{name}` is computed twice")

@@ -12,7 +12,7 @@ import pytest
 
 import bnfold
 import bnfold.onnx
-from bnfold.errors import InputError, NotEquivalent
+from bnfold.errors import BnfoldError, InputError, NotEquivalent
 from tests.onnx_models import count, model, norm, run, weights, write
 
 TEXT = """g (float[N, 3, 6, 6] x) => (float[N, 8, 4, 4] y) {
@@ -210,6 +210,23 @@ def test_a_failed_move_puts_everything_back(tmp_path, monkeypatch):
     with pytest.raises(PermissionError):
         bnfold.fold_file(source, target)
     assert contents(tmp_path) == before
+
+
+def test_a_damaged_file_is_refused_or_folded_and_never_a_crash(tmp_path):
+    """One to three bytes of the description are changed, dropped or added, in 150 ways."""
+    whole, draw = net().SerializeToString(), np.random.default_rng(4)
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in draw.integers(0, 200, draw.integers(1, 4)):
+            how = draw.integers(3)
+            data[place : place + (how != 1)] = bytes([draw.integers(256)]) if how else b""
+        (tmp_path / "net.onnx").write_bytes(data)
+        try:
+            bnfold.fold_file(tmp_path / "net.onnx", tmp_path / "out.onnx", verify=False)
+        except BnfoldError:
+            refused += 1
+    assert 50 < refused < 150
 
 
 @pytest.mark.parametrize("inputs", [{"z": np.zeros(3)}, {}, [], 3, "nowhere.npz"])
