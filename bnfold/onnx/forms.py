@@ -563,7 +563,9 @@ def _resize(spot: Spot, scene: Scene) -> Node:
     if mode not in ("nearest", "linear", "bilinear", "cubic"):
         raise Unusual
     cropped = options.get("coordinate_transformation_mode") == "tf_crop_and_resize"
-    partial = "it fills in a constant outside the image" if cropped else ""
+    if cropped and options.get("extrapolation_value", 0.0) != 0:
+        raise Unusual
+    partial = "it fills in zeros outside the image" if cropped else ""
     axes = _resized(spot, scene, data)
     return Node(
         spot.name,

@@ -83,7 +83,7 @@ def _session(model: onnx.ModelProto | Path, folder: Path | None, options: Any) -
     more: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
     if isinstance(model, Path):
         seeded = onnx.load_model(model, load_external_data=False)
-        if not _draws(seeded):
+        if not _must_change(seeded):
             return onnxruntime.InferenceSession(str(model), options, **more)
         model, folder = seeded, model.parent
     seeded = seed(model)
@@ -132,21 +132,28 @@ _RANDOM = (
 
 
 def seed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, or where it draws random numbers a copy that draws the same ones every time."""
-    if not _draws(model):
+    """The model, or where it cannot be run as it is, a copy that can.
+
+    What draws random numbers draws the same ones every time; outputs without a name at the end of a node are left out,
+    since onnxruntime ends the whole process over those of a BatchNormalization.
+    """
+    if not _must_change(model):
         return model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     number = itertools.count(1)
     for graph in graphs(copy):
         for node in graph.node:
+            while len(node.output) > 1 and not node.output[-1]:
+                del node.output[-1]
             if node.op_type in _RANDOM and not any(item.name == "seed" for item in node.attribute):
                 node.attribute.append(onnx.helper.make_attribute("seed", float(next(number))))
     return copy
 
 
-def _draws(model: onnx.ModelProto) -> bool:
-    return any(node.op_type in _RANDOM for graph in graphs(model) for node in graph.node)
+def _must_change(model: onnx.ModelProto) -> bool:
+    nodes = (node for graph in graphs(model) for node in graph.node)
+    return any(node.op_type in _RANDOM or not all(node.output[-1:]) for node in nodes)
 
 
 # ---------------------------------------------------------------- float64

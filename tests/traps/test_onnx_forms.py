@@ -290,3 +290,29 @@ def test_a_model_that_runs_before_and_after_gives_the_same_with_real_inputs():
     folded, report = fold(some, 1, inputs=feed)
     assert report.evidence[0].inputs == 4
     np.testing.assert_allclose(run(folded, feed)["y"], run(some, feed)["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("value", "outcome"), [(0.0, "scale folded"), (3.0, "kept")])
+def test_a_crop_that_fills_in_a_constant_takes_the_scale_only_where_that_is_zero(value, outcome):
+    resize = (
+        f'mode="linear", coordinate_transformation_mode="tf_crop_and_resize", extrapolation_value={value}'
+    )
+    text = f"""g (float[N, 3, 6, 6] x) => (float[N, 4, 12, 12] y) {{
+        c = Conv(x, w) h = Resize<{resize}>(c, roi, scales) y = BatchNormalization(h, s, b, m, v) }}"""
+    held = {
+        "w": weights(4, 3, 1, 1),
+        "roi": np.array([0, 0, -0.2, -0.2, 1, 1, 1.2, 1.2], np.float32),
+        "scales": np.array([1, 1, 2, 2], np.float32),
+        **norm(4),
+    }
+    _, report = bnfold.onnx.fold(model(text, held))
+    assert [verdict.outcome for verdict in report.verdicts] == [outcome], report
+
+
+def test_outputs_without_a_name_are_not_shown_to_onnxruntime():
+    text = "g (float[4, 3] x) => (float[4, 5] y) { h = MatMul(x, w) y = BatchNormalization(h, s, b, m, v) }"
+    ragged = model(text, {"w": weights(3, 5), **norm(5)}, opset=9)
+    ragged.graph.node[1].output.extend([""] * 4)
+    _, report = bnfold.onnx.fold(ragged)
+    assert report.verified
+    assert report.count("folded") == 1
