@@ -8,7 +8,7 @@ dtypes and so cannot run in float64) is said in the report's notes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,7 +69,7 @@ def fold(
     size = _count(model)
     comparison = _Comparison(model, example_inputs, journey) if verify else None
     if comparison is not None:
-        comparison.writes = reading.writes
+        comparison.writes, comparison.dtype = reading.writes, _coarsest(model, reading.dtypes)
         comparison.run_before(model)
         comparison.run_exact(model, lambda twin: write(twin, reading, journey, inplace=True))
     folded = write(model, reading, journey, inplace)
@@ -271,10 +271,10 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _coarsest(model: nn.Module) -> str:
-    names = {str(t.dtype).removeprefix("torch.") for t in (*model.parameters(), *model.buffers())} & set(
-        UNIT_ROUNDOFF
-    )
+def _coarsest(model: nn.Module, computed: Iterable[torch.dtype] = ()) -> str:
+    """The float dtype of the largest roundoff among those that a module holds and computes in."""
+    dtypes = [*computed, *(tensor.dtype for tensor in (*model.parameters(), *model.buffers()))]
+    names = {str(dtype).removeprefix("torch.") for dtype in dtypes} & set(UNIT_ROUNDOFF)
     return max(names, key=UNIT_ROUNDOFF.__getitem__, default="float32")
 
 

@@ -709,6 +709,7 @@ class _Reader:
         self.children: dict[int, list[Frame]] = {}
         self.merged: dict[str, list[_Item]] = {}
         self.obstacles: dict[int, str] = {}
+        self.foreign = self._foreign_reads()
         for item in self.items:
             self.drawn.setdefault(id(item.call), []).append(item)
         for frame in self.recording.frames:
@@ -828,11 +829,29 @@ class _Reader:
 
     def _refuse_borrowed(self, item: _Item, frame: Frame) -> None:
         """A module whose tensors are fetched by other code cannot be taken out."""
+        if item.affine is not None and (who := self.foreign.get(frame.path or "")):
+            item.refuse(f"its numbers are used by {who} as well")
         for (path, attribute), who in self.recording.borrowed.items():
             if path == frame.path and item.affine is not None:
                 item.refuse(
                     f"its `{attribute}` is used by the code of `{who or type(self.model).__name__}` as well"
                 )
+
+    def _foreign_reads(self) -> dict[str, str]:
+        """The modules that hold a tensor which other code reads, however that came by it, and whose code that is."""
+        foreign: dict[str, str] = {}
+        for call in self.recording.calls:
+            running = {frame.path for frame in call.frame.line()}
+            who = f"the code of `{call.frame.path or type(self.model).__name__}`"
+            for value in call.reads.values() if not call.constant else ():
+                for root in _roots(value).values():
+                    if not any(slot.module in running for slot in root.slots):
+                        foreign.update((slot.module, who) for slot in root.slots)
+        returned = (v for name, v in self.recording.outputs.items() if not name.startswith("kept alive"))
+        for root in (root for value in returned for root in _roots(value).values()):
+            if not any(slot.module == "" for slot in root.slots):
+                foreign.update((slot.module, "the output of the model") for slot in root.slots)
+        return foreign
 
     def _leave_functional(self, item: _Item) -> None:
         mean = item.statistics.get("running_mean")

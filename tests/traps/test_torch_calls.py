@@ -155,3 +155,37 @@ def test_a_batchnorm_on_sequences_and_on_rows_leaves_what_fits_both():
 def test_one_batchnorm_is_a_model_with_one_verdict():
     _, report = check(nn.BatchNorm2d(3), IMAGES, kept=["BatchNorm2d"], because="the whole model")
     assert len(report.verdicts) == 1
+
+
+LOOKS = {
+    "parameters": lambda net: sum(p.pow(2).sum() for p in net.bn.parameters()),
+    "state dict": lambda net: net.state_dict()["bn.running_mean"].sum(),
+    "buffers": lambda net: net.bn._buffers["running_var"].sum(),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_numbers_of_a_batchnorm_that_other_code_finds_by_itself(look):
+    def beside(net, x):
+        return net.block(net.bn(net.conv(x))) + look(net)
+
+    def returned(net, x):
+        return net.block(net.bn(net.conv(x))), look(net)
+
+    for forward in (beside, returned):
+        _, report = check(Net(forward), IMAGES, kept=["bn"], folded=["block.1"])
+        assert "its numbers are used by" in report.verdicts[0].reason
+
+
+def test_a_part_that_computes_in_bfloat16_is_held_to_its_roundoff():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(self.bn(x.bfloat16()).float())
+
+    _, report = fold(randomise(Narrow()), IMAGES)
+    assert [verdict.outcome for verdict in report.verdicts] == ["scale folded"]
+    assert report.evidence[-1].question == "bfloat16"
