@@ -63,7 +63,9 @@ def load_side(path: str, names: Sequence[str]) -> Side:
     checkpoint, vocabulary, context = load_characters(path)
     material = prepare(names, context)
     if vocabulary != material.vocabulary:
-        raise InputError(f"{path} was trained on other characters than this list has; name its list with --names")
+        raise InputError(
+            f"{path} was trained on other characters than this list has; name its list with --names"
+        )
     return Side(checkpoint, material)
 
 
@@ -110,7 +112,9 @@ def _measure_distance(left: Side, right: Side) -> list[tuple[str, ...]]:
         return []
     table = left.material.train
     logs = left.logs(table.contexts), right.logs(table.contexts)
-    apart = (float((p.exp() * (p - q)).sum(1) @ table.frequencies) / table.examples for p, q in (logs, logs[::-1]))
+    apart = (
+        float((p.exp() * (p - q)).sum(1) @ table.frequencies) / table.examples for p, q in (logs, logs[::-1])
+    )
     return [("KL from the other, nats", *(f"{max(value, 0):.3g}" for value in apart))]
 
 

@@ -65,12 +65,24 @@ def scale(material: Material, seed: int) -> list[Table]:
     generator = Generator().manual_seed(seed)
     x, back = (torch.randn(1000, size, generator=generator) for size in (10, 200))
     weight = torch.randn(200, 10, generator=generator)
-    factors = {"1": 1.0, "5": 5.0, "0.2": 0.2, "1 / sqrt(10)": 10**-0.5, "5/3 / sqrt(10)": TANH_GAIN * 10**-0.5}
+    factors = {
+        "1": 1.0,
+        "5": 5.0,
+        "0.2": 0.2,
+        "1 / sqrt(10)": 10**-0.5,
+        "5/3 / sqrt(10)": TANH_GAIN * 10**-0.5,
+    }
     rows = []
     for name, factor in factors.items():
         plain, normal = (_push(x, back, weight * factor, norm) for norm in (False, True))
         rows.append((name, *(f"{value:.3f}" for value in (*plain, *normal))))
-    headings = ("std of the weights", "output", "input gradient", "output, BatchNorm", "input gradient, BatchNorm")
+    headings = (
+        "std of the weights",
+        "output",
+        "input gradient",
+        "output, BatchNorm",
+        "input gradient, BatchNorm",
+    )
     return [Table(headings, rows, "std after 1,000 inputs and 1,000 output gradients of std 1")]
 
 
@@ -103,13 +115,21 @@ def bias(material: Material, seed: int) -> list[Table]:
     recipe = replace(RECIPES["bias"], steps=100)
     net, entries = _keep_ledger(recipe, material, seed)
     found = {entry.name: entry for entry in entries}
-    names = [name for name, _ in net.named_children() if f"{name}.bias" in found and name.startswith("linear")]
+    names = [
+        name for name, _ in net.named_children() if f"{name}.bias" in found and name.startswith("linear")
+    ]
     rows = [
         (name, f"{found[f'{name}.weight'].gradient:.1e}", f"{found[f'{name}.bias'].gradient:.1e}",
          f"{found[f'{name}.weight'].moved:.1e}", f"{found[f'{name}.bias'].moved:.1e}")
         for name in names
     ]  # fmt: skip
-    headings = ("layer", "gradient of the weight", "gradient of the bias", "change of the weight", "change of the bias")
+    headings = (
+        "layer",
+        "gradient of the weight",
+        "gradient of the bias",
+        "change of the weight",
+        "change of the bias",
+    )
     return [Table(headings, rows, "each Linear followed by a BatchNorm: the largest of 100 steps")]
 
 
@@ -119,7 +139,10 @@ def single(material: Material, seed: int) -> list[Table]:
     return [
         Table(
             ("mode", "one at a time against all at once, largest difference of a logit"),
-            [(mode, _compare_single(copy.deepcopy(net).train(mode == "training"), x)) for mode in ("eval", "training")],
+            [
+                (mode, _compare_single(copy.deepcopy(net).train(mode == "training"), x))
+                for mode in ("eval", "training")
+            ],
             words=(1,),
         )
     ]
@@ -134,12 +157,22 @@ def momentum(material: Material, seed: int) -> list[Table]:
         calibrated = calibration.calibrate(net, material, recipe)[calibration.AS_DRAWN]
         losses = [measure(each, material.dev) for each in (net, calibrated)]
         statistics = compare_statistics(net, calibrated)
-        apart, ratios = max(one.apart for one in statistics), [ratio for one in statistics for ratio in one.ratios]
+        apart, ratios = (
+            max(one.apart for one in statistics),
+            [ratio for one in statistics for ratio in one.ratios],
+        )
         rows.append(
             (f"{value}", f"{apart:.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}",
              *(f"{loss:.4f}" for loss in losses), f"{losses[0] - losses[1]:+.4f}")
         )  # fmt: skip
-    headings = ("momentum", "means apart, in stds", "ratio of stds", "dev, running", "dev, calibrated", "difference")
+    headings = (
+        "momentum",
+        "means apart, in stds",
+        "ratio of stds",
+        "dev, running",
+        "dev, calibrated",
+        "difference",
+    )
     return [Table(headings, rows, "3,000 steps of 32 examples, three layers")]
 
 
@@ -148,7 +181,11 @@ def relus(material: Material, seed: int) -> list[Table]:
     rows, generator = [], Generator().manual_seed(seed)
     recipe = RECIPES["dead-relu"]
     net = make(recipe, material, generator)
-    for what, each in (("before", None), (f"after at rate {recipe.rate:g}", recipe), ("then at 0.1", RECIPES["relu"])):
+    for what, each in (
+        ("before", None),
+        (f"after at rate {recipe.rate:g}", recipe),
+        ("then at 0.1", RECIPES["relu"]),
+    ):
         if each is not None:
             _run(net, material, each, generator)
         shares = (layer.dead for layer in examine(net, material.train.contexts))
@@ -170,7 +207,14 @@ def zeros(material: Material, seed: int) -> list[Table]:
         loss = measure(net, material.train)
         rows.append((name, f"{loss:.4f}", f"{unigram:.4f}", f"{loss - unigram:.4f}", f"{habits.divergence:.4f}",
                      _exact(torch.tensor(habits.contrast))))  # fmt: skip
-    headings = ("from zeros", "train", "unigram", "difference", "KL(letters || net)", "what a context changes")
+    headings = (
+        "from zeros",
+        "train",
+        "unigram",
+        "difference",
+        "KL(letters || net)",
+        "what a context changes",
+    )
     return [*tables, Table(headings, rows, "what the nets have learnt, beside the letters' frequencies")]
 
 
@@ -224,7 +268,9 @@ def _watch_step(recipe: Recipe, material: Material, seed: int) -> Record:
     return diagnostics.records[0]
 
 
-def _keep_ledger(recipe: Recipe, material: Material, seed: int) -> tuple[nn.Sequential, list[gradients.Entry]]:
+def _keep_ledger(
+    recipe: Recipe, material: Material, seed: int
+) -> tuple[nn.Sequential, list[gradients.Entry]]:
     generator = Generator().manual_seed(seed)
     net = make(recipe, material, generator)
     with Ledger(net) as ledger:

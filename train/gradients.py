@@ -124,7 +124,13 @@ class Ledger:
 
 
 _INPUTS = {"BatchNorm": "the same for all examples"}
-_PASSES = {"Linear": "weight is", "BatchNorm": "gamma is", "Tanh": "slope is", "ReLU": "outputs are", "": "slope is"}
+_PASSES = {
+    "Linear": "weight is",
+    "BatchNorm": "gamma is",
+    "Tanh": "slope is",
+    "ReLU": "outputs are",
+    "": "slope is",
+}
 
 
 def _kind(net: nn.Sequential, name: str) -> str:

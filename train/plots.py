@@ -281,9 +281,7 @@ def _span(diagnostics: Diagnostics) -> tuple[float, float]:
     return -0.02 * len(diagnostics.losses), 1.02 * len(diagnostics.losses)
 
 
-def _draw_loss(
-    axes: Axes, name: str, losses: Sequence[float], colour: str, begin: int, band: bool
-) -> None:
+def _draw_loss(axes: Axes, name: str, losses: Sequence[float], colour: str, begin: int, band: bool) -> None:
     values = np.asarray(losses)[begin:]
     steps = np.arange(begin, begin + len(values))
     size = max(1, len(values) // _BLOCKS)

@@ -44,7 +44,9 @@ def test_as_drawn_is_what_the_batches_hold_and_over_the_set_is_not(material):
     batches = draw_contexts(material, recipe.batch, Generator().manual_seed(0))
     inputs = torch.cat([net[:3](next(batches)[0]).detach() for _ in range(800)])
     scale = inputs.std(0)
-    apart = {key: ((each.bn1.running_mean - inputs.mean(0)) / scale).abs().max() for key, each in found.items()}
+    apart = {
+        key: ((each.bn1.running_mean - inputs.mean(0)) / scale).abs().max() for key, each in found.items()
+    }
     assert apart[AS_DRAWN] < 0.02
     assert apart[OVER_SET] > 0.1
 

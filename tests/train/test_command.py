@@ -158,7 +158,9 @@ def test_from_zeros_the_run_says_why_nothing_moves(names: Path, tmp_path: Path, 
 def test_calibrated_statistics_are_shown_and_kept(names: Path, tmp_path: Path, capsys) -> None:
     given = ["--names", str(names), "--recipe", "lecture", "--hidden", "8", "--steps", "12", "-o"]
     assert command.main([*given, str(tmp_path / "running.pt")]) == 0
-    assert command.main([*given, str(tmp_path / "c.pt"), "--calibrate", "--plots", str(tmp_path / "plots")]) == 0
+    assert (
+        command.main([*given, str(tmp_path / "c.pt"), "--calibrate", "--plots", str(tmp_path / "plots")]) == 0
+    )
     shown = capsys.readouterr().out
     found, running = load(tmp_path / "c.pt"), load(tmp_path / "running.pt")
     assert (found.record["statistics"], running.record["statistics"]) == ("calibrated as drawn", "running")
@@ -172,11 +174,16 @@ def test_calibrated_statistics_are_shown_and_kept(names: Path, tmp_path: Path, c
     assert (tmp_path / "plots" / "statistics.svg").exists()
 
 
-def test_without_tensorboard_nothing_is_trained_in_vain(names: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_without_tensorboard_nothing_is_trained_in_vain(
+    names: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     given = ["--names", str(names), "-o", str(tmp_path / "c.pt"), "--tensorboard", str(tmp_path / "events")]
     assert command.main(given) == 2
-    assert capsys.readouterr().err == "error: --tensorboard needs the package tensorboard; pip install tensorboard\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --tensorboard needs the package tensorboard; pip install tensorboard\n"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
 
 

@@ -15,7 +15,21 @@ from bnfold.checkpoint import Checkpoint, InputDomain, drop_identities, load, sa
 from bnfold.errors import InputError
 from train.compare import compare, load_side
 
-NAMES = ["emma", "olivia", "ava", "sophia", "amelia", "mia", "ella", "anna", "eva", "lily", "ivy", "noah", "leo"]
+NAMES = [
+    "emma",
+    "olivia",
+    "ava",
+    "sophia",
+    "amelia",
+    "mia",
+    "ella",
+    "anna",
+    "eva",
+    "lily",
+    "ivy",
+    "noah",
+    "leo",
+]
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,14 @@ def test_a_weight_of_zero_lets_no_gradient_through_but_gets_one():
     net = net_of()
     nn.init.zeros_(net.linear3.weight)
     entries = study(net, 1).entries
-    blocked = ["embedding.weight", "linear1.weight", "bn1.weight", "bn1.bias", "linear2.weight", "linear2.bias"]
+    blocked = [
+        "embedding.weight",
+        "linear1.weight",
+        "bn1.weight",
+        "bn1.bias",
+        "linear2.weight",
+        "linear2.bias",
+    ]
     for name in blocked:
         assert entries[name].gradient == 0
         assert entries[name].reason == "none comes back through linear3, whose weight is 0 in every step"
@@ -78,10 +85,16 @@ def test_the_layer_nearest_the_loss_is_named():
     nn.init.zeros_(net.bn1.weight)
     nn.init.zeros_(net.linear2.weight)
     entries = study(net, 1).entries
-    assert entries["linear1.weight"].reason == "none comes back through linear2, whose weight is 0 in every step"
+    assert (
+        entries["linear1.weight"].reason == "none comes back through linear2, whose weight is 0 in every step"
+    )
     nn.init.normal_(net.linear2.weight)
     nn.init.zeros_(net.bn1.weight)
-    assert study(net, 1).entries["linear1.weight"].reason.startswith("none comes back through bn1, whose gamma is 0")
+    assert (
+        study(net, 1)
+        .entries["linear1.weight"]
+        .reason.startswith("none comes back through bn1, whose gamma is 0")
+    )
 
 
 def test_saturated_tanhs_and_dead_relus_are_named():
@@ -89,7 +102,9 @@ def test_saturated_tanhs_and_dead_relus_are_named():
         net = net_of(bend)
         nn.init.constant_(net.linear2.bias, value)
         entries = study(net).entries
-        assert entries["linear1.weight"].reason == f"none comes back through bend2, whose {what} in every step"
+        assert (
+            entries["linear1.weight"].reason == f"none comes back through bend2, whose {what} in every step"
+        )
 
 
 def test_what_a_layer_gets_is_named_where_the_gradient_arrives():

@@ -10,7 +10,21 @@ import pytest
 from train import lab
 from train.recipes import RECIPES
 
-NAMES = ["emma", "olivia", "ava", "sophia", "amelia", "mia", "ella", "anna", "eva", "lily", "ivy", "noah", "leo"]
+NAMES = [
+    "emma",
+    "olivia",
+    "ava",
+    "sophia",
+    "amelia",
+    "mia",
+    "ella",
+    "anna",
+    "eva",
+    "lily",
+    "ivy",
+    "noah",
+    "leo",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +67,9 @@ def test_a_row_holds_what_the_run_gave(folder):
     assert row[2:5] == tuple(f"{value:.4f}" for value in (found.diagnostics.losses[0], *found.losses))
     again = lab.perform(recipe, material, 3, 12)
     assert again.row == row
-    assert found.losses[0] != measure(lab.make(recipe, material, lab.Generator().manual_seed(3)), material.train)
+    assert found.losses[0] != measure(
+        lab.make(recipe, material, lab.Generator().manual_seed(3)), material.train
+    )
     least, most = re.fullmatch(r"([\d.]+)-([\d.]+)%", row[5]).groups()
     shares = [100 * layer.saturated for layer in found.diagnostics.records[-1].layers]
     assert (float(least), float(most)) == pytest.approx((min(shares), max(shares)), abs=0.051)
