@@ -289,8 +289,8 @@ def _perturbed(example_inputs: Any) -> list[Any]:
             return tensor
         floats += 1
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        spread = float(tensor.double().std()) if tensor.numel() > 1 else 1.0
-        return tensor + (0.5 * spread * noise).to(tensor.device, tensor.dtype)
+        spread = float(tensor.detach().double().std()) if tensor.numel() > 1 else 1.0
+        return tensor.detach() + (0.5 * spread * noise).to(tensor.device, tensor.dtype)
 
     shaken = torch.utils._pytree.tree_map_only(Tensor, shake, example_inputs)
     return [shaken] if floats else []

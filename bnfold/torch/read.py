@@ -768,9 +768,12 @@ class _Reader:
     def _is_norm(self, frame: Frame, head: list[_Item]) -> bool:
         if any(item.is_batchnorm for item in head):
             return True
+        named = frame.module is not None and _calls_itself_batchnorm(frame.module)
         constants = (value for item in head for value in item.call.reads.values())
         slots = [slot for value in constants for root in slots_of(value).values() for slot in root.slots]
-        return any(slot.kind != "parameter" and _inside(slot.module, frame.path or "") for slot in slots)
+        return any(
+            (named or slot.kind != "parameter") and _inside(slot.module, frame.path or "") for slot in slots
+        )
 
     def _is_private(self, head: list[_Item]) -> bool:
         """Whether nobody else reads what lies between the parts of an affine map."""

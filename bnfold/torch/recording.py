@@ -34,6 +34,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -750,14 +751,27 @@ def _add_survivors(recorder: _Recorder, outputs: dict[str, Value], ignored: set[
     """Whatever is still alive when the pass is over may be read: in a cache, in an object that was returned."""
     known = {id(value) for value in outputs.values()}
 
-    def alive() -> list[Value]:
+    def alive() -> list[_Entry]:
         living = (e for e in recorder.entries.values() if e.value.call is not None and e.tensor() is not None)
-        values = (e.value for e in living if id(e.tensor()) not in ignored)
-        return [value for value in values if id(value) not in known]
+        values = (e for e in living if id(e.tensor()) not in ignored)
+        return [entry for entry in values if id(entry.value) not in known]
 
     if alive():
         gc.collect()
-    outputs.update({f"kept alive {value.name}": value for value in alive()})
+    unheld = _unheld([entry.tensor() for entry in alive()], [e.tensor() for e in recorder.entries.values()])
+    kept = [entry.value for entry in alive() if id(entry.tensor()) not in unheld]
+    outputs.update({f"kept alive {value.name}": value for value in kept})
+
+
+def _unheld(kept: list[Tensor | None], alive: list[Tensor | None]) -> set[int]:
+    """Those of the kept tensors that no Python code holds: they live on as what another tensor is a view of."""
+    viewed = {id(tensor._base) for tensor in alive if tensor is not None}
+    tensors = [tensor for tensor in kept if tensor is not None and id(tensor) in viewed]
+    found = gc.get_referrers(*tensors) if tensors else ()
+    mine = {id(kept), id(alive), id(tensors)}
+    holders = [holder for holder in found if id(holder) not in mine and not isinstance(holder, FrameType)]
+    held = {id(thing) for holder in holders for thing in gc.get_referents(holder)}
+    return {id(tensor) for tensor in tensors} - held
 
 
 @contextmanager

@@ -189,3 +189,29 @@ def test_a_part_that_computes_in_bfloat16_is_held_to_its_roundoff():
     _, report = fold(randomise(Narrow()), IMAGES)
     assert [verdict.outcome for verdict in report.verdicts] == ["scale folded"]
     assert report.evidence[-1].question == "bfloat16"
+
+
+class LastAxis(nn.BatchNorm1d):
+    """A BatchNorm for channels at the end."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_what_lives_on_only_as_the_base_of_a_view_is_not_kept_by_anybody():
+    check(nn.Sequential(nn.Linear(4, 5), LastAxis(5)), torch.randn(3, 6, 4), folded=["1"])
+
+
+def test_what_somebody_keeps_and_views_is_kept():
+    class Keeping(LastAxis):
+        def forward(self, x):
+            self.cache = nn.BatchNorm1d.forward(self, x.transpose(1, 2))
+            return self.cache.transpose(1, 2)
+
+    check(nn.Sequential(nn.Linear(4, 5), Keeping(5)), torch.randn(3, 6, 4), kept=["1"])
+
+
+def test_example_inputs_that_ask_for_a_gradient():
+    net = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    _, report = fold(net, torch.randn(2, 3, 4, 4, requires_grad=True))
+    assert report.count("folded") == 1
