@@ -118,6 +118,11 @@ def _combine(op: str, compute: Callable[[int, int], int], a: Dim, b: Dim) -> Dim
     return b if op == "Mul" and a == 1 else None
 
 
+def _truncated(a: int, b: int) -> int:
+    """A quotient of whole numbers, rounded towards zero."""
+    return a // b if (a >= 0) == (b > 0) else -(-a // b)
+
+
 _SIZES: Mapping[str, Callable[[Spot, list[Shape], Constants], Shape | None]] = {
     **dict.fromkeys(("Identity", "Cast", "Unsqueeze", "Squeeze", "Reshape"), _kept),
     "Gather": _picked,
@@ -126,7 +131,7 @@ _SIZES: Mapping[str, Callable[[Spot, list[Shape], Constants], Shape | None]] = {
     "Add": _computed(lambda a, b: a + b),
     "Sub": _computed(lambda a, b: a - b),
     "Mul": _computed(lambda a, b: a * b),
-    "Div": _computed(lambda a, b: a // b),
+    "Div": _computed(_truncated),
 }
 
 

@@ -343,6 +343,16 @@ for _function in (torch.instance_norm, torch._VF.instance_norm, torch.ops.aten.i
     ROWS[_function] = _Signature(f"{_ORDER} use_input_stats momentum eps cudnn_enabled"), _instance_norm
 
 
+@row("native_batch_norm _native_batch_norm_legit", f"{_ORDER} training momentum eps")
+def _native_batch_norm(draft: Draft, call: Call, **rest: Any) -> bool:
+    return _batch_norm(draft, call, **rest)
+
+
+@row("_native_batch_norm_legit_no_training", f"{_ORDER} momentum eps")
+def _inferred_batch_norm(draft: Draft, call: Call, **rest: Any) -> bool:
+    return _batch_norm(draft, call, training=False, **rest)
+
+
 def _normalise(
     draft: Draft, call: Call, x: Value, statistics: Statistics, training: bool, eps: float
 ) -> bool:

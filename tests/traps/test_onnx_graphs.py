@@ -570,3 +570,10 @@ def test_a_batchnorm_beside_a_convolution_whatever_the_signs(sum_):
     text = f"""g (float[2, 3, 6, 6] x0) => (float[2, 3, 6, 6] y) {{ x = Sigmoid(x0) a = Tanh(x0)
         h = Conv<pads=[1, 1, 1, 1]>(x, w) n = BatchNormalization(x, s, b, m, v) {sum_} }}"""
     fold(model(text, {"w": weights(3, 3, 3, 3), **norm(3)}), 1)
+
+
+def test_a_quotient_of_whole_numbers_in_a_chain_of_constants_is_rounded_towards_zero():
+    text = """g (float[2, 3, 6, 6] x) => (float[2, 4, 6, 6] y) {
+        q = Div(a, n) f = Cast<to=1>(q) k = Mul(w, f) h = Conv(x, k) y = BatchNormalization(h, s, b, m, v) }"""
+    whole = {"a": np.array([-7], np.int64), "n": np.array([2], np.int64)}
+    fold(model(text, {"w": weights(4, 3, 1, 1), **whole, **norm(4)}), 1)

@@ -215,3 +215,12 @@ def test_example_inputs_that_ask_for_a_gradient():
     net = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     _, report = fold(net, torch.randn(2, 3, 4, 4, requires_grad=True))
     assert report.count("folded") == 1
+
+
+def test_the_kernel_of_a_batchnorm_called_by_its_own_name():
+    class Native(nn.BatchNorm2d):
+        def forward(self, x):
+            numbers = (self.weight, self.bias, self.running_mean, self.running_var)
+            return torch.native_batch_norm(x, *numbers, False, 0.1, self.eps)[0]
+
+    check(Net(lambda net, x: net.block(net.bn(net.conv(x))), Native(4)), IMAGES, folded=["bn", "block.1"])
