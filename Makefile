@@ -24,7 +24,7 @@ demo: $(READY)
 	@mkdir -p $(DEMO)
 	$(call road,train)
 	$(call road,bnfold.fold ckpt.pt)
-	$(call road,export ckpt.folded.pt)
+	$(call road,export)
 	$(call road,export.sample ckpt.onnx --count 20 --seed 1)
 
 test: $(READY)

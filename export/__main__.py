@@ -1,6 +1,6 @@
 """python -m export: a checkpoint becomes an ONNX file for inference on single examples.
 
-    python -m export ckpt.pt [-o ckpt.onnx] [--batch N|dynamic] [--no-timing]
+    python -m export [ckpt.pt] [-o ckpt.onnx] [--batch N|dynamic] [--no-timing]
 
 BatchNorms that remain are folded first. The file is written last, once the ONNX checker has passed it and onnxruntime
 has computed what the net computes on every input. Then the sizes and the time of one example are shown beside those of
@@ -37,7 +37,13 @@ from export.write import Batch
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = Parser(prog="python -m export", description="Write a checkpoint as ONNX, proven.")
-    parser.add_argument("checkpoint", type=Path, help="ckpt.pt or ckpt.folded.pt", metavar="CHECKPOINT")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        help="a checkpoint, folded or not (the newer one of ckpt.pt and ckpt.folded.pt)",
+        metavar="CHECKPOINT",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="where to write (ckpt.onnx beside it)"
     )
@@ -48,8 +54,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _newest() -> Path:
+    """Return the checkpoint that the road has come to: the folded one, unless a net was trained since."""
+    found = [path for path in (Path("ckpt.folded.pt"), Path("ckpt.pt")) if path.is_file()]
+    if not found:
+        raise InputError("there is no ckpt.pt here; make one with `python -m train`, or name a checkpoint")
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
 def run(options: argparse.Namespace) -> None:
     """Export, then print what was folded, how it was proven, and what it costs to run."""
+    options.checkpoint = options.checkpoint or _newest()
     exported = export(options.checkpoint, options.output, _batch(options.batch))
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     *tables, summary = Report(exported.verdicts, (exported.evidence,)).renderables()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from export import __main__ as command
 def test_the_road_from_a_checkpoint_to_names(run_module: Callable[..., Any], ckpt: Path) -> None:
     folded = run_module("bnfold.fold", "ckpt.pt")
     assert (folded.returncode, folded.stderr) == (0, "")
-    exported = run_module("export", "ckpt.folded.pt")
+    exported = run_module("export")
     assert (exported.returncode, exported.stderr) == (0, "")
     for text in (
         "all 19,683",
@@ -36,6 +37,20 @@ def test_the_road_from_a_checkpoint_to_names(run_module: Callable[..., Any], ckp
     assert (sampled.returncode, sampled.stderr) == (0, "")
     assert len(sampled.stdout.splitlines()) == 20
     assert {path.name for path in ckpt.parent.iterdir()} == {"ckpt.pt", "ckpt.folded.pt", "ckpt.onnx"}
+
+
+def test_without_an_argument_the_newer_checkpoint_is_meant(ckpt: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(ckpt.parent)
+    older = ckpt.with_name("ckpt.folded.pt")
+    older.write_bytes(b"of an earlier net")
+    os.utime(older, (0, 0))
+    assert command.main(["--no-timing"]) == 0
+    ckpt.unlink()
+    assert command.main(["--no-timing"]) == 2
+    older.unlink()
+    capsys.readouterr()
+    assert command.main([]) == 2
+    assert "python -m train" in capsys.readouterr().err
 
 
 def test_the_table_shows_every_way_to_run_one_example(ckpt: Path, capsys: Any) -> None:
