@@ -1,4 +1,4 @@
-"""What should stand where a BatchNorm could not be folded: itself, one multiply and one add, or (its scale gone) one add.
+"""What should stand where a BatchNorm stays: itself, one multiply and one add, or (its scale gone) one add.
 
 Eight times (affine, ReLU) over one value, one thread, each form interleaved with the others in one process; printed is
 the time of each form as a multiple of BatchNormalization's, the median over rounds of the best of several calls.
@@ -23,7 +23,15 @@ from rich.table import Table
 from torch import nn
 
 LAYERS, ROUNDS, CALLS = 8, 15, 4
-SHAPES = [(1, 64, 1, 1), (1, 256, 14, 14), (1, 64, 56, 56), (16, 256, 14, 14), (1, 512), (64, 512), (1, 128, 400)]
+SHAPES = [
+    (1, 64, 1, 1),
+    (1, 256, 14, 14),
+    (1, 64, 56, 56),
+    (16, 256, 14, 14),
+    (1, 512),
+    (64, 512),
+    (1, 128, 400),
+]
 FORMS = ("BatchNorm", "multiply, add", "fused multiply-add", "add")
 
 
@@ -39,13 +47,24 @@ def onnx_model(form: str, shape: tuple[int, ...], random: np.random.Generator) -
     for layer in range(LAYERS):
         scale, shift = np.exp(random.normal(size=channels) / 4), random.normal(size=channels)
         if form == "BatchNorm":
-            names = [constant(f"{n}{layer}", v) for n, v in zip("gbmv", (scale, shift, 0 * shift, 0 * scale + 1), strict=True)]
+            names = [
+                constant(f"{n}{layer}", v)
+                for n, v in zip("gbmv", (scale, shift, 0 * shift, 0 * scale + 1), strict=True)
+            ]
             nodes.append(helper.make_node("BatchNormalization", [value, *names], [f"a{layer}"]))
         else:
             if form != "add":
-                nodes.append(helper.make_node("Mul", [value, constant(f"s{layer}", scale.reshape(broadcast))], [f"m{layer}"]))
+                nodes.append(
+                    helper.make_node(
+                        "Mul", [value, constant(f"s{layer}", scale.reshape(broadcast))], [f"m{layer}"]
+                    )
+                )
                 value = f"m{layer}"
-            nodes.append(helper.make_node("Add", [value, constant(f"t{layer}", shift.reshape(broadcast))], [f"a{layer}"]))
+            nodes.append(
+                helper.make_node(
+                    "Add", [value, constant(f"t{layer}", shift.reshape(broadcast))], [f"a{layer}"]
+                )
+            )
         nodes.append(helper.make_node("Relu", [f"a{layer}"], [f"y{layer}"]))
         value = f"y{layer}"
     ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x", value)]
@@ -115,9 +134,15 @@ def main() -> None:
             calls = {form: make(form, shape, np.random.default_rng(0)) for form in FORMS}
             rounds = [{form: best(call) for form, call in calls.items() if call} for _ in range(ROUNDS)]
             ratios = [
-                f"{median(r[form] / r['BatchNorm'] for r in rounds):.2f}" if calls[form] else "-" for form in FORMS[1:]
+                f"{median(r[form] / r['BatchNorm'] for r in rounds):.2f}" if calls[form] else "-"
+                for form in FORMS[1:]
             ]
-            table.add_row(runtime, "x".join(map(str, shape)), f"{median(r['BatchNorm'] for r in rounds) * 1e6:.0f}", *ratios)
+            table.add_row(
+                runtime,
+                "x".join(map(str, shape)),
+                f"{median(r['BatchNorm'] for r in rounds) * 1e6:.0f}",
+                *ratios,
+            )
     Console(width=110).print(table)
 
 

@@ -5,7 +5,6 @@ anchored to a batch of inputs and then moved a little, so that the activations n
 fold shows. Trained gammas are positive almost everywhere; ``"mixed"`` makes 30 % of them negative.
 """
 
-# ruff: noqa: D102
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

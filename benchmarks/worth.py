@@ -209,7 +209,7 @@ def apply(
     try:
         model = tool(case)
         output = caller(model, feed, optimise=False)()
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0]
         return Result(problem=f"fails: {type(error).__name__}: {line}"[:160]), None
     before, after = count(case.model), count(model)

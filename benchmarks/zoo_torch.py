@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -493,7 +494,7 @@ def main(arguments: list[str] | None = None) -> int:
             shown = {k: v for k, v in result.items() if k not in ("reasons", "trace")}
             print(f"{label:50s} {shown}", flush=True)
             if options.out:
-                with open(options.out, "a") as out:
+                with Path(options.out).open("a") as out:
                     out.write(json.dumps({"name": label, **result}) + "\n")
     return 0
 

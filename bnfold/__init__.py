@@ -44,8 +44,8 @@ def fold(model: Model, example_inputs: Any = None, **options: Any) -> tuple[Mode
     Args:
         model: an `nn.Module` in eval mode, an `onnx.ModelProto` or an `onnx_ir.Model`. It is not changed.
         example_inputs: for a module what it is called with: a tensor, a tuple of positional arguments, a dict of
-            keyword arguments, or a pair `(args, kwargs)`. For an ONNX model a dict of arrays by input name, or None to have
-            them made from the declared types and shapes.
+            keyword arguments, or a pair `(args, kwargs)`. For an ONNX model a dict of arrays by input name, or None
+            to have them made from the declared types and shapes.
         **options: `verify=False` compares nothing, and the report says so. The rest is the frontend's: see
             `bnfold.torch.fold` and `bnfold.onnx.fold`.
 

@@ -1,7 +1,7 @@
 """Write the map at the end of the README: one line for each file, which is the first line of its docstring.
 
-    python docs/write_map.py          writes it
-    python docs/write_map.py --check  fails where it is out of date
+python docs/write_map.py          writes it
+python docs/write_map.py --check  fails where it is out of date
 """
 
 from __future__ import annotations
@@ -37,13 +37,19 @@ def describe(path: Path) -> str:
 
 def draw() -> str:
     """The whole map."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     lines = []
     for folder, says in FOLDERS.items():
         lines += [f"\n**`{folder}/`** {says}\n", "| file | |", "|---|---|"]
         for name in tracked:
             path = Path(name)
-            if str(path.parent) == folder and path.suffix in (".py", ".md") and (says := describe(ROOT / path)):
+            if (
+                str(path.parent) == folder
+                and path.suffix in (".py", ".md")
+                and (says := describe(ROOT / path))
+            ):
                 lines.append(f"| [`{path.name}`]({name}) | {says.replace('|', '&#124;')} |")
     return "\n".join(lines) + "\n\n"
 

@@ -167,7 +167,7 @@ class PointNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """LeViT's attention (Graham et al. 2021): Linear and BatchNorm1d over flattened tokens, in front of a ViT's heads."""
+    """LeViT's attention (Graham et al. 2021): Linear and BatchNorm1d over flattened tokens, before a ViT's heads."""
 
     def __init__(self):
         super().__init__()
@@ -177,11 +177,11 @@ class Attention(nn.Module):
 
     def forward(self, x):
         x = self.stem_bn(self.stem(x)).flatten(2).transpose(1, 2)
-        n, l, _ = x.shape
-        qkv = self.bn(self.qkv(x).flatten(0, 1)).view(n, l, 2, 12)
+        n, length, _ = x.shape
+        qkv = self.bn(self.qkv(x).flatten(0, 1)).view(n, length, 2, 12)
         q, k, v = qkv.split([4, 4, 4], 3)
         q, k, v = (part.permute(0, 2, 1, 3) for part in (q, k, v))
-        y = ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(n * l, 8)
+        y = ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(n * length, 8)
         return x + self.out_bn(self.out(F.hardswish(y))).view_as(x)
 
 

@@ -54,7 +54,11 @@ def ckpt(net: nn.Sequential, tmp_path: Path) -> Path:
 def model(tmp_path: Path) -> Path:
     random = np.random.default_rng(0)
     proto = parser.parse_model(CHAIN)
-    arrays = {"w": random.normal(size=(4, 3, 3, 3)), "gamma": random.normal(size=4), "beta": random.normal(size=4)}
+    arrays = {
+        "w": random.normal(size=(4, 3, 3, 3)),
+        "gamma": random.normal(size=4),
+        "beta": random.normal(size=4),
+    }
     arrays |= {"mean": random.normal(size=4), "var": random.uniform(0.5, 2, 4)}
     for name, array in arrays.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
@@ -66,7 +70,13 @@ def model(tmp_path: Path) -> Path:
 def test_new_weights_are_those_of_a_hand_calculation_and_the_batchnorms_are_gone(net, ckpt):
     assert main([str(ckpt)]) == 0
     folded = checkpoint.load(ckpt.with_name("ckpt.folded.pt"))
-    assert [type(layer).__name__ for layer in folded.model] == ["Embedding", "Flatten", "Linear", "Tanh", "Linear"]
+    assert [type(layer).__name__ for layer in folded.model] == [
+        "Embedding",
+        "Flatten",
+        "Linear",
+        "Tanh",
+        "Linear",
+    ]
     norm, state = net[6], folded.model.state_dict()
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     w2 = scale[:, None] * net[5].weight.double()
@@ -92,7 +102,9 @@ def test_the_folded_checkpoint_knows_its_source_and_folds_again_into_itself(ckpt
     assert [verdict["outcome"] for verdict in once.folded["verdicts"]] == ["folded", "folded"]
     assert main([str(folded)]) == 0
     again = checkpoint.load(ckpt.with_name("ckpt.folded.folded.pt"))
-    assert all(torch.equal(a, b) for a, b in zip(once.model.parameters(), again.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(once.model.parameters(), again.model.parameters(), strict=True)
+    )
 
 
 def test_a_batchnorm_of_which_only_the_scale_could_go_stays_whole_in_a_checkpoint(tmp_path, capsys):
@@ -102,7 +114,8 @@ def test_a_batchnorm_of_which_only_the_scale_could_go_stays_whole_in_a_checkpoin
     checkpoint.save(path, Checkpoint(net, InputDomain((3, 8), "float32")))
     assert main([str(path)]) == 0
     assert "1 kept" in capsys.readouterr().out
-    assert [type(layer) for layer in checkpoint.load(tmp_path / "padded.folded.pt").model] == [nn.BatchNorm1d, nn.Conv1d]
+    folded = checkpoint.load(tmp_path / "padded.folded.pt").model
+    assert [type(layer) for layer in folded] == [nn.BatchNorm1d, nn.Conv1d]
     assert main([str(path), "--lower"]) == 2
 
 
@@ -191,5 +204,7 @@ def test_an_onnx_file_imports_no_torch(model):
         "import sys; from bnfold.fold import main; code = main([sys.argv[1]]); "
         "sys.exit(code or 10 * ('torch' in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

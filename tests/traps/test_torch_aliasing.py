@@ -85,8 +85,18 @@ def branch_by_item(net, x):
     return net.bn(y) / scale
 
 
-KEPT = [changed_after_reading, changed_through_a_view, set_item, out_argument, view_read_after_a_change, masked, through_numpy,
-        branch_after_conv, branch_between, branch_by_item]  # fmt: skip
+KEPT = [
+    changed_after_reading,
+    changed_through_a_view,
+    set_item,
+    out_argument,
+    view_read_after_a_change,
+    masked,
+    through_numpy,
+    branch_after_conv,
+    branch_between,
+    branch_by_item,
+]
 
 
 @pytest.mark.parametrize("forward", KEPT, ids=lambda f: f.__name__)
@@ -155,7 +165,7 @@ def constant_branch(net, x):
 
 def shape_only(net, x):
     y = net.conv(x)
-    n, c, h, w = y.shape
+    n, c, _, _ = y.shape
     assert y.dtype.is_floating_point
     assert len(y) == n
     return net.bn(y).new_zeros(n, c) + net.bn(y).mean((2, 3)) + torch.zeros_like(y).mean((2, 3))
@@ -171,8 +181,22 @@ def in_place_chain(net, x):
     return y.mul_(2)
 
 
-FOLDED = [in_place_behind, doubled_in_place, loop, list_and_cat, branch_first, checkpointed, old_checkpointed,
-          under_autocast_off, inference_mode, gradients, constant_branch, shape_only, random_noise, in_place_chain]  # fmt: skip
+FOLDED = [
+    in_place_behind,
+    doubled_in_place,
+    loop,
+    list_and_cat,
+    branch_first,
+    checkpointed,
+    old_checkpointed,
+    under_autocast_off,
+    inference_mode,
+    gradients,
+    constant_branch,
+    shape_only,
+    random_noise,
+    in_place_chain,
+]
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")

@@ -108,7 +108,18 @@ class NormPRelu(nn.BatchNorm2d):
         return self.act(super().forward(x))
 
 
-@pytest.mark.parametrize("norm", [FrozenNorm(4), FrozenByFunction(4), nn.SyncBatchNorm(4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True), nn.InstanceNorm2d(4, track_running_stats=True), nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, momentum=None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "norm",
+    [
+        FrozenNorm(4),
+        FrozenByFunction(4),
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.BatchNorm2d(4, affine=False),
+        nn.BatchNorm2d(4, momentum=None),
+    ],
+)
 def test_every_kind_of_batchnorm_is_one(norm):
     after, _ = check(pair(norm), IMAGES, folded=["1"])
     assert type(after[1]) is nn.Identity
@@ -232,10 +243,17 @@ def test_a_hook_on_every_module_is_in_the_way():
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("wrap", [
-    nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.orthogonal,
-    nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 0.3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda m: prune.l1_unstructured(m, "weight", 0.3),
+    ],
+)
 def test_a_computed_weight_is_materialised(wrap):
     conv = nn.Conv2d(3, 4, 3).eval()
     model = randomise(pair(nn.BatchNorm2d(4), wrap(conv))).double()

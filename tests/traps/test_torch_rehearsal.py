@@ -1,4 +1,4 @@
-"""Code that looks at a module otherwise than by calling it: what folding changes there is found before it is written."""
+"""Code that looks at a module otherwise than by calling it: what folding changes there is found beforehand."""
 
 from __future__ import annotations
 
