@@ -40,7 +40,10 @@ def copy_producers(graph: Graph, batchnorms: Iterable[str]) -> tuple[Graph, froz
         copies.setdefault(producer.name, []).append(copy)
         readers[name] = replace(node, inputs=copy.outputs)
     nodes = tuple(new for node in graph.nodes for new in (node, *copies.get(node.name, ())))
-    shapes = {**graph.shapes, **{c.outputs[0]: graph.shapes[node.inputs[0]] for node, c in _pairs(graph, copies)}}
+    shapes = {
+        **graph.shapes,
+        **{c.outputs[0]: graph.shapes[node.inputs[0]] for node, c in _pairs(graph, copies)},
+    }
     return replace(graph, nodes=nodes, shapes=shapes).replace(readers), frozenset(readers)
 
 

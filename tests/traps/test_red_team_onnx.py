@@ -75,7 +75,9 @@ def test_a_weight_that_goes_with_the_batch_is_no_constant():
 
 
 def test_a_factor_that_goes_with_the_batch_lets_the_scale_through():
-    text = f"{CONV} k = Conv(x, w, c) n = Shape(x) i = Gather(n, zero) f = Cast<to=1>(i) h = Mul(k, f) {BN} }}"
+    text = (
+        f"{CONV} k = Conv(x, w, c) n = Shape(x) i = Gather(n, zero) f = Cast<to=1>(i) h = Mul(k, f) {BN} }}"
+    )
     _, report = fold(model(text, {**conv(), "zero": np.array([0]), **norm(4)}), 0, 1)
     assert report.count("scale folded") == 1
 
@@ -87,7 +89,12 @@ WHOLE = {
     "split in unequal parts": ("k = Conv(x, w, c) l, h = Split<axis=1, num_outputs=2>(k)", 7, 3, 18),
     "slice backwards": ("k = Conv(x, w, c) h = Slice(k, last, far, axis, back)", 4, 4, 17),
     "gather from the end": ("k = Conv(x, w, c) h = Gather<axis=1>(k, order)", 4, 4, 17),
-    "depth to space, columns first": ('k = Conv(x, w, c) h = DepthToSpace<blocksize=2, mode="CRD">(k)', 8, 2, 17),
+    "depth to space, columns first": (
+        'k = Conv(x, w, c) h = DepthToSpace<blocksize=2, mode="CRD">(k)',
+        8,
+        2,
+        17,
+    ),
     "depth to space, blocks first": ("k = Conv(x, w, c) h = DepthToSpace<blocksize=2>(k)", 8, 2, 17),
     "channel shuffle": (
         "k = Conv(x, w, c) i = Reshape(k, five) j = Transpose<perm=[0, 2, 1, 3, 4]>(i) h = Reshape(j, four)",
@@ -104,8 +111,18 @@ WHOLE = {
         18,
     ),
     "upsample of operator set 9": ("k = Conv(x, w, c) h = Upsample(k, twice)", 4, 4, 9),
-    "squeeze of operator set 9": ("k = Conv(x, w, c) l = GlobalAveragePool(k) h = Squeeze<axes=[2, 3]>(l)", 4, 4, 9),
-    "slice of operator set 9": ("k = Conv(x, w, c) h = Slice<axes=[1], starts=[-4], ends=[9999]>(k)", 6, 4, 9),
+    "squeeze of operator set 9": (
+        "k = Conv(x, w, c) l = GlobalAveragePool(k) h = Squeeze<axes=[2, 3]>(l)",
+        4,
+        4,
+        9,
+    ),
+    "slice of operator set 9": (
+        "k = Conv(x, w, c) h = Slice<axes=[1], starts=[-4], ends=[9999]>(k)",
+        6,
+        4,
+        9,
+    ),
     "the sum of a thing and its like": ("k = Conv(x, w, c) l = Conv(x, w) h = Add(k, l)", 4, 4, 17),
 }
 
@@ -125,7 +142,11 @@ def test_what_lets_everything_through(form):
         "size": np.array([4]),
         "twice": np.array([1, 1, 2, 2], np.float32),
     }
-    used = {name: array for name, array in tensors.items() if name in body.replace(",", " ").replace(")", " ").split()}
+    used = {
+        name: array
+        for name, array in tensors.items()
+        if name in body.replace(",", " ").replace(")", " ").split()
+    }
     text = f"g (float[N, 3, 8, 8] x) => (float y) {{ {body} {BN} }}"
     some = model(text, {**conv(channels), **norm(left), **used}, opset=opset)
     some.graph.output[0].type.tensor_type.shape.CopyFrom(onnx.TensorShapeProto())

@@ -41,7 +41,9 @@ def net(forward, channels=4, **layers):
 def test_one_convolution_over_several_levels_with_a_batchnorm_each():
     norms = nn.ModuleList([nn.BatchNorm2d(4) for _ in range(2)])
     levels = Net(
-        lambda s, x: [bn(s.conv(x[..., :: 1 + i])) for i, bn in enumerate(s.bns)], conv=nn.Conv2d(3, 4, 3), bns=norms
+        lambda s, x: [bn(s.conv(x[..., :: 1 + i])) for i, bn in enumerate(s.bns)],
+        conv=nn.Conv2d(3, 4, 3),
+        bns=norms,
     )
     check(levels, IMAGES, kept=["bns.0", "bns.1"], because="its uses would have to differ")
 
@@ -151,7 +153,11 @@ def test_frames_folded_into_the_batch():
 
 def test_slices_that_part_the_channels_and_slices_that_overlap():
     layers = {"conv": nn.Conv2d(3, 8, 1), "b1": nn.BatchNorm2d(4), "b2": nn.BatchNorm2d(4)}
-    check(Net(lambda s, x: (lambda y: s.b1(y[:, ::2]) * s.b2(y[:, 1::2]))(s.conv(x)), **layers), IMAGES, ["b1", "b2"])
+    check(
+        Net(lambda s, x: (lambda y: s.b1(y[:, ::2]) * s.b2(y[:, 1::2]))(s.conv(x)), **layers),
+        IMAGES,
+        ["b1", "b2"],
+    )
     some = Net(lambda s, x: (lambda y: s.b1(y[:, :4]) * s.b2(y[:, 3:7]))(s.conv(x)), **layers)
     check(some, IMAGES, kept=["b1", "b2"])
 
@@ -274,7 +280,9 @@ CODE = {
     "own activation after": lambda s, x: Between.apply(s.bn(s.conv(x))),
     "a runtime sequence": lambda s, x: nn.Sequential(s.conv, s.bn)(x),
     "checkpoints": lambda s, x: checkpoint_sequential(nn.Sequential(s.conv, s.bn), 1, x, use_reentrant=False),
-    "functional call": lambda s, x: s.bn(torch.func.functional_call(s.conv, dict(s.conv.named_parameters()), (x,))),
+    "functional call": lambda s, x: s.bn(
+        torch.func.functional_call(s.conv, dict(s.conv.named_parameters()), (x,))
+    ),
     "the convolution's parameters": lambda s, x: s.bn(F.conv2d(x, s.conv.weight, s.conv.bias)),
     "keywords": lambda s, x: s.bn(input=s.conv(input=x)),
     "inference mode": torch.inference_mode()(lambda s, x: s.bn(s.conv(x))),
