@@ -92,6 +92,8 @@ class Step:
         inputs: how many computed values it read.
         affine: of an affine map by constants.
         weight: the slot of its weight, of a linear operator; `biased` tells whether it has a bias.
+        sources: the steps (counted from 0) and inputs of the model that computed what it reads.
+        settings: the numbers and words among its arguments.
     """
 
     label: str
@@ -99,6 +101,8 @@ class Step:
     affine: Affine | None
     weight: str
     biased: bool
+    sources: tuple[int | str, ...]
+    settings: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -655,17 +659,31 @@ class _Reader:
     def steps(self, norms: set[str]) -> Iterator[Step]:
         """What runs outside of these modules, in order."""
         inside = tuple(f"{path}." for path in norms)
+        given = {value.name for value in self.recording.inputs.values()}
+        origins: dict[str, int | str] = {}
+        at = 0
         for item in self.items:
             path = item.call.frame.path or ""
-            if item.op in ("If", "Hook") or path in norms or path.startswith(inside):
+            if item.op in ("If", "Hook"):
                 continue
+            if path in norms or path.startswith(inside):
+                first = item.inputs[0] if item.inputs else ""
+                origins.update(
+                    dict.fromkeys(item.outputs, origins.get(first, first if first in given else ""))
+                )
+                continue
+            sources = [origins.get(name, name if name in given else "") for name in item.inputs]
             count = sum(value.data for value in item.call.reads.values())
+            origins.update(dict.fromkeys(item.outputs, at if count else ""))
             if not count:
                 continue
             slot = None if item.weight is None else _choose(item.weight, item.call.frame)
             weight = "" if slot is None else slot.name
             affine = None if item.is_batchnorm else item.affine
-            yield Step(item.call.label, count, affine, weight, item.bias is not None)
+            settings = tuple(_settings((item.call.args, item.call.kwargs)))
+            known = tuple(source for source in sources if source != "")
+            yield Step(item.call.label, count, affine, weight, item.bias is not None, known, settings)
+            at += 1
 
     def _node(self, item: _Item) -> Node:
         return Node(
@@ -1262,6 +1280,17 @@ def _compose(head: Sequence[_Item]) -> Affine | None:
             here = Affine(item.affine.scale.transpose(order), item.affine.shift.transpose(order))
             whole = here if whole is None else here.after(whole)
     return whole
+
+
+def _settings(thing: Any) -> Iterator[Any]:
+    """The numbers and words in nested arguments."""
+    if isinstance(thing, dict):
+        thing = [part for _, part in sorted(thing.items())]
+    if isinstance(thing, list | tuple):
+        for part in thing:
+            yield from _settings(part)
+    elif isinstance(thing, bool | int | float | str):
+        yield thing
 
 
 def replace_item(first: _Item, head: list[_Item]) -> _Item:

@@ -45,10 +45,11 @@ def _matches(folded: nn.Module, example_inputs: Any, reading: Reading, biased: s
 
 
 def _same(mine: Step, theirs: Step, biased: set[str]) -> bool:
-    if (
-        _ALIKE.get(mine.label, mine.label) != _ALIKE.get(theirs.label, theirs.label)
-        or mine.inputs != theirs.inputs
-    ):
+    if _ALIKE.get(mine.label, mine.label) != _ALIKE.get(theirs.label, theirs.label) or (
+        mine.inputs,
+        mine.sources,
+        mine.settings,
+    ) != (theirs.inputs, theirs.sources, theirs.settings):
         return False
     if (mine.affine is None) != (theirs.affine is None):
         return False

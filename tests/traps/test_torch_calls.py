@@ -224,3 +224,23 @@ def test_the_kernel_of_a_batchnorm_called_by_its_own_name():
             return torch.native_batch_norm(x, *numbers, False, 0.1, self.eps)[0]
 
     check(Net(lambda net, x: net.block(net.bn(net.conv(x))), Native(4)), IMAGES, folded=["bn", "block.1"])
+
+
+def chosen_by_class(net, x):
+    y = net.bn(net.conv(x))
+    return net.block(y.relu() if isinstance(net.bn, nn.BatchNorm2d) else y.tanh())
+
+
+def passed_on_by_class(net, x):
+    y = net.bn(net.conv(x))
+    one, other = y.relu(), y.tanh()
+    return net.block(one if isinstance(net.bn, nn.BatchNorm2d) else other) + one + other
+
+
+def set_by_class(net, x):
+    return net.block(F.leaky_relu(net.bn(net.conv(x)), 0.1 if isinstance(net.bn, nn.BatchNorm2d) else 0.5))
+
+
+@pytest.mark.parametrize("forward", [chosen_by_class, passed_on_by_class, set_by_class])
+def test_code_that_runs_otherwise_without_the_batchnorm(forward):
+    check(Net(forward), IMAGES, kept=["bn"], folded=["block.1"], because="looks at it otherwise")
