@@ -945,7 +945,7 @@ class _Reader:
     ) -> bool:
         """Whether something else reads the memory that an item would change, if BatchNorms above it were gone."""
         passed: list[_Item] = []
-        while (producer := producers.get(name)) is not None and producer.op in _SHARING and producer.inputs:
+        while (producer := producers.get(name)) is not None and _shares(producer) and producer.inputs:
             name = producer.inputs[0]
             passed += [producer] if producer.is_batchnorm else []
             others = readers.get(name, ())
@@ -1201,6 +1201,16 @@ _SHARING = frozenset(
     Transpose Slice Split Gather Expand Cast Alias""".split()  # noqa: SIM905
 )
 """Operators whose output may lie in the memory of their input, or will, once they are gone."""
+
+_COPYING = frozenset(("add", "radd", "sub", "mul", "rmul", "div", "truediv", "clone"))
+"""What makes a tensor of its own even where it changes nothing, as in `0 + x`."""
+
+
+def _shares(item: _Item) -> bool:
+    """Whether the output of an item may lie in the memory of its input."""
+    known = {value.memory for value in (*item.call.reads.values(), *(old for old, _ in item.call.changed))}
+    copies = item.op == "Identity" and item.call.label in _COPYING and not item.call.changed
+    return item.op in _SHARING and not (copies and item.call.made[0].memory not in known)
 
 
 def _changed(item: _Item) -> list[str]:

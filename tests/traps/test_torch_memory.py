@@ -76,6 +76,31 @@ def test_an_input_that_changes_when_the_output_was_read():
     check(Net(forward), IMAGES, folded=["bn"])
 
 
+SUMS = {
+    "0 + bn": lambda y: 0 + y,
+    "bn * 1": lambda y: y * 1,
+    "a clone": lambda y: y.clone(),
+    "bn += 0": lambda y: y.add_(0),
+    "contiguous": lambda y: y.contiguous(),
+    "bn itself": lambda y: y,
+}
+
+
+@pytest.mark.parametrize("sums", SUMS)
+def test_branches_added_in_place_to_a_batchnorm_or_to_a_copy_of_it(sums):
+    """Without the BatchNorm the sum must not be made in the memory of what the other branch reads."""
+
+    def forward(net, x):
+        y = net.conv(x).relu()
+        total = SUMS[sums](net.bn(y))
+        total += net.same(y)
+        return (total + y).relu()
+
+    copied = list(SUMS).index(sums) < 3
+    net = Net(forward, same=nn.Conv2d(4, 4, 3, padding=1))
+    check(net, IMAGES, folded=["bn"] if copied else [], kept=[] if copied else ["bn"])
+
+
 def weight_decays(net, x):
     net.conv3.weight.data.mul_(0.9)
     return net.conv3(net.bn(net.conv(x)))
