@@ -393,7 +393,8 @@ def _refuse_strangers(path: str | Path) -> None:
 
 
 _STRANGERS: dict[Kind, str] = {
-    "torch archive": "is a torch archive (a state dict?) that does not describe its net; save the net itself",
+    "torch archive": "is a torch archive (a state dict?) that does not describe its net; `bnfold fold` reads it with "
+    "--model package.module:factory --input 1x3x224x224",
     "exported program": "is an exported program (.pt2); fold the module before exporting it",
     "torchscript": "is a TorchScript archive; fold the module before scripting it",
     "zip": "is a zip archive but none that torch.save writes; make a checkpoint with `python -m train`",

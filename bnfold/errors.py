@@ -16,7 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-__all__ = ["BnfoldError", "InputError", "NotEquivalent", "UnreadableModel", "replacing", "run_command"]
+__all__ = [
+    "BnfoldError",
+    "InputError",
+    "NotEquivalent",
+    "UnreadableModel",
+    "check_target",
+    "replacing",
+    "run_command",
+]
+
+_EXTRAS = {"torch": "torch", "onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "rich": "onnx,torch"}
+"""Package -> the extra of bnfold that installs it."""
 
 
 class BnfoldError(Exception):
@@ -42,8 +53,8 @@ class NotEquivalent(BnfoldError, AssertionError):
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main` and return its exit code, with any `BnfoldError` as one line on stderr.
 
-    A full disk, a missing folder or a refused permission (`OSError`) is the caller's to mend as well: exit code 2.
-    Ctrl-C gives 130, as shells expect.
+    A full disk, a missing folder, a refused permission (`OSError`) or an extra that is not installed is the caller's
+    to mend as well: exit code 2. Ctrl-C gives 130, as shells expect.
     """
     try:
         return main() or 0
@@ -51,6 +62,10 @@ def run_command(main: Callable[[], int | None]) -> int:
         code, message = error.exit_code, str(error)
     except OSError as error:
         code, message = 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        code, message = 2, f'{error.name} is not installed; pip install "bnfold[{_EXTRAS[error.name]}]"'
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -68,11 +83,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         InputError: the folder of `path` does not exist, or `path` is itself a folder.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file to write")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is no folder; make it first, or write elsewhere")
+    check_target(path)
     with TemporaryDirectory(prefix=".bnfold-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         yield temporary
         temporary.replace(path)
+
+
+def check_target(path: Path) -> None:
+    """Raise `InputError` where no file can be written at `path`, before much work has gone into what it would hold."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is no folder; make it first, or write elsewhere")

@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from bnfold import fold
 from bnfold.command import Parser
-from bnfold.errors import InputError, replacing, run_command
+from bnfold.errors import InputError, check_target, replacing, run_command
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from bnfold.checkpoint import Checkpoint
     from bnfold.report import Report
 
@@ -87,8 +89,11 @@ def _run(options: argparse.Namespace) -> int:
         options.output = options.file.with_name(f"{options.file.stem}.folded{options.file.suffix}")
     if not options.file.is_file():
         raise InputError(f"{options.file}: {'it is a folder' if options.file.is_dir() else 'no such file'}")
+    _check_targets(options)
+    console = _console()
     report, done = (_fold_onnx if _is_onnx(options.file) else _fold_torch)(options)
-    _show(report)
+    for part in report.renderables():
+        console.print(part)
     if options.json is not None:
         with replacing(options.json) as temporary:
             temporary.write_text(report.to_json() + "\n", encoding="utf-8")
@@ -104,13 +109,31 @@ def _is_onnx(path: Path) -> bool:
         return file.read(2) not in (b"PK", b"\x80\x02")
 
 
-def _show(report: Report) -> None:
-    """Print the report, as wide as the terminal."""
+def _check_targets(options: argparse.Namespace) -> None:
+    """Refuse what could not be written before anything is computed."""
+    targets = [] if options.dry_run else [options.output]
+    targets += [] if options.json is None else [options.json]
+    for target in targets:
+        check_target(target)
+    if len({target.resolve() for target in targets}) < len(targets):
+        raise InputError(f"{options.json} is where the model goes; name another file for the report")
+    if options.json is not None and options.json.resolve() == options.file.resolve():
+        raise InputError(f"{options.json} is the model itself; name another file for the report")
+
+
+def _refuse(options: argparse.Namespace, *names: str) -> None:
+    """Refuse options that say nothing about this kind of file: whoever gave one believes that it is heeded."""
+    for name in names:
+        if getattr(options, name):
+            option = name.replace("_", "-")
+            raise InputError(f"{options.file}: --{option} is not for this kind of file; leave it out")
+
+
+def _console() -> Console:
+    """Where the report goes: as wide as the terminal."""
     from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-    for part in report.renderables():
-        console.print(part)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 def _choices(options: argparse.Namespace) -> dict[str, bool]:
@@ -121,6 +144,7 @@ def _choices(options: argparse.Namespace) -> dict[str, bool]:
 def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
     from bnfold import onnx as frontend
 
+    _refuse(options, "model", "input")
     report = frontend.fold_file(
         options.file,
         None if options.dry_run else options.output,
@@ -135,6 +159,7 @@ def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
 def _fold_torch(options: argparse.Namespace) -> tuple[Report, str]:
     from bnfold import checkpoint
 
+    _refuse(options, "inputs", "freeze_initializers", "duplicate")
     if options.model is None and checkpoint.identify(options.file) != "exported program":
         return _fold_checkpoint(options)
     from bnfold import torch as frontend
@@ -156,6 +181,8 @@ def _fold_checkpoint(options: argparse.Namespace) -> tuple[Report, str]:
     """
     from bnfold import checkpoint
 
+    if checkpoint.identify(options.file) == "checkpoint":
+        _refuse(options, "input")
     if options.lower:
         raise InputError(
             f"{options.file} is a checkpoint, which holds layers of torch.nn only; leave --lower out"

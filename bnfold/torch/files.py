@@ -205,6 +205,8 @@ def _read(path: Path) -> Any:
         raise InputError(f"{path}: reading it needs the package safetensors") from error
     except Exception as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
+        if first.startswith("Weights only load failed"):
+            first = "it holds more than tensors and plain values; save model.state_dict()"
         raise InputError(f"{path} cannot be read as weights: {first}") from error
 
 

@@ -23,6 +23,11 @@ from bnfold.errors import BnfoldError, InputError, NotEquivalent, UnreadableMode
             "error: there: No such file or directory",
         ),
         (OSError("the disk is full"), 2, "error: the disk is full"),
+        (
+            ModuleNotFoundError("No module named 'onnx'", name="onnx"),
+            2,
+            'error: onnx is not installed; pip install "bnfold[onnx]"',
+        ),
         (KeyboardInterrupt(), 130, "error: interrupted"),
     ],
 )
@@ -47,6 +52,8 @@ def test_a_command_that_ends_returns_its_own_code_and_prints_nothing(
 def test_a_mistake_in_the_program_is_not_dressed_up_as_the_callers() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
+    with pytest.raises(ModuleNotFoundError):
+        run_command(lambda: __import__("bnfold.misspelt").fold())
 
 
 def test_every_error_of_the_tree_is_caught_by_its_root_and_by_what_python_calls_it() -> None:

@@ -208,3 +208,28 @@ def test_an_onnx_file_imports_no_torch(model):
         [sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is(model, tmp_path, capsys):
+    before = model.read_bytes()
+    for report in (tmp_path, tmp_path / "none" / "r.json", model, model.with_name("model.folded.onnx")):
+        assert main([str(model), "--json", str(report)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert model.read_bytes() == before
+    assert not model.with_name("model.folded.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("model", ["--model", "a:b"]),
+        ("model", ["--input", "1x3"]),
+        ("ckpt", ["--inputs", "x.npz"]),
+        ("ckpt", ["--duplicate"]),
+        ("ckpt", ["--freeze-initializers"]),
+        ("ckpt", ["--input", "1x3"]),
+    ],
+)
+def test_an_option_that_would_not_be_heeded_is_refused(name, option, model, ckpt, capsys):
+    assert main([str({"model": model, "ckpt": ckpt}[name]), *option]) == 2
+    assert f"{option[0]} is not for this kind of file" in capsys.readouterr().err
