@@ -26,8 +26,14 @@ __all__ = [
     "run_command",
 ]
 
-_EXTRAS = {"torch": "torch", "onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "rich": "onnx,torch"}
-"""Package -> the extra of bnfold that installs it."""
+_INSTALLED_BY = {
+    "torch": "bnfold[torch]",
+    "onnx": "bnfold[onnx]",
+    "onnx_ir": "bnfold[onnx]",
+    "onnxruntime": "bnfold[onnx]",
+    "rich": "rich",
+}
+"""Package that is no dependency of the base install -> what to ask pip for."""
 
 
 class BnfoldError(Exception):
@@ -63,9 +69,9 @@ def run_command(main: Callable[[], int | None]) -> int:
     except OSError as error:
         code, message = 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+        if error.name not in _INSTALLED_BY:
             raise
-        code, message = 2, f'{error.name} is not installed; pip install "bnfold[{_EXTRAS[error.name]}]"'
+        code, message = 2, f'{error.name} is not installed; pip install "{_INSTALLED_BY[error.name]}"'
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

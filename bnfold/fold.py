@@ -18,6 +18,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +91,10 @@ def _run(options: argparse.Namespace) -> int:
     if not options.file.is_file():
         raise InputError(f"{options.file}: {'it is a folder' if options.file.is_dir() else 'no such file'}")
     _check_targets(options)
+    onnx = _is_onnx(options.file)
+    import_module("onnx" if onnx else "torch")  # what is missing is said first of what the file needs most
     console = _console()
-    report, done = (_fold_onnx if _is_onnx(options.file) else _fold_torch)(options)
+    report, done = (_fold_onnx if onnx else _fold_torch)(options)
     for part in report.renderables():
         console.print(part)
     if options.json is not None:

@@ -3,7 +3,9 @@
     recording    one forward pass, call by call              constants   a model's constants again, in float64
     functions    what is known of torch's functions          rows        how each function is drawn as a node
     read         calls -> Graph, and where numbers are kept  write       the difference of two Graphs -> module
-    modules      what stands where a BatchNorm was           fold        read, travel, write, compare
+    running      a model run without leaving a trace         draft       calls drawn as nodes, not bound to storage
+    rehearse     the folded model's calls, against the plan  fold        read, travel, write, compare
+    modules      what stands where a BatchNorm was
     files        weights of a model that a factory builds    program     exported programs (.pt2)
 
 `example_inputs` is everywhere a tensor, a tuple of positional arguments, a dict of keyword arguments, or a pair of a

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from bnfold.errors import InputError, replacing
 from bnfold.report import Report
+from bnfold.torch.draft import NormPlace
 from bnfold.torch.fold import fold
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd
-from bnfold.torch.read import NormPlace, read
+from bnfold.torch.read import read
 from bnfold.torch.write import become, settle_weight
 
 __all__ = ["fold_checkpoint_file", "load_factory", "load_folded", "load_state", "make_inputs"]

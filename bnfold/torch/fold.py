@@ -21,19 +21,10 @@ from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, judge
 from bnfold.errors import NotEquivalent, UnreadableModel
 from bnfold.graph import Graph
 from bnfold.report import Evidence, Report
-from bnfold.torch.read import (
-    Reading,
-    _first_line,
-    _restored,
-    arrange,
-    copied,
-    copy_structure,
-    is_same,
-    read,
-    undisturbed,
-)
+from bnfold.torch.read import Reading, read
 from bnfold.torch.recording import leaves, put_back
 from bnfold.torch.rehearse import find_fault, read_again, refuse_everything, runs_alike
+from bnfold.torch.running import arrange, copied, copy_structure, first_line, is_same, restored, undisturbed
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
 
@@ -144,7 +135,7 @@ def _run(model: nn.Module, example_inputs: Any, writes: bool) -> dict[str, np.nd
     """The same, with no care for the parameters of a module that does not write to any."""
     args, kwargs = arrange(example_inputs)
     given = copied(tensor for _, tensor in leaves((args, kwargs)))
-    with undisturbed(), _restored(model, writes), torch.no_grad():
+    with undisturbed(), restored(model, writes), torch.no_grad():
         torch.manual_seed(0)
         try:
             result = model(*args, **kwargs)
@@ -213,7 +204,7 @@ class _Comparison:
                 self.before = [_run(model, each, self.writes) for each in self.inputs]
             except Exception as error:  # noqa: BLE001 a dtype that some operator lacks
                 self.notes.append(
-                    f"not compared in {self.dtype}: the model does not run in it: {_first_line(error)}"
+                    f"not compared in {self.dtype}: the model does not run in it: {first_line(error)}"
                 )
 
     def run_exact(self, model: nn.Module, edit: Any, other: nn.Module | None = None) -> None:
@@ -226,7 +217,7 @@ class _Comparison:
             with _double(), _Narrow() as watch:
                 before: list[Outputs] = [_run(twin, each, self.writes) for each in wide]
         except Exception as error:  # noqa: BLE001 a dtype that the model fixes by itself
-            self.notes.append(f"not compared in float64: the model does not run in it: {_first_line(error)}")
+            self.notes.append(f"not compared in float64: the model does not run in it: {first_line(error)}")
             return
         self.narrow = watch.seen
         edit(twin)
@@ -239,7 +230,7 @@ class _Comparison:
             return [_run(model, each, self.writes) for each in inputs]
         except Exception as error:
             raise UnreadableModel(
-                f"the folded model does not run: {type(error).__name__}: {_first_line(error)}; "
+                f"the folded model does not run: {type(error).__name__}: {first_line(error)}; "
                 "some code uses a BatchNorm otherwise than by calling it"
             ) from error
 

@@ -17,23 +17,20 @@ that is read in any other way belongs to whoever reads it, and stays.
 
 from __future__ import annotations
 
-import copy
-import logging
-import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnfold.algebra import Affine, Array, Linear, batchnorm
+from bnfold.algebra import Affine
 from bnfold.errors import UnreadableModel
 from bnfold.graph import Graph, Node, Shape
 from bnfold.torch.constants import Evaluator, slots_of
+from bnfold.torch.draft import Draft, Item, LinearPlace, NormPlace
 from bnfold.torch.modules import TAILS
 from bnfold.torch.recording import (
     Call,
@@ -45,42 +42,20 @@ from bnfold.torch.recording import (
     leaves,
     put_back,
     record,
-    slot_values,
 )
-from bnfold.torch.rows import draw
+from bnfold.torch.running import (
+    arrange,
+    copied,
+    copy_structure,
+    quiet,
+    rebatched,
+    record_pass,
+    record_somehow,
+    restored,
+    undisturbed,
+)
 
 __all__ = ["LinearPlace", "NormPlace", "Reading", "arrange", "copy_structure", "read"]
-
-
-@dataclass(frozen=True, slots=True)
-class LinearPlace:
-    """Where a linear operator keeps its numbers.
-
-    Attributes:
-        weight: the slot of its weight; `transposed` where the operator uses the transpose of what is stored.
-        bias: the slot of its bias, or where one can be added; None where none can.
-        computed: how the weight is computed, "parametrization" or "hook"; empty where it is stored as it is.
-    """
-
-    weight: Slot
-    transposed: bool
-    bias: Slot | None
-    computed: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class NormPlace:
-    """The module that a BatchNorm is, and what that module does afterwards.
-
-    Attributes:
-        path: its qualified name.
-        tail: what follows the affine map: names of its own children, or modules that stand for a function.
-        channels: how many; `axis` is counted from the front, `rank` is that of its input.
-    """
-
-    path: str
-    tail: tuple[tuple[str, nn.Module | None], ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,366 +102,6 @@ class Reading:
     writes: bool = True
 
 
-@dataclass(eq=False, slots=True)
-class _Item:
-    """A node as it is being drawn."""
-
-    op: str
-    inputs: list[str]
-    outputs: list[str]
-    call: Call
-    attributes: dict[str, Any] = field(default_factory=dict)
-    affine: Affine | None = None
-    linear: Linear | None = None
-    weight: Value | None = None
-    bias: Value | None = None
-    statistics: dict[str, Value | None] = field(default_factory=dict)
-    name: str = ""
-    site: str = ""
-    place: LinearPlace | NormPlace | None = None
-    joined: Call | None = None
-
-    @property
-    def is_batchnorm(self) -> bool:
-        return self.op == "BatchNormalization"
-
-    def become_opaque(self, op: str) -> None:
-        self.op, self.affine, self.linear, self.weight, self.bias = op, None, None, None, None
-
-    def refuse(self, reason: str) -> None:
-        self.affine = self.linear = None
-        self.attributes = {"reason": reason}
-
-
-class _Draft:
-    """Takes nodes for one recording."""
-
-    def __init__(self, recording: Recording, evaluator: Evaluator) -> None:
-        self.recording, self.evaluator = recording, evaluator
-        self.items: list[_Item] = []
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.call: Call = recording.calls[0] if recording.calls else None  # type: ignore[assignment]
-        self.count = 0
-        read = {id(value) for call in recording.calls for value in call.reads.values()}
-        for call in recording.calls:
-            if not call.constant and (call.reads or call.made):
-                self._draw(call, any(id(value) in read for value in call.written))
-        for value in recording.inputs.values():
-            self.shapes[value.name] = value.shape
-
-    def _draw(self, call: Call, aliased: bool) -> None:
-        self.call = call
-        before = len(self.items)
-        drawn = not aliased and draw(self, call)
-        taken = {name for item in self.items[before:] for name in item.inputs}
-        missed = any(not v.constant and not v.slots and v.name not in taken for v in call.reads.values())
-        if not drawn or missed:
-            del self.items[before:]
-            self._draw_opaque(call)
-        for value in (*call.made, *call.written):
-            self.shapes[value.name] = value.shape
-
-    def _draw_opaque(self, call: Call) -> None:
-        inputs = [v.name for v in call.reads.values() if not v.constant and not v.slots]
-        outputs = [v.name for v in (*call.made, *call.written) if not v.slots]
-        self.items.append(_Item(call.label, inputs, outputs, call))
-
-    # -- what rows call
-
-    def node(
-        self,
-        op: str,
-        inputs: Sequence[Value | str],
-        outputs: Sequence[Value | str],
-        affine: Affine | None = None,
-        **attributes: Any,
-    ) -> None:
-        given, made = ([v if isinstance(v, str) else v.name for v in side] for side in (inputs, outputs))
-        self.items.append(_Item(op, given, made, self.call, attributes, affine))
-
-    def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None:
-        item = _Item(op, [x.name], [y.name], self.call, linear=linear, weight=weight, bias=bias)
-        item.inputs += [v.name for v in (weight, bias) if v is not None and not v.constant and not v.slots]
-        self.items.append(item)
-
-    def batchnorm(
-        self, x: Value, y: Value, statistics: dict[str, Value | None], eps: float, reason: str
-    ) -> None:
-        item = _Item("BatchNormalization", [x.name], [y.name], self.call, statistics=statistics)
-        given = [v for v in statistics.values() if v is not None]
-        item.inputs += [v.name for v in given if not v.constant and not v.slots]
-        if not reason and not all(v.constant for v in given):
-            reason = "its statistics are computed or changed while the model runs"
-        if not reason:
-            arrays = {name: self.array(v) for name, v in statistics.items() if v is not None}
-            reason = _fault(arrays)
-            if not reason:
-                rest = {"gamma": arrays.get("weight", 1.0), "beta": arrays.get("bias", 0.0), "eps": eps}
-                scale, shift = batchnorm(arrays["running_mean"], arrays["running_var"], **rest)  # type: ignore[arg-type]
-                item.affine = Affine.along(1, x.rank, *_tiled(scale, shift, x.shape[1]))
-                if not item.affine.is_finite:
-                    reason = "its running variance plus eps is not positive somewhere, or a number overflows"
-        if reason:
-            item.refuse(reason)
-        self.items.append(item)
-
-    def between(self, shape: Sequence[int]) -> str:
-        self.count += 1
-        name = f"between {self.count}"
-        self.shapes[name] = tuple(shape)
-        return name
-
-    def array(self, constant: Any) -> Array | None:
-        """The numbers of a constant; None where it is none, or cannot be computed."""
-        if isinstance(constant, bool | int | float):
-            return np.asarray(float(constant))
-        if not isinstance(constant, Value) or not constant.constant:
-            return None
-        try:
-            return self.evaluator.array(constant)
-        except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
-            return None
-
-
-def _tiled(scale: Array, shift: Array, channels: int) -> tuple[Array, Array]:
-    return np.broadcast_to(scale, channels), np.broadcast_to(shift, channels)
-
-
-def _fault(arrays: Mapping[str, Array | None]) -> str:
-    """What is wrong with a BatchNorm's numbers, or nothing."""
-    for name, array in arrays.items():
-        if array is None:
-            return f"its {name} cannot be computed ahead"
-        if not np.isfinite(array).all():
-            return f"its {name} holds a number that is not finite"
-    variance = arrays["running_var"]
-    return (
-        "its running variance is negative somewhere" if variance is not None and (variance < 0).any() else ""
-    )
-
-
-# ---------------------------------------------------------------- running a model without leaving a trace
-
-
-def copy_structure(model: nn.Module) -> nn.Module:
-    """A copy of a module whose tensors are those of the module itself.
-
-    Raises:
-        UnreadableModel: something in it cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        for _, tensor in leaves([module._parameters, module._buffers, vars(module)]):
-            memo[id(tensor)] = tensor
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise UnreadableModel(
-            f"the model cannot be copied: {_first_line(error)}; try inplace=True"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-def arrange(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and keyword arguments.
-
-    A tensor is the only argument, a dict holds keyword arguments, a tuple of a tuple (or list) and a dict holds both,
-    any other tuple or list holds positional ones.
-    """
-    if isinstance(example_inputs, dict) and all(isinstance(key, str) for key in example_inputs):
-        return (), dict(example_inputs)
-    if not isinstance(example_inputs, tuple | list):
-        return (example_inputs,), {}
-    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and _is_keywords(example_inputs[1]):
-        return tuple(example_inputs[0]), dict(example_inputs[1])
-    return tuple(example_inputs), {}
-
-
-def _is_keywords(thing: Any) -> bool:
-    return isinstance(thing, dict) and all(isinstance(key, str) for key in thing)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leave every global random state as it was."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 the model may use it
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-@contextmanager
-def _restored(model: nn.Module, whole: bool = False, touched: list[str] | None = None) -> Iterator[None]:
-    """Put back every attribute, container and buffer that a pass with real tensors changes.
-
-    What is written into a parameter is put back with `whole`, which copies them all; one that is given another memory
-    gets its own back in any case. The names of attributes that were changed go to `touched`.
-    """
-    memories = [(p, p.data) for p in model.parameters() if type(p) is nn.Parameter]
-    kept = [(module, dict(vars(module)), _containers(vars(module))) for module in model.modules()]
-    tensors = [
-        (tensor, tensor.detach().clone()) for tensor in model.buffers() if not nn.parameter.is_lazy(tensor)
-    ]
-    tensors += copied(value.tensor for value in slot_values(model)) if whole else []
-    try:
-        yield
-    finally:
-        for module, attributes, containers in kept:
-            if touched is not None:
-                touched += _touched(vars(module), attributes, containers)
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, content in containers.items():
-                container = attributes[name]
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
-        for parameter, memory in memories:
-            if parameter.data_ptr() != memory.data_ptr():
-                parameter.data = memory
-        with torch.no_grad():
-            for tensor, content in tensors:
-                if tensor.device.type != "meta" and not is_same(tensor, content):
-                    put_back(tensor, content)
-
-
-def copied(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor that has numbers of its own, with a copy of them."""
-    plain = (t for t in tensors if t is not None and type(t) in (Tensor, nn.Parameter) and not t.is_nested)
-    return [(t, t.detach().clone()) for t in plain if t.device.type != "meta" and t.layout is torch.strided]
-
-
-def is_same(tensor: Tensor, content: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, NaN among them."""
-    if tensor.shape != content.shape or tensor.dtype != content.dtype:
-        return False
-    if torch.equal(tensor, content):
-        return True
-    return bool(((tensor == content) | ((tensor != tensor) & (content != content))).all())
-
-
-def _touched(now: Mapping[str, Any], before: Mapping[str, Any], containers: Mapping[str, Any]) -> list[str]:
-    """The attributes that are others than before, or hold other things."""
-    names = [
-        name for name in now.keys() | before.keys() if now.get(name, now) is not before.get(name, before)
-    ]
-    held = ((name, before[name], content) for name, content in containers.items())
-    return names + [name for name, mine, content in held if _identities(mine) != _identities(content)]
-
-
-def _identities(container: Any) -> list[int]:
-    return [id(thing) for thing in (container.values() if isinstance(container, dict) else container)]
-
-
-def _containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: copy.copy(thing) for name, thing in attributes.items() if isinstance(thing, list | dict | set)
-    }
-
-
-def _record(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    fake: bool,
-    unsteady: frozenset[str] = frozenset(),
-    touched: list[str] | None = None,
-) -> Recording:
-    with undisturbed(), _restored(model, touched=touched), _quiet():
-        return record(model, args, kwargs, fake, unsteady)
-
-
-def _record_somehow(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], touched: list[str]
-) -> Recording:
-    """Record with real tensors; with shapes alone where there are no numbers, or no memory or kernel for them.
-
-    Fake tensors are not the first choice: they take longer, and what a model caches outside of its modules (in an
-    `lru_cache`, say) would be poisoned with them.
-    """
-    if _is_meta(model, args, kwargs):
-        try:
-            return _record(model, args, kwargs, True, touched=touched)
-        except Exception as error:
-            raise _unreadable(model, error) from error
-    try:
-        return _record(model, args, kwargs, False, touched=touched)
-    except (NotImplementedError, torch.OutOfMemoryError) as error:
-        return _record_shapes(model, args, kwargs, error, touched)
-    except Exception as error:
-        if "not implemented" in str(error):
-            return _record_shapes(model, args, kwargs, error, touched)
-        raise _unreadable(model, error) from error
-
-
-def _record_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception, touched: list[str]
-) -> Recording:
-    """Record what cannot be run here; where that fails as well, the first problem is the one to report."""
-    try:
-        return _record(model, args, kwargs, True, touched=touched)
-    except Exception:  # noqa: BLE001
-        raise _unreadable(model, error) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging what a fake tensor cannot do."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def _is_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    tensors = (*model.parameters(), *model.buffers(), *(tensor for _, tensor in leaves((args, kwargs))))
-    return any(tensor.device.type == "meta" for tensor in tensors)
-
-
-def _unreadable(model: nn.Module, error: BaseException) -> UnreadableModel:
-    where = getattr(error, "bnfold_frame", "")
-    place = f"`{where}`" if where else f"`{type(model).__name__}`"
-    if operator := re.search(r"HigherOrderOperator (\w+)", str(error)):
-        return UnreadableModel(
-            f"{place} calls torch.{operator[1]}, which cannot be followed; use Python's own control flow"
-        )
-    return UnreadableModel(
-        f"{place} could not be run on the example inputs: {type(error).__name__}: {_first_line(error)}"
-    )
-
-
-def _rebatched(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    """The same inputs with another size along axis 0; of inputs that differ there, those of one size after another."""
-    sizes = [tensor.shape[0] for _, tensor in leaves((args, kwargs)) if tensor.dim()]
-    for size in list(dict.fromkeys(sizes))[:3]:
-        wide = 2 if size > 2 else size + 1
-
-        def stretch(tensor: Tensor, size: int = size, wide: int = wide) -> Tensor:
-            if not tensor.dim() or tensor.shape[0] != size:
-                return tensor
-            return tensor[torch.arange(wide, device=tensor.device) % size]
-
-        if size:
-            stretched = torch.utils._pytree.tree_map_only(Tensor, stretch, (args, kwargs))
-            wanted = [wide if each == size else each for each in sizes]
-            if [tensor.shape[0] for _, tensor in leaves(stretched) if tensor.dim()] == wanted:
-                yield stretched
-
-
-# ---------------------------------------------------------------- reading
-
-
 def read(model: nn.Module, example_inputs: Any) -> Reading:
     """Draw what a module computes from some inputs. The module is left exactly as it is.
 
@@ -505,11 +120,11 @@ def read(model: nn.Module, example_inputs: Any) -> Reading:
     except UnreadableModel:
         twin = model
     touched: list[str] = []
-    recording = _record_somehow(twin, args, kwargs, touched)
+    recording = record_somehow(twin, args, kwargs, touched)
     if (touched or recording.changed_slots) and (paths := _unsteady(twin, args, kwargs, recording.fake)):
-        recording = _record(twin, args, kwargs, recording.fake, paths)
+        recording = record_pass(twin, args, kwargs, recording.fake, paths)
     evaluator = Evaluator()
-    draft = _Draft(recording, evaluator)
+    draft = Draft(recording, evaluator)
     shapes = _settle_sizes(draft, _others(twin, args, kwargs, recording))
     return _Reader(twin, draft, shapes).read()
 
@@ -521,7 +136,7 @@ def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple
         Exception: whatever it raises.
     """
     args, kwargs = arrange(example_inputs)
-    draft = _Draft(_record(model, args, kwargs, reading.fake), Evaluator())
+    draft = Draft(record_pass(model, args, kwargs, reading.fake), Evaluator())
     reader = _Reader(model, draft, dict(draft.shapes))
     reader._join_biases()
     reader._drop_identities()
@@ -533,7 +148,7 @@ def _unsteady(twin: nn.Module, args: Any, kwargs: Any, fake: bool) -> frozenset[
     paths = {id(module): path for path, module in twin.named_modules()}
     given = copied(tensor for _, tensor in leaves((args, kwargs)))
     try:
-        with undisturbed(), _restored(twin, whole=True), _quiet():
+        with undisturbed(), restored(twin, whole=True), quiet():
             first = _events(record(twin, args, kwargs, fake, lasting=True), paths)
             for tensor, content in given:
                 put_back(tensor, content)
@@ -571,14 +186,14 @@ def _events(recording: Recording, paths: Mapping[int, str]) -> dict[str, list[An
 _UNSEEN = ("If", "Hook", "Alias", "Outside")
 
 
-def _others(twin: nn.Module, args: Any, kwargs: Any, recording: Recording) -> Iterator[_Draft]:
+def _others(twin: nn.Module, args: Any, kwargs: Any, recording: Recording) -> Iterator[Draft]:
     """The same pass with other batch sizes, where it can be made."""
-    for other in _rebatched(args, kwargs):
+    for other in rebatched(args, kwargs):
         with suppress(Exception):  # a batch size that the model does not take
-            yield _Draft(_record(twin, *other, recording.fake, recording.unsteady), Evaluator())
+            yield Draft(record_pass(twin, *other, recording.fake, recording.unsteady), Evaluator())
 
 
-def _settle_sizes(draft: _Draft, others: Iterator[_Draft]) -> dict[str, Shape]:
+def _settle_sizes(draft: Draft, others: Iterator[Draft]) -> dict[str, Shape]:
     """Shapes with a symbol for each size that goes with the batch; settings that do, make a node opaque."""
     shapes: dict[str, Shape] = dict(draft.shapes)
     other = next((other for other in others if _alike(draft, other)), None)
@@ -595,7 +210,7 @@ def _settle_sizes(draft: _Draft, others: Iterator[_Draft]) -> dict[str, Shape]:
     return shapes
 
 
-def _alike(draft: _Draft, other: _Draft) -> bool:
+def _alike(draft: Draft, other: Draft) -> bool:
     return [(i.op, len(i.inputs), len(i.outputs)) for i in draft.items] == [
         (i.op, len(i.inputs), len(i.outputs)) for i in other.items
     ]
@@ -607,7 +222,7 @@ def _symbolic(mine: tuple[int, ...], theirs: tuple[int, ...]) -> Shape:
     return tuple(a if a == b else f"{a}|{b}" for a, b in zip(mine, theirs, strict=True))
 
 
-def _same_settings(mine: _Item, theirs: _Item) -> bool:
+def _same_settings(mine: Item, theirs: Item) -> bool:
     if (mine.affine is None) != (theirs.affine is None):
         return False
     if (
@@ -622,7 +237,7 @@ def _same_settings(mine: _Item, theirs: _Item) -> bool:
 class _Reader:
     """From a draft to a reading."""
 
-    def __init__(self, model: nn.Module, draft: _Draft, shapes: dict[str, Shape]) -> None:
+    def __init__(self, model: nn.Module, draft: Draft, shapes: dict[str, Shape]) -> None:
         self.model, self.draft, self.shapes = model, draft, shapes
         self.recording = draft.recording
         self.items = draft.items
@@ -685,7 +300,7 @@ class _Reader:
             yield Step(item.call.label, count, affine, weight, item.bias is not None, known, settings)
             at += 1
 
-    def _node(self, item: _Item) -> Node:
+    def _node(self, item: Item) -> Node:
         return Node(
             item.name,
             item.op,
@@ -697,8 +312,8 @@ class _Reader:
             affine=item.affine,
         )
 
-    def _readers(self) -> dict[str, list[_Item]]:
-        readers: dict[str, list[_Item]] = {}
+    def _readers(self) -> dict[str, list[Item]]:
+        readers: dict[str, list[Item]] = {}
         for item in self.items:
             for name in dict.fromkeys(item.inputs):
                 readers.setdefault(name, []).append(item)
@@ -723,9 +338,9 @@ class _Reader:
 
     def _find_norms(self) -> None:
         self.readers = self._readers()
-        self.drawn: dict[int, list[_Item]] = {}
+        self.drawn: dict[int, list[Item]] = {}
         self.children: dict[int, list[Frame]] = {}
-        self.merged: dict[str, list[_Item]] = {}
+        self.merged: dict[str, list[Item]] = {}
         self.obstacles: dict[int, str] = {}
         self.foreign = self._foreign_reads()
         for item in self.items:
@@ -740,7 +355,7 @@ class _Reader:
             if item.is_batchnorm and item.place is None:
                 self._leave_functional(item)
 
-    def _within(self, frame: Frame) -> list[_Item]:
+    def _within(self, frame: Frame) -> list[Item]:
         calls = self.recording.calls[frame.start : frame.stop]
         items = (item for call in calls for item in self.drawn.get(id(call), ()))
         return [item for item in items if item.op not in ("If", "Hook")]
@@ -757,7 +372,7 @@ class _Reader:
     def _find_norm(self, frame: Frame) -> str:
         """Make one BatchNormalization of what a module call does first, if that is one affine map; else say why not."""
         within = self._within(frame)
-        head: list[_Item] = []
+        head: list[Item] = []
         value = frame.given[0].name
         for item in within:
             if (
@@ -783,7 +398,7 @@ class _Reader:
         self._merge(frame, head, tail)
         return ""
 
-    def _is_norm(self, frame: Frame, head: list[_Item]) -> bool:
+    def _is_norm(self, frame: Frame, head: list[Item]) -> bool:
         if any(item.is_batchnorm for item in head):
             return True
         named = frame.module is not None and _calls_itself_batchnorm(frame.module)
@@ -793,13 +408,13 @@ class _Reader:
             (named or slot.kind != "parameter") and _inside(slot.module, frame.path or "") for slot in slots
         )
 
-    def _is_private(self, head: list[_Item]) -> bool:
+    def _is_private(self, head: list[Item]) -> bool:
         """Whether nobody else reads what lies between the parts of an affine map."""
         between = [item.outputs[0] for item in head[:-1]]
         return all(len(self.readers.get(name, ())) == 1 and name not in self.outputs for name in between)
 
     def _find_tail(
-        self, frame: Frame, rest: list[_Item], value: str
+        self, frame: Frame, rest: list[Item], value: str
     ) -> tuple[tuple[str, nn.Module | None], ...] | None:
         """What a module does after its affine map: its own children and plain activations, one after another."""
         assert frame.module is not None
@@ -825,7 +440,7 @@ class _Reader:
             value, rest = rest[0].outputs[0], rest[1:]
         return tuple(steps) if value == frame.made[0].name else None
 
-    def _merge(self, frame: Frame, head: list[_Item], tail: tuple[tuple[str, nn.Module | None], ...]) -> None:
+    def _merge(self, frame: Frame, head: list[Item], tail: tuple[tuple[str, nn.Module | None], ...]) -> None:
         first = next((item for item in head if item.attributes.get("reason")), head[0])
         whole = _compose(head)
         one = replace_item(first, head)
@@ -848,7 +463,7 @@ class _Reader:
             *(item for item in self.items[at:] if id(item) not in gone),
         ]
 
-    def _refuse_borrowed(self, item: _Item, frame: Frame) -> None:
+    def _refuse_borrowed(self, item: Item, frame: Frame) -> None:
         """A module whose tensors are fetched by other code cannot be taken out."""
         if item.affine is not None and (who := self.foreign.get(frame.path or "")):
             item.refuse(f"its numbers are used by {who} as well")
@@ -874,7 +489,7 @@ class _Reader:
                 foreign.update((slot.module, "the output of the model") for slot in root.slots)
         return foreign
 
-    def _leave_functional(self, item: _Item) -> None:
+    def _leave_functional(self, item: Item) -> None:
         mean = item.statistics.get("running_mean")
         owner = mean.slots[0].module if mean is not None and mean.slots else None
         frame = item.call.frame
@@ -911,7 +526,7 @@ class _Reader:
             taken.add(unique)
             item.name = unique
 
-    def _natural_name(self, item: _Item, alone: Mapping[str, int]) -> str:
+    def _natural_name(self, item: Item, alone: Mapping[str, int]) -> str:
         path = item.call.frame.path or ""
         if item.op == "Hook":
             return f"a hook on {path}"
@@ -941,10 +556,10 @@ class _Reader:
                         break
 
     def _guard(
-        self, item: _Item, name: str, readers: dict[str, list[_Item]], producers: dict[str, _Item]
+        self, item: Item, name: str, readers: dict[str, list[Item]], producers: dict[str, Item]
     ) -> bool:
         """Whether something else reads the memory that an item would change, if BatchNorms above it were gone."""
-        passed: list[_Item] = []
+        passed: list[Item] = []
         while (producer := producers.get(name)) is not None and _shares(producer) and producer.inputs:
             name = producer.inputs[0]
             passed += [producer] if producer.is_batchnorm else []
@@ -1010,7 +625,7 @@ class _Reader:
             self._check_reads(item, used)
         self._check_sharing([item for item in linears if item.linear is not None])
 
-    def _bind(self, item: _Item) -> None:
+    def _bind(self, item: Item) -> None:
         """Find where a linear operator keeps its numbers."""
         assert item.weight is not None
         assert item.linear is not None
@@ -1044,7 +659,7 @@ class _Reader:
         item.site = slot.module if slot.attribute == "weight" and slot.module else slot.name
         return None
 
-    def _how_computed(self, item: _Item, origin: Value) -> str:
+    def _how_computed(self, item: Item, origin: Value) -> str:
         """Whether torch's parametrizations or hooks compute the weight of the module that runs, and from it alone."""
         module, path = item.call.frame.module, item.call.frame.path
         if module is None or not path or origin.data:
@@ -1058,7 +673,7 @@ class _Reader:
         names = {getattr(h, "name", getattr(h, "_tensor_name", "")) for h in hooks}
         return "hook" if len(hooks) == 1 and names == {"weight"} and origin.constant else ""
 
-    def _bind_bias(self, item: _Item, weight: Slot) -> Slot | str | None:
+    def _bind_bias(self, item: Item, weight: Slot) -> Slot | str | None:
         """The slot of the bias, or why there is none."""
         frame = item.call.frame
         if item.op == "Embedding":
@@ -1101,7 +716,7 @@ class _Reader:
             reads.update(dict.fromkeys(_roots(value), "the output of the model"))
         return reads
 
-    def _check_reads(self, item: _Item, used: Mapping[int, str]) -> None:
+    def _check_reads(self, item: Item, used: Mapping[int, str]) -> None:
         if item.linear is None or item.weight is None:
             return
         for what, value in (("weight", item.weight), ("bias", item.bias)):
@@ -1121,9 +736,9 @@ class _Reader:
             for v in self.recording.slots.values()
         )
 
-    def _check_sharing(self, linears: list[_Item]) -> None:
+    def _check_sharing(self, linears: list[Item]) -> None:
         """Refuse operators that store one parameter in different ways."""
-        uses: dict[str, list[_Item]] = {}
+        uses: dict[str, list[Item]] = {}
         for item in linears:
             assert isinstance(item.place, LinearPlace)
             for slot in (item.place.weight, item.place.bias):
@@ -1176,7 +791,7 @@ class _Reader:
     def _part_twins(self) -> None:
         """Let no operator read one value twice: a copy stands between."""
         count = 0
-        parted: list[_Item] = []
+        parted: list[Item] = []
         for item in self.items:
             if len(set(item.inputs)) < len(item.inputs):
                 seen: set[str] = set()
@@ -1188,7 +803,7 @@ class _Reader:
                         if name not in self.shapes:
                             del self.shapes[again]
                         parted.append(
-                            _Item("Identity", [name], [again], item.call, name=f"{item.name} again {count}")
+                            Item("Identity", [name], [again], item.call, name=f"{item.name} again {count}")
                         )
                         item.inputs[place] = again
                     seen.add(name)
@@ -1206,20 +821,20 @@ _COPYING = frozenset(("add", "radd", "sub", "mul", "rmul", "div", "truediv", "cl
 """What makes a tensor of its own even where it changes nothing, as in `0 + x`."""
 
 
-def _shares(item: _Item) -> bool:
+def _shares(item: Item) -> bool:
     """Whether the output of an item may lie in the memory of its input."""
     known = {value.memory for value in (*item.call.reads.values(), *(old for old, _ in item.call.changed))}
     copies = item.op == "Identity" and item.call.label in _COPYING and not item.call.changed
     return item.op in _SHARING and not (copies and item.call.made[0].memory not in known)
 
 
-def _changed(item: _Item) -> list[str]:
+def _changed(item: Item) -> list[str]:
     """The values of an item whose memory it changes: those that it names, or any of them."""
     call = item.call
     return [old.name for old, _ in call.changed] if len(call.changed) >= len(call.written) else item.inputs
 
 
-def _agree(readers: Sequence[_Item]) -> bool:
+def _agree(readers: Sequence[Item]) -> bool:
     """Whether all readers of a value are BatchNorms that compute the same."""
     affines = [reader.affine for reader in readers if reader.is_batchnorm]
     first = affines[0] if affines else None
@@ -1241,14 +856,14 @@ def _obstacle(frame: Frame) -> str:
     return "its code branches on numbers that it computes" if frame.branches else ""
 
 
-def _more(within: Sequence[_Item]) -> str:
+def _more(within: Sequence[Item]) -> str:
     """What the code of a module does besides normalising."""
     labels = dict.fromkeys(item.call.label for item in within if not item.is_batchnorm)
     names = ", ".join(f"`{label}`" for label in list(labels)[:3])
     return f"its own code does more than normalise and activate: {names or 'it keeps what it computes'}"
 
 
-def _is_bias(item: _Item, linear: _Item) -> bool:
+def _is_bias(item: Item, linear: Item) -> bool:
     """Whether an item adds a stored vector to the product of a matrix."""
     assert linear.linear is not None
     values = [v for v in item.call.reads.values() if v.slots]
@@ -1261,7 +876,7 @@ def _is_bias(item: _Item, linear: _Item) -> bool:
     return bias.constant and last and whole and bias.shape[-1:] == (outputs,)
 
 
-def _turns(head: Sequence[_Item]) -> Iterator[tuple[_Item, list[int]]]:
+def _turns(head: Sequence[Item]) -> Iterator[tuple[Item, list[int]]]:
     """The parts of an affine map, each with the axes of its input as axes of the whole map's."""
     axes: list[int] = []
     for item in head:
@@ -1275,13 +890,13 @@ def _turns(head: Sequence[_Item]) -> Iterator[tuple[_Item, list[int]]]:
     yield head[-1], axes
 
 
-def _is_straight(head: Sequence[_Item]) -> bool:
+def _is_straight(head: Sequence[Item]) -> bool:
     """Whether the axes come out of an affine map in the order in which they went in."""
     *_, (_, axes) = _turns(head)
     return axes == sorted(axes)
 
 
-def _compose(head: Sequence[_Item]) -> Affine | None:
+def _compose(head: Sequence[Item]) -> Affine | None:
     """One affine map of several parts, with the axes of the first one's input."""
     whole: Affine | None = None
     for item, axes in list(_turns(head))[:-1]:
@@ -1303,19 +918,17 @@ def _settings(thing: Any) -> Iterator[Any]:
         yield thing
 
 
-def replace_item(first: _Item, head: list[_Item]) -> _Item:
+def replace_item(first: Item, head: list[Item]) -> Item:
     """One BatchNormalization in the place of the parts of an affine map."""
-    one = _Item("BatchNormalization", list(head[0].inputs), list(head[-1].outputs), first.call)
+    one = Item("BatchNormalization", list(head[0].inputs), list(head[-1].outputs), first.call)
     one.attributes = {k: v for k, v in first.attributes.items() if k == "reason"}
     one.statistics = first.statistics
     return one
 
 
-def _absent(path: str, reason: str) -> _Item:
+def _absent(path: str, reason: str) -> Item:
     call = Call(-1, "batch_norm", (), {}, Frame(None, path, None))
-    item = _Item(
-        "BatchNormalization", [f"input of {path}"], [f"output of {path}"], call, name=path, site=path
-    )
+    item = Item("BatchNormalization", [f"input of {path}"], [f"output of {path}"], call, name=path, site=path)
     item.refuse(reason)
     return item
 
@@ -1404,7 +1017,7 @@ def _choose(value: Value, frame: Frame) -> Slot | None:
     return value.slots[0] if len(value.slots) == 1 else None
 
 
-def _kind(item: _Item) -> Any:
+def _kind(item: Item) -> Any:
     assert item.linear is not None
     assert isinstance(item.place, LinearPlace)
     linear = item.linear
@@ -1420,7 +1033,7 @@ def _kind(item: _Item) -> Any:
     return (item.place.weight.name, bias, item.place.transposed, item.bias is None, *form)
 
 
-def _stand_in(item: _Item, value: str) -> nn.Module | None:
+def _stand_in(item: Item, value: str) -> nn.Module | None:
     """A module that computes what a call does after an affine map, where that is a plain activation."""
     make = TAILS.get(item.call.label)
     if make is None or item.inputs != [value] or len(item.outputs) != 1 or len(item.call.reads) != 1:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from bnfold.graph import Graph, Node
-from bnfold.torch.read import Reading, Step, copy_structure, draw_steps
+from bnfold.torch.read import Reading, Step, draw_steps
+from bnfold.torch.running import copy_structure
 from bnfold.torch.write import become
 from bnfold.travel import Journey
 

@@ -1,0 +1,199 @@
+"""Draw recorded calls, one by one, as items that are not bound to any storage yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bnfold.algebra import Affine, Array, Linear, batchnorm
+from bnfold.torch.constants import Evaluator
+from bnfold.torch.recording import (
+    Call,
+    Recording,
+    Slot,
+    Value,
+)
+from bnfold.torch.rows import draw
+
+__all__ = ["Draft", "Item", "LinearPlace", "NormPlace"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPlace:
+    """Where a linear operator keeps its numbers.
+
+    Attributes:
+        weight: the slot of its weight; `transposed` where the operator uses the transpose of what is stored.
+        bias: the slot of its bias, or where one can be added; None where none can.
+        computed: how the weight is computed, "parametrization" or "hook"; empty where it is stored as it is.
+    """
+
+    weight: Slot
+    transposed: bool
+    bias: Slot | None
+    computed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NormPlace:
+    """The module that a BatchNorm is, and what that module does afterwards.
+
+    Attributes:
+        path: its qualified name.
+        tail: what follows the affine map: names of its own children, or modules that stand for a function.
+        channels: how many; `axis` is counted from the front, `rank` is that of its input.
+    """
+
+    path: str
+    tail: tuple[tuple[str, nn.Module | None], ...]
+    dtype: torch.dtype
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """A node as it is being drawn."""
+
+    op: str
+    inputs: list[str]
+    outputs: list[str]
+    call: Call
+    attributes: dict[str, Any] = field(default_factory=dict)
+    affine: Affine | None = None
+    linear: Linear | None = None
+    weight: Value | None = None
+    bias: Value | None = None
+    statistics: dict[str, Value | None] = field(default_factory=dict)
+    name: str = ""
+    site: str = ""
+    place: LinearPlace | NormPlace | None = None
+    joined: Call | None = None
+
+    @property
+    def is_batchnorm(self) -> bool:
+        """Whether it is owed a verdict."""
+        return self.op == "BatchNormalization"
+
+    def become_opaque(self, op: str) -> None:
+        """Let nothing travel through it."""
+        self.op, self.affine, self.linear, self.weight, self.bias = op, None, None, None, None
+
+    def refuse(self, reason: str) -> None:
+        """Keep it where it is, for this reason."""
+        self.affine = self.linear = None
+        self.attributes = {"reason": reason}
+
+
+class Draft:
+    """Takes nodes for one recording."""
+
+    def __init__(self, recording: Recording, evaluator: Evaluator) -> None:
+        self.recording, self.evaluator = recording, evaluator
+        self.items: list[Item] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.call: Call = recording.calls[0] if recording.calls else None  # type: ignore[assignment]
+        self.count = 0
+        read = {id(value) for call in recording.calls for value in call.reads.values()}
+        for call in recording.calls:
+            if not call.constant and (call.reads or call.made):
+                self._draw(call, any(id(value) in read for value in call.written))
+        for value in recording.inputs.values():
+            self.shapes[value.name] = value.shape
+
+    def _draw(self, call: Call, aliased: bool) -> None:
+        self.call = call
+        before = len(self.items)
+        drawn = not aliased and draw(self, call)
+        taken = {name for item in self.items[before:] for name in item.inputs}
+        missed = any(not v.constant and not v.slots and v.name not in taken for v in call.reads.values())
+        if not drawn or missed:
+            del self.items[before:]
+            self._draw_opaque(call)
+        for value in (*call.made, *call.written):
+            self.shapes[value.name] = value.shape
+
+    def _draw_opaque(self, call: Call) -> None:
+        inputs = [v.name for v in call.reads.values() if not v.constant and not v.slots]
+        outputs = [v.name for v in (*call.made, *call.written) if not v.slots]
+        self.items.append(Item(call.label, inputs, outputs, call))
+
+    # -- what rows call
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[Value | str],
+        outputs: Sequence[Value | str],
+        affine: Affine | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Draw a node."""
+        given, made = ([v if isinstance(v, str) else v.name for v in side] for side in (inputs, outputs))
+        self.items.append(Item(op, given, made, self.call, attributes, affine))
+
+    def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None:
+        """Draw a linear operator, whose storage is found later."""
+        item = Item(op, [x.name], [y.name], self.call, linear=linear, weight=weight, bias=bias)
+        item.inputs += [v.name for v in (weight, bias) if v is not None and not v.constant and not v.slots]
+        self.items.append(item)
+
+    def batchnorm(
+        self, x: Value, y: Value, statistics: dict[str, Value | None], eps: float, reason: str
+    ) -> None:
+        """Draw a BatchNorm, or one that stays for a reason."""
+        item = Item("BatchNormalization", [x.name], [y.name], self.call, statistics=statistics)
+        given = [v for v in statistics.values() if v is not None]
+        item.inputs += [v.name for v in given if not v.constant and not v.slots]
+        if not reason and not all(v.constant for v in given):
+            reason = "its statistics are computed or changed while the model runs"
+        if not reason:
+            arrays = {name: self.array(v) for name, v in statistics.items() if v is not None}
+            reason = _fault(arrays)
+            if not reason:
+                rest = {"gamma": arrays.get("weight", 1.0), "beta": arrays.get("bias", 0.0), "eps": eps}
+                scale, shift = batchnorm(arrays["running_mean"], arrays["running_var"], **rest)  # type: ignore[arg-type]
+                item.affine = Affine.along(1, x.rank, *_tiled(scale, shift, x.shape[1]))
+                if not item.affine.is_finite:
+                    reason = "its running variance plus eps is not positive somewhere, or a number overflows"
+        if reason:
+            item.refuse(reason)
+        self.items.append(item)
+
+    def between(self, shape: Sequence[int]) -> str:
+        """Name a value between two nodes of one call."""
+        self.count += 1
+        name = f"between {self.count}"
+        self.shapes[name] = tuple(shape)
+        return name
+
+    def array(self, constant: Any) -> Array | None:
+        """The numbers of a constant; None where it is none, or cannot be computed."""
+        if isinstance(constant, bool | int | float):
+            return np.asarray(float(constant))
+        if not isinstance(constant, Value) or not constant.constant:
+            return None
+        try:
+            return self.evaluator.array(constant)
+        except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
+            return None
+
+
+def _tiled(scale: Array, shift: Array, channels: int) -> tuple[Array, Array]:
+    return np.broadcast_to(scale, channels), np.broadcast_to(shift, channels)
+
+
+def _fault(arrays: Mapping[str, Array | None]) -> str:
+    """What is wrong with a BatchNorm's numbers, or nothing."""
+    for name, array in arrays.items():
+        if array is None:
+            return f"its {name} cannot be computed ahead"
+        if not np.isfinite(array).all():
+            return f"its {name} holds a number that is not finite"
+    variance = arrays["running_var"]
+    return (
+        "its running variance is negative somewhere" if variance is not None and (variance < 0).any() else ""
+    )

@@ -1,0 +1,259 @@
+"""Run a module without leaving a trace: buffers, inputs, hooks, modes and random states are as they were."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnfold.errors import UnreadableModel
+from bnfold.torch.recording import (
+    Recording,
+    leaves,
+    put_back,
+    record,
+    slot_values,
+)
+
+__all__ = [
+    "arrange",
+    "copied",
+    "copy_structure",
+    "first_line",
+    "is_meta",
+    "is_same",
+    "quiet",
+    "rebatched",
+    "record_pass",
+    "record_shapes",
+    "record_somehow",
+    "restored",
+    "undisturbed",
+    "unreadable",
+]
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """A copy of a module whose tensors are those of the module itself.
+
+    Raises:
+        UnreadableModel: something in it cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for _, tensor in leaves([module._parameters, module._buffers, vars(module)]):
+            memo[id(tensor)] = tensor
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise UnreadableModel(f"the model cannot be copied: {first_line(error)}; try inplace=True") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what went wrong."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def arrange(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments.
+
+    A tensor is the only argument, a dict holds keyword arguments, a tuple of a tuple (or list) and a dict holds both,
+    any other tuple or list holds positional ones.
+    """
+    if isinstance(example_inputs, dict) and all(isinstance(key, str) for key in example_inputs):
+        return (), dict(example_inputs)
+    if not isinstance(example_inputs, tuple | list):
+        return (example_inputs,), {}
+    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and _is_keywords(example_inputs[1]):
+        return tuple(example_inputs[0]), dict(example_inputs[1])
+    return tuple(example_inputs), {}
+
+
+def _is_keywords(thing: Any) -> bool:
+    return isinstance(thing, dict) and all(isinstance(key, str) for key in thing)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave every global random state as it was."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 the model may use it
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def restored(model: nn.Module, whole: bool = False, touched: list[str] | None = None) -> Iterator[None]:
+    """Put back every attribute, container and buffer that a pass with real tensors changes.
+
+    What is written into a parameter is put back with `whole`, which copies them all; one that is given another memory
+    gets its own back in any case. The names of attributes that were changed go to `touched`.
+    """
+    memories = [(p, p.data) for p in model.parameters() if type(p) is nn.Parameter]
+    kept = [(module, dict(vars(module)), _containers(vars(module))) for module in model.modules()]
+    tensors = [
+        (tensor, tensor.detach().clone()) for tensor in model.buffers() if not nn.parameter.is_lazy(tensor)
+    ]
+    tensors += copied(value.tensor for value in slot_values(model)) if whole else []
+    try:
+        yield
+    finally:
+        for module, attributes, containers in kept:
+            if touched is not None:
+                touched += _touched(vars(module), attributes, containers)
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in containers.items():
+                container = attributes[name]
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+        for parameter, memory in memories:
+            if parameter.data_ptr() != memory.data_ptr():
+                parameter.data = memory
+        with torch.no_grad():
+            for tensor, content in tensors:
+                if tensor.device.type != "meta" and not is_same(tensor, content):
+                    put_back(tensor, content)
+
+
+def copied(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    """Each tensor that has numbers of its own, with a copy of them."""
+    plain = (t for t in tensors if t is not None and type(t) in (Tensor, nn.Parameter) and not t.is_nested)
+    return [(t, t.detach().clone()) for t in plain if t.device.type != "meta" and t.layout is torch.strided]
+
+
+def is_same(tensor: Tensor, content: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, NaN among them."""
+    if tensor.shape != content.shape or tensor.dtype != content.dtype:
+        return False
+    if torch.equal(tensor, content):
+        return True
+    return bool(((tensor == content) | ((tensor != tensor) & (content != content))).all())
+
+
+def _touched(now: Mapping[str, Any], before: Mapping[str, Any], containers: Mapping[str, Any]) -> list[str]:
+    """The attributes that are others than before, or hold other things."""
+    names = [
+        name for name in now.keys() | before.keys() if now.get(name, now) is not before.get(name, before)
+    ]
+    held = ((name, before[name], content) for name, content in containers.items())
+    return names + [name for name, mine, content in held if _identities(mine) != _identities(content)]
+
+
+def _identities(container: Any) -> list[int]:
+    return [id(thing) for thing in (container.values() if isinstance(container, dict) else container)]
+
+
+def _containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: copy.copy(thing) for name, thing in attributes.items() if isinstance(thing, list | dict | set)
+    }
+
+
+def record_pass(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fake: bool,
+    unsteady: frozenset[str] = frozenset(),
+    touched: list[str] | None = None,
+) -> Recording:
+    """Record one pass of a model as it is, on real or on fake tensors."""
+    with undisturbed(), restored(model, touched=touched), quiet():
+        return record(model, args, kwargs, fake, unsteady)
+
+
+def record_somehow(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], touched: list[str]
+) -> Recording:
+    """Record with real tensors; with shapes alone where there are no numbers, or no memory or kernel for them.
+
+    Fake tensors are not the first choice: they take longer, and what a model caches outside of its modules (in an
+    `lru_cache`, say) would be poisoned with them.
+    """
+    if is_meta(model, args, kwargs):
+        try:
+            return record_pass(model, args, kwargs, True, touched=touched)
+        except Exception as error:
+            raise unreadable(model, error) from error
+    try:
+        return record_pass(model, args, kwargs, False, touched=touched)
+    except (NotImplementedError, torch.OutOfMemoryError) as error:
+        return record_shapes(model, args, kwargs, error, touched)
+    except Exception as error:
+        if "not implemented" in str(error):
+            return record_shapes(model, args, kwargs, error, touched)
+        raise unreadable(model, error) from error
+
+
+def record_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception, touched: list[str]
+) -> Recording:
+    """Record what cannot be run here; where that fails as well, the first problem is the one to report."""
+    try:
+        return record_pass(model, args, kwargs, True, touched=touched)
+    except Exception:  # noqa: BLE001
+        raise unreadable(model, error) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from logging what a fake tensor cannot do."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def is_meta(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor has no numbers."""
+    tensors = (*model.parameters(), *model.buffers(), *(tensor for _, tensor in leaves((args, kwargs))))
+    return any(tensor.device.type == "meta" for tensor in tensors)
+
+
+def unreadable(model: nn.Module, error: BaseException) -> UnreadableModel:
+    """What went wrong, by the name of the module in which it did."""
+    where = getattr(error, "bnfold_frame", "")
+    place = f"`{where}`" if where else f"`{type(model).__name__}`"
+    if operator := re.search(r"HigherOrderOperator (\w+)", str(error)):
+        return UnreadableModel(
+            f"{place} calls torch.{operator[1]}, which cannot be followed; use Python's own control flow"
+        )
+    return UnreadableModel(
+        f"{place} could not be run on the example inputs: {type(error).__name__}: {first_line(error)}"
+    )
+
+
+def rebatched(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    """The same inputs with another size along axis 0; of inputs that differ there, those of one size after another."""
+    sizes = [tensor.shape[0] for _, tensor in leaves((args, kwargs)) if tensor.dim()]
+    for size in list(dict.fromkeys(sizes))[:3]:
+        wide = 2 if size > 2 else size + 1
+
+        def stretch(tensor: Tensor, size: int = size, wide: int = wide) -> Tensor:
+            if not tensor.dim() or tensor.shape[0] != size:
+                return tensor
+            return tensor[torch.arange(wide, device=tensor.device) % size]
+
+        if size:
+            stretched = torch.utils._pytree.tree_map_only(Tensor, stretch, (args, kwargs))
+            wanted = [wide if each == size else each for each in sizes]
+            if [tensor.shape[0] for _, tensor in leaves(stretched) if tensor.dim()] == wanted:
+                yield stretched
