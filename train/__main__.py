@@ -215,6 +215,8 @@ def _show_inside(
 
 
 def _layers(text: str) -> int | str:
+    if text not in ("torch", "scratch") and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither a number of layers nor torch or scratch")
     number: int | str = text if text in ("torch", "scratch") else at_least(1)(text)
     return number
 
