@@ -104,7 +104,10 @@ def perform(recipe: Recipe, material: Material, seed: int, most: int | None = No
 def tabulate(outcomes: Sequence[Outcome]) -> Table:
     """Return one row for each run."""
     squeezed = any(outcome.recipe.steps < outcome.planned for outcome in outcomes)
-    caption = "steps squeezed where it says so: those losses are not to be held against the reference"
+    caption = (
+        "steps squeezed where it says so: those losses are not to be held against the reference, which is of the "
+        "lecture's own list"
+    )
     headings = ("recipe", "steps", "first", "train", "dev", "saturated", "dead", "update", "reference")
     return Table(headings, [outcome.row for outcome in outcomes], caption if squeezed else "", words=(8,))
 
