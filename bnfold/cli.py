@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from bnfold import __version__
 from bnfold.command import Parser
 
 __all__ = ["main"]
@@ -14,6 +15,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `bnfold COMMAND ...` and return its exit code."""
     parser = Parser(prog="bnfold", description="Fold BatchNorms, exactly, and prove it.")
+    parser.add_argument("--version", action="version", version=f"bnfold {__version__}")
     parser.add_argument("command", choices=["fold"], help="`bnfold fold --help` lists its options")
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = parser.parse_args(given[:1]).command

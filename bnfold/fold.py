@@ -28,6 +28,7 @@ from bnfold.errors import InputError, check_target, replacing, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from bnfold.checkpoint import Checkpoint
     from bnfold.report import Report
@@ -200,7 +201,18 @@ def _fold_checkpoint(options: argparse.Namespace) -> tuple[Report, str]:
     report = replace(report, evidence=tuple(evidence))
     if not options.dry_run:
         checkpoint.save(options.output, _folded(source, model, report, options.file))
-    return report, f"wrote {options.output}\nnext: python -m export {options.output}"
+    done = f"wrote {options.output}\nnext: python -m export {options.output}"
+    return report, "\n".join([*_describe_new(source.model, model), done])
+
+
+def _describe_new(before: nn.Module, after: nn.Module) -> list[str]:
+    """One line with every tensor that folding computed anew, and its shape; none where it computed none."""
+    old = before.state_dict()
+    new = [
+        name for name, tensor in after.state_dict().items() if name not in old or not tensor.equal(old[name])
+    ]
+    shapes = ("x".join(map(str, after.state_dict()[name].shape)) for name in new)
+    return [f"new: {', '.join(map(' '.join, zip(new, shapes, strict=True)))}"] if new else []
 
 
 def _folded(source: Checkpoint, model: Any, report: Report, path: Path) -> Checkpoint:

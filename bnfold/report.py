@@ -65,7 +65,7 @@ class Report:
         verdicts: one for every BatchNorm, in the order of computation.
         evidence: the comparisons that were made; empty where none was.
         notes: what else there is to say, each one sentence ("unverified: ...").
-        parameters: how many numbers the model holds, before and after.
+        parameters: how many floating-point numbers the model holds, statistics included, before and after.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -119,7 +119,7 @@ class Report:
         parts += [escape(note) for note in self.notes]
         if self.parameters is not None:
             before, after = self.parameters
-            parts.append(f"numbers in the model: {before:,} before, {after:,} after")
+            parts.append(f"parameters and statistics: {before:,} before, {after:,} after")
         return [*parts, escape(self.summary())]
 
 

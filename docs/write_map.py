@@ -25,6 +25,17 @@ FOLDERS = {
 }
 
 
+ROOT_FILES = {
+    "Makefile": "demo, test, test-all, lint, bench, clean: each does its own set-up",
+    "pyproject.toml": "the package, its extras, and how strict the linters are",
+    "constraints.txt": "every pin",
+    ".ci/run": "what continuous integration runs",
+    "CHANGELOG.md": "what users notice",
+    "CONTRIBUTING.md": "four commands",
+    "tests/conftest.py": "what every test may use; the rest of `tests/` mirrors the packages",
+}
+
+
 def describe(path: Path) -> str:
     """The first sentence of a Python file's docstring, or the heading of a page."""
     text = path.read_text(encoding="utf-8")
@@ -40,7 +51,8 @@ def draw() -> str:
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
-    lines = []
+    lines = ["\n| file | |", "|---|---|"]
+    lines += [f"| [`{name}`]({name}) | {says} |" for name, says in ROOT_FILES.items()]
     for folder, says in FOLDERS.items():
         lines += [f"\n**`{folder}/`** {says}\n", "| file | |", "|---|---|"]
         for name in tracked:

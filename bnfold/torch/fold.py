@@ -120,7 +120,7 @@ def verify(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Evidence, 
 def _count(model: nn.Module) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     lazy = nn.parameter.is_lazy
-    return sum(t.numel() for t in tensors.values() if not lazy(t))
+    return sum(t.numel() for t in tensors.values() if not lazy(t) and t.dtype.is_floating_point)
 
 
 def run(model: nn.Module, example_inputs: Any) -> dict[str, np.ndarray[Any, Any]]:

@@ -12,7 +12,9 @@ inputs is given random ones of the recorded shapes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ __all__ = ["fold_program", "fold_program_file"]
 aten = torch.ops.aten
 
 
+@contextmanager
+def _without_own_advice() -> Iterator[None]:
+    """Torch loads and copies programs by what torch itself calls deprecated; that is no news to anybody here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+        yield
+
+
+@_without_own_advice()
 def fold_program_file(source: str | Path, target: str | Path | None, **options: Any) -> Report:
     """Fold a `.pt2` file into another one.
 
