@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 
 import bnfold.onnx
 from tests.onnx_models import run
@@ -276,13 +276,16 @@ def check(data):
     draw = np.random.default_rng(0)
     feed = {"x": draw.standard_normal((2, 3, 6, 6)).astype(np.float32), "yes": np.array(True)}
     feeds = [feed, feed | {"yes": np.array(False)}]
+    try:
+        truths = [run(some, each) for each in feeds]
+    except InvalidArgument:  # an image that was cropped to nothing
+        reject()
     folded, report = bnfold.onnx.fold(some, feeds, lower=data.draw(st.booleans()))
     onnx.checker.check_model(folded, full_check=True)
     exact = [item for item in report.evidence if item.question == "float64"]
     assert all(item.bound < 1e-8 for item in exact)
     assert bool(exact) == report.verified
-    for given_feed in feeds:
-        wanted = run(some, given_feed)
+    for given_feed, wanted in zip(feeds, truths, strict=True):
         assert_close(run(folded, given_feed), wanted)
         if survives_optimisation(some, given_feed, wanted):
             assert_close(run(folded, given_feed, optimised=True), wanted)
