@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).parent.parent
 MAKEMORE = CHECKOUT.parent / "shared" / "data" / "makemore-names.txt"
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-settings.register_profile("bnfold", deadline=None, print_blob=True)
+settings.register_profile("bnfold", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("bnfold")
 
 
