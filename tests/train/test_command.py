@@ -18,28 +18,12 @@ import train.__main__ as command
 from bnfold import calibrate
 from bnfold.checkpoint import load
 from tests.conftest import CHECKOUT
+from tests.train.names import NAMES
 from train.evaluate import measure
 from train.material import prepare
 from train.recipes import RECIPES
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-NAMES = [
-    "emma",
-    "olivia",
-    "ava",
-    "sophia",
-    "amelia",
-    "mia",
-    "ella",
-    "anna",
-    "eva",
-    "lily",
-    "ivy",
-    "noah",
-    "liam",
-    "leo",
-]
 
 
 @pytest.fixture

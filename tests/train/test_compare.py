@@ -13,23 +13,8 @@ import train.__main__ as command
 import train.sample as sample
 from bnfold.checkpoint import Checkpoint, InputDomain, drop_identities, load, save
 from bnfold.errors import InputError
+from tests.train.names import NAMES
 from train.compare import compare, load_side
-
-NAMES = [
-    "emma",
-    "olivia",
-    "ava",
-    "sophia",
-    "amelia",
-    "mia",
-    "ella",
-    "anna",
-    "eva",
-    "lily",
-    "ivy",
-    "noah",
-    "leo",
-]
 
 
 @pytest.fixture(scope="module")

@@ -7,24 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from tests.train.names import NAMES
 from train import lab
 from train.recipes import RECIPES
-
-NAMES = [
-    "emma",
-    "olivia",
-    "ava",
-    "sophia",
-    "amelia",
-    "mia",
-    "ella",
-    "anna",
-    "eva",
-    "lily",
-    "ivy",
-    "noah",
-    "leo",
-]
 
 
 @pytest.fixture(autouse=True)
