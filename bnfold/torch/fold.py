@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, judge, measure
 from bnfold.errors import NotEquivalent, UnreadableModel
-from bnfold.graph import Graph
 from bnfold.report import Evidence, Report
 from bnfold.torch.read import Reading, read
 from bnfold.torch.recording import leaves, put_back
@@ -58,7 +57,8 @@ def fold(
     """
     reading, journey = plan(model, example_inputs, Options(**options))
     size = _count(model)
-    comparison = _Comparison(model, example_inputs, journey) if verify else None
+    changed = sum(node.linear is not None and node.linear.changed for node in journey.graph.nodes)
+    comparison = _Comparison(model, example_inputs, changed) if verify else None
     if comparison is not None:
         comparison.writes, comparison.dtype = reading.writes, _coarsest(model, reading.dtypes)
         comparison.run_before(model)
@@ -106,10 +106,8 @@ def verify(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Evidence, 
         NotEquivalent: they differ; the message names the worst input and element.
         UnreadableModel: one of them does not run on these inputs.
     """
-    comparison = _Comparison(before, inputs, Journey(Graph((), (), ()), ()))
-    comparison.changed = sum(
-        isinstance(getattr(module, "weight", None), Tensor) for module in after.modules()
-    )
+    weights = sum(isinstance(getattr(module, "weight", None), Tensor) for module in after.modules())
+    comparison = _Comparison(before, inputs, weights)
     comparison.run_before(before)
     comparison.run_exact(before, lambda twin: None, after)
     if comparison.before is None and comparison.exact is None:
@@ -183,10 +181,10 @@ def _double() -> Iterator[None]:
 class _Comparison:
     """The outputs before and after, in two precisions."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, journey: Journey) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any, changed: int) -> None:
         self.inputs = [example_inputs, *_perturbed(example_inputs)]
         self.dtype = _coarsest(model)
-        self.changed = sum(node.linear is not None and node.linear.changed for node in journey.graph.nodes)
+        self.changed = changed
         self.before: list[Outputs] | None = None
         self.exact: tuple[list[Outputs], list[Outputs]] | None = None
         self.narrow = False
