@@ -26,8 +26,8 @@ def copy_producers(graph: Graph, batchnorms: Iterable[str]) -> tuple[Graph, froz
         batchnorms: names of nodes.
 
     Returns:
-        The graph with a copy behind each operator that is copied (`attributes` say `copy_of` which and for which
-        `reader`), and the names of the BatchNorms that read one.
+        The graph with a copy behind each operator that is copied (see `Node.copied`), and the names of the BatchNorms
+        that read one.
     """
     copies: dict[str, list[Node]] = {}
     readers: dict[str, Node] = {}
@@ -49,7 +49,7 @@ def copy_producers(graph: Graph, batchnorms: Iterable[str]) -> tuple[Graph, froz
 
 def original(question: Callable[[Node], str]) -> Callable[[Node], str]:
     """Ask a question about a linear node of the operator that it is a copy of."""
-    return lambda node: question(replace(node, name=node.attributes.get("copy_of", node.name)))
+    return lambda node: question(replace(node, name=node.copied[0] if node.copied else node.name))
 
 
 def _is_shared(graph: Graph, value: str) -> bool:
@@ -58,11 +58,12 @@ def _is_shared(graph: Graph, value: str) -> bool:
 
 def _copy(producer: Node, reader: Node) -> Node:
     name = f"{producer.name}.for.{reader.name}"
-    attributes = {**producer.attributes, "copy_of": producer.name, "reader": reader.name}
-    return replace(producer, name=name, outputs=(f"{name}.output",), attributes=attributes, site="")
+    return replace(
+        producer, name=name, outputs=(f"{name}.output",), site="", copied=(producer.name, reader.name)
+    )
 
 
 def _pairs(graph: Graph, copies: dict[str, list[Node]]) -> list[tuple[Node, Node]]:
     """Each copy's BatchNorm, with the copy; of those whose shape is known."""
-    pairs = [(graph[copy.attributes["reader"]], copy) for made in copies.values() for copy in made]
+    pairs = [(graph[copy.copied[1]], copy) for made in copies.values() for copy in made if copy.copied]
     return [(node, copy) for node, copy in pairs if node.inputs[0] in graph.shapes]

@@ -9,7 +9,7 @@ The vocabulary is ONNX's operator names, in a canonical form that `read` makes o
   `attributes`; axes are not negative.
 - A linear operator with a constant weight is Gemm, MatMul, Conv, ConvTranspose or Embedding and has a `linear`.
 - A BatchNorm in any disguise is BatchNormalization and has an `affine`; one that cannot be moved at all (it is in
-  training mode, say) has none, and the reason in `attributes["reason"]`. So has a linear operator that cannot absorb.
+  training mode, say) has none, and a `reason`. So has a linear operator that cannot absorb.
 - Any other Add, Sub, Mul or Div by a constant is Affine, with its `affine`.
 - A body (If, Loop, Scan, a scripted call) is one node that reads every value it captures.
 - What the table in `operators` does not know stands under its own name, and nothing travels through it.
@@ -45,6 +45,9 @@ class Node:
             called twice), so they must come out of folding alike: all erased, or all with the same new weight.
         linear: of a linear operator.
         affine: of a BatchNormalization or an Affine, with the rank of `inputs[0]`.
+        reason: why there is no `affine`, or no `linear`, where there should be one ("it is in training mode").
+        partial: of what mixes positions, why the weights of some mean do not sum to one ("it counts zero padding").
+        copied: of a copy that `duplicate` made, the node that it is a copy of and the BatchNorm that reads it.
     """
 
     name: str
@@ -55,6 +58,9 @@ class Node:
     site: str = ""
     linear: Linear | None = None
     affine: Affine | None = None
+    reason: str = ""
+    partial: str = ""
+    copied: tuple[str, str] | None = None
 
     @property
     def place(self) -> str:
@@ -65,6 +71,10 @@ class Node:
     def is_batchnorm(self) -> bool:
         """Whether it is owed a verdict."""
         return self.op == "BatchNormalization"
+
+    def leave(self, affine: Affine) -> Node:
+        """The plain affine, no longer owed a verdict, that is left in its place."""
+        return replace(self, op="Affine", affine=affine)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,14 +9,14 @@ The answer is an affine per input (or per output), with None for "as it is", or,
 in, the new `Linear` (a linear operator) or `Affine` (another BatchNorm). A row that cannot, raises `Refuse` with a
 clause for the report. An operator that is not in the table refuses everything, so forgetting one is safe.
 
-Adding an operator is one row here; what a row asks of `node.attributes` is listed beside it, and the tests that are
-driven by the table pick it up.
+Each row stands below its two transfers. Adding an operator is a line here, and a row where none of these fits; the
+tests that are driven by the table pick it up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -25,7 +25,36 @@ import numpy as np
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.graph import Dim, Node, Shape
 
-__all__ = ["CARRIERS", "SELECTORS", "TABLE", "Refuse", "Row", "Surroundings", "find"]
+__all__ = ["TABLE", "Refuse", "Row", "Surroundings", "find"]
+
+
+def _table() -> dict[str, Row]:
+    rows = {
+        "Gemm MatMul Conv ConvTranspose Embedding": ABSORB,  # what is below; above, a shift only without padding
+        "BatchNormalization": COMPOSE,  # where nothing better can be had
+        "Affine": CONJUGATE,  # its own numbers stay; on its other side the affine has others
+        "Identity Dropout": PASS,
+        "Cast": CAST,  # unless it narrows
+        "Reshape Flatten Squeeze Unsqueeze": REGROUP,  # carry the numbers along
+        "Transpose": TRANSPOSE,
+        "Slice": SLICE,  # what is not read may be anything
+        "Gather": TAKE,
+        "Split": SPLIT,
+        "Concat": CONCAT,  # cuts going up, joins going down
+        "Expand": EXPAND,  # where the copies need not differ
+        "Tile": TILE,
+        "DepthToSpace": SPREAD,  # each channel's numbers repeat
+        "SpaceToDepth": COLLECT,
+        "Add Sum": ADD,  # up: the scale into every operand, the shift into one; down: where all are scaled alike
+        "Sub": SUBTRACT,
+        "Mul Div": MULTIPLY,  # the scale into one factor
+        "AveragePool ReduceMean Resize Pad": MEAN,  # whole; the scale alone where some weights do not sum to one
+        "ReduceSum": TOTAL,  # the scale
+        "MaxPool ReduceMax": MAXIMUM,  # if no scale is negative
+        "Relu LeakyRelu PRelu Abs": HOMOGENEOUS,  # a scale that is nowhere negative, no shift
+    }
+    return {op: row for ops, row in rows.items() for op in ops.split()}
+
 
 Flow = Sequence[Affine | None]
 """One affine per output (or input) of a node; None is the identity."""
@@ -55,14 +84,18 @@ class Row:
         up, down: the two transfers.
         shift: whose inputs decide whether a shift can go up: ``"all"`` of them, ``"any"`` of them, or ``"none"``.
         asks: the attributes that `up` and `down` read.
-        says: the row in words, for the documentation.
+        carries: whether it passes down all that it is given, and so no less than what there is to refuse further down.
+        selects: whether it reads only a part of a value, so that the rest may change under it.
+        signs: of a sum, the sign of its first operand and that of every other one.
     """
 
     up: Callable[[Node, Surroundings, Flow], Answer]
     down: Callable[[Node, Surroundings, Flow], Answer]
-    shift: str
-    asks: tuple[str, ...]
-    says: str
+    shift: str = "none"
+    asks: tuple[str, ...] = ()
+    carries: bool = False
+    selects: bool = False
+    signs: tuple[float, float] | None = None
 
 
 def find(node: Node) -> Row:
@@ -77,14 +110,18 @@ def find(node: Node) -> Row:
     return row
 
 
+def sign_of(node: Node, place: int) -> float:
+    """The sign of an operand of a sum: -1 for what is subtracted."""
+    first, other = find(node).signs or (1.0, 1.0)
+    return other if place else first
+
+
 # ---------------------------------------------------------------- linear operators and affines absorb
 
 
 def _linear(node: Node) -> Linear:
     if node.linear is None:
-        raise Refuse(
-            f"`{node.name}` ({node.op}) cannot absorb: {node.attributes.get('reason', 'it has no weight')}"
-        )
+        raise Refuse(f"`{node.name}` ({node.op}) cannot absorb: {node.reason or 'it has no weight'}")
     return node.linear
 
 
@@ -119,9 +156,12 @@ def _absorb_before(node: Node, around: Surroundings, given: Flow) -> Answer:
     return linear.absorb_before(scale, shift)
 
 
+ABSORB = Row(_absorb_after, _absorb_before)
+
+
 def _affine(node: Node) -> Affine:
     if node.affine is None:
-        raise Refuse(f"`{node.name}` stays: {node.attributes.get('reason', 'its numbers are not constant')}")
+        raise Refuse(f"`{node.name}` stays: {node.reason or 'its numbers are not constant'}")
     if not node.affine.is_finite:
         raise Refuse(f"`{node.name}` ({node.op}) holds a number that is not finite")
     return node.affine
@@ -133,6 +173,9 @@ def _compose_after(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 
 def _compose_before(node: Node, around: Surroundings, given: Flow) -> Answer:
     return _affine(node).after(_only(given))
+
+
+COMPOSE = Row(_compose_after, _compose_before)
 
 
 def _conjugate_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
@@ -147,6 +190,9 @@ def _conjugate_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     """Leave the constant alone and pass what is left: `F A = B F` has `B = F A F^-1`, which needs no inverse."""
     own, affine = _affine(node), _only(given)
     return [Affine.of(affine.scale, own.scale * affine.shift + own.shift * (1 - affine.scale)).collapse()]
+
+
+CONJUGATE = Row(_conjugate_up, _conjugate_down, "all")
 
 
 # ---------------------------------------------------------------- data movement carries the numbers along
@@ -176,10 +222,16 @@ def _pass(node: Node, around: Surroundings, flow: Flow) -> Answer:
     return [_only(flow)]
 
 
+PASS = Row(_pass, _pass, "all", carries=True)
+
+
 def _cast(node: Node, around: Surroundings, flow: Flow) -> Answer:
     if not node.attributes["lossless"]:
         raise Refuse(f"`{node.name}` (Cast) rounds to a narrower type")
     return [_only(flow)]
+
+
+CAST = Row(_cast, _cast, "all", ("lossless",), carries=True)
 
 
 def _reshape_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
@@ -260,6 +312,9 @@ def _run(source: Shape, target: Shape, i: int, j: int) -> tuple[int, int]:
     return a, b
 
 
+REGROUP = Row(_reshape_up, _reshape_down, "all", carries=True)
+
+
 def _transpose_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     inverse = np.argsort(node.attributes["perm"])
     return [_only(wanted).map(lambda array: np.transpose(array, inverse))]
@@ -267,6 +322,9 @@ def _transpose_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 
 def _transpose_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     return [_only(given).map(lambda array: np.transpose(array, node.attributes["perm"]))]
+
+
+TRANSPOSE = Row(_transpose_up, _transpose_down, "all", ("perm",), carries=True)
 
 
 def _slice_down(node: Node, around: Surroundings, given: Flow) -> Answer:
@@ -300,6 +358,9 @@ def _slice_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     return [_only(wanted).map(spread)]
 
 
+SLICE = Row(_slice_up, _slice_down, "all", ("slices",), selects=True)
+
+
 def _take_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     axis, indices = node.attributes["axis"], np.asarray(node.attributes["indices"])
 
@@ -327,6 +388,9 @@ def _take_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
         return np.moveaxis(full, 0, axis)
 
     return [_only(wanted).map(spread)]
+
+
+TAKE = Row(_take_up, _take_down, "all", ("axis", "indices"), selects=True)
 
 
 def _pieces(affine: Affine, axis: int, sizes: Sequence[int]) -> list[Affine]:
@@ -375,6 +439,9 @@ def _concat_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     return [_join(given, node.attributes["axis"], _sizes(node, around))]
 
 
+CONCAT = Row(_concat_up, _concat_down, "all", ("axis",), carries=True)
+
+
 def _split_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     return [_join(wanted, node.attributes["axis"], node.attributes["sizes"])]
 
@@ -383,12 +450,18 @@ def _split_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     return _pieces(_only(given), node.attributes["axis"], node.attributes["sizes"])
 
 
+SPLIT = Row(_split_up, _split_down, "all", ("axis", "sizes"), selects=True)
+
+
 def _expand_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     return [_narrow(node, around, _only(wanted), node.inputs[0])]
 
 
 def _expand_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     return [_widen(_only(given), len(_shape(node, around, node.outputs[0])))]
+
+
+EXPAND = Row(_expand_up, _expand_down, "all", carries=True)
 
 
 def _narrow(node: Node, around: Surroundings, affine: Affine, value: str) -> Affine:
@@ -438,6 +511,9 @@ def _tile_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     ]
 
 
+TILE = Row(_tile_up, _tile_down, "all", ("repeats",), carries=True)
+
+
 def _channels_to_blocks(node: Node, around: Surroundings, flow: Flow) -> Answer:
     """The affine on the deep side of a DepthToSpace, from the one on its wide side."""
     affine, block = _only(flow), node.attributes["blocksize"]
@@ -469,6 +545,10 @@ def _blocks_to_channels(node: Node, around: Surroundings, flow: Flow) -> Answer:
     return [affine.map(merge)]
 
 
+SPREAD = Row(_channels_to_blocks, _blocks_to_channels, "all", ("blocksize", "mode"))
+COLLECT = Row(_blocks_to_channels, _channels_to_blocks, "all", ("blocksize", "mode"))
+
+
 # ---------------------------------------------------------------- several operands
 
 
@@ -484,8 +564,11 @@ def _add_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
             whole = _narrow(node, around, affine, node.inputs[place])
         except Refuse:
             continue
-        sign = -1.0 if node.op == "Sub" and place == 1 else 1.0
-        return [*scaled[:place], Affine(whole.scale, sign * whole.shift), *scaled[place + 1 :]]
+        return [
+            *scaled[:place],
+            Affine(whole.scale, sign_of(node, place) * whole.shift),
+            *scaled[place + 1 :],
+        ]
     raise Refuse(f"no operand of `{node.name}` ({node.op}) can take the shift")
 
 
@@ -495,10 +578,8 @@ def _add_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     each = [Affine.identity(rank) if affine is None else _widen(affine, rank) for affine in given]
     if any(not _alike(each[0].scale, other.scale) for other in each):
         raise Refuse(f"`{node.name}` ({node.op}) has another operand that is not scaled")
-    signs = [-1.0 if node.op == "Sub" and place else 1.0 for place in range(len(each))]
-    shift = sum(
-        (sign * affine.shift for sign, affine in zip(signs, each, strict=True)), np.zeros((1,) * rank)
-    )
+    shifts = (sign_of(node, place) * affine.shift for place, affine in enumerate(each))
+    shift = sum(shifts, np.zeros((1,) * rank))
     return [Affine.of(each[0].scale, shift).collapse()]
 
 
@@ -507,6 +588,10 @@ def _alike(first: Array, second: Array) -> bool:
         return bool(np.all(first == second))
     except ValueError:
         return False
+
+
+ADD = Row(_add_up, _add_down, "any", signs=(1.0, 1.0))
+SUBTRACT = replace(ADD, signs=(1.0, -1.0))
 
 
 def _multiply_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
@@ -533,6 +618,9 @@ def _multiply_down(node: Node, around: Surroundings, given: Flow) -> Answer:
             raise Refuse(f"`{node.name}` (Div) divides by it")
         product = _widen(_linear_only(node, affine), rank).after(product)
     return [product.collapse()]
+
+
+MULTIPLY = Row(_multiply_up, _multiply_down)
 
 
 # ---------------------------------------------------------------- pooling, resizing, padding, activations
@@ -562,9 +650,7 @@ def _uniform(node: Node, affine: Affine, axes: Iterable[int]) -> Affine:
     return affine
 
 
-def _window(
-    checks: Callable[[Node, Affine], Affine], says: str, asks: tuple[str, ...] = (), shift: str = "all"
-) -> Row:
+def _window(checks: Callable[[Node, Affine], Affine], shift: str = "none") -> Row:
     """The row of an operator that combines positions along `axes`, within each channel."""
 
     def down(node: Node, around: Surroundings, given: Flow) -> Answer:
@@ -580,102 +666,23 @@ def _window(
             affine = affine.map(lambda array: np.expand_dims(array, tuple(axes)))
         return [checks(node, _uniform(node, affine, axes))]
 
-    return Row(up, down, shift, ("axes", "keepdims", *asks), says)
+    return Row(up, down, shift, ("axes", "keepdims"))
 
 
 def _averaged(node: Node, affine: Affine) -> Affine:
-    partial = node.attributes.get("partial", "")
-    return _linear_only(node, affine, partial) if partial else affine
+    return _linear_only(node, affine, node.partial) if node.partial else affine
+
+
+MEAN = _window(_averaged, "all")
+TOTAL = _window(_linear_only)
+MAXIMUM = _window(_monotone, "all")
 
 
 def _homogeneous(node: Node, around: Surroundings, flow: Flow) -> Answer:
     return [_monotone(node, _linear_only(node, _only(flow)))]
 
 
-_ABSORB = Row(
-    _absorb_after,
-    _absorb_before,
-    "none",
-    ("linear",),
-    "absorbs: any affine below it, above it a shift only where every output sums every tap",
-)
-_CARRY_SOME = "carries the numbers along; what it drops may be anything"
-_REPEAT = "repeats each channel's numbers"
-_MEAN = _window(_averaged, "passes; only the scale where some weights do not sum to one", ("partial",))
-_MAX = _window(_monotone, "passes if no scale is negative")
-_SUM = _window(_linear_only, "passes the scale", shift="none")
-_MOVE = Row(
-    _reshape_up, _reshape_down, "all", (), "carries the numbers along, through the regrouping of the axes"
-)
-_PASS = Row(_pass, _pass, "all", (), "passes")
-_ADD = Row(
-    _add_up,
-    _add_down,
-    "any",
-    (),
-    "up: the scale into every operand, the shift into one; down: where all are scaled alike",
-)
-_MUL = Row(_multiply_up, _multiply_down, "none", (), "the scale into one factor")
-_RELU = Row(_homogeneous, _homogeneous, "none", (), "passes a scale that is nowhere negative, no shift")
+HOMOGENEOUS = Row(_homogeneous, _homogeneous)
 
-TABLE: dict[str, Row] = {
-    "Gemm": _ABSORB,
-    "MatMul": _ABSORB,
-    "Conv": _ABSORB,
-    "ConvTranspose": _ABSORB,
-    "Embedding": _ABSORB,
-    "BatchNormalization": Row(_compose_after, _compose_before, "none", ("affine",), "composes"),
-    "Affine": Row(_conjugate_up, _conjugate_down, "all", ("affine",), "passes what is left when its own numbers stay"),
-    "Identity": _PASS,
-    "Dropout": _PASS,
-    "Cast": Row(_cast, _cast, "all", ("lossless",), "passes unless it narrows"),
-    "Reshape": _MOVE,
-    "Flatten": _MOVE,
-    "Squeeze": _MOVE,
-    "Unsqueeze": _MOVE,
-    "Transpose": Row(_transpose_up, _transpose_down, "all", ("perm",), "carries the numbers along"),
-    "Slice": Row(_slice_up, _slice_down, "all", ("slices",), _CARRY_SOME),
-    "Gather": Row(_take_up, _take_down, "all", ("axis", "indices"), _CARRY_SOME),
-    "Split": Row(_split_up, _split_down, "all", ("axis", "sizes"), "puts the pieces together, or cuts"),
-    "Concat": Row(_concat_up, _concat_down, "all", ("axis",), "cuts along the axis, or pads with the identity"),
-    "Expand": Row(_expand_up, _expand_down, "all", (), "passes where the copies need not differ"),
-    "Tile": Row(_tile_up, _tile_down, "all", ("repeats",), "passes where the copies need not differ"),
-    "DepthToSpace": Row(_channels_to_blocks, _blocks_to_channels, "all", ("blocksize", "mode"), _REPEAT),
-    "SpaceToDepth": Row(_blocks_to_channels, _channels_to_blocks, "all", ("blocksize", "mode"), _REPEAT),
-    "Add": _ADD,
-    "Sub": _ADD,
-    "Sum": _ADD,
-    "Mul": _MUL,
-    "Div": _MUL,
-    "AveragePool": _MEAN,
-    "ReduceMean": _MEAN,
-    "MaxPool": _MAX,
-    "ReduceMax": _MAX,
-    "ReduceSum": _SUM,
-    "Relu": _RELU,
-    "LeakyRelu": _RELU,
-    "PRelu": _RELU,
-    "Abs": _RELU,
-    "Resize": _MEAN,
-    "Pad": _window(_averaged, "reflect and edge: passes; zeros: only the scale", ("partial",)),
-}  # fmt: skip
-
-SELECTORS = frozenset({"Slice", "Gather", "Split"})
-"""Operators that read only a part of a value, so that the rest may change under them."""
-
-CARRIERS = frozenset(
-    {
-        "Identity",
-        "Dropout",
-        "Cast",
-        "Reshape",
-        "Flatten",
-        "Squeeze",
-        "Unsqueeze",
-        "Transpose",
-        "Concat",
-        "Expand",
-        "Tile",
-    }
-)
-"""Operators that pass down all that they are given, and so no less than what there is to refuse further down."""
+TABLE = _table()
+"""The row of every operator that an affine can pass, by its name."""

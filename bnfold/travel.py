@@ -33,7 +33,7 @@ import numpy as np
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.duplicate import copy_producers, original
 from bnfold.graph import Graph, Node, Shape
-from bnfold.operators import CARRIERS, SELECTORS, TABLE, Refuse, find
+from bnfold.operators import TABLE, Refuse, find, sign_of
 from bnfold.report import Outcome, Verdict
 
 __all__ = ["Journey", "Options", "travel"]
@@ -146,8 +146,9 @@ class _Driver:
             for value in node.outputs:
                 if value in self.outputs:
                     ends[value] = f"the output of `{node.name}` ({node.op}) is an output of the model"
-            way = ends.get(node.outputs[0]) if node.op in CARRIERS else None
-            if node.op not in TABLE:
+            row = TABLE.get(node.op)
+            way = ends.get(node.outputs[0]) if row is not None and row.carries else None
+            if row is None:
                 way = f"`{node.name}` ({node.op}) is not linear"
             if way:
                 ends.update(dict.fromkeys(node.inputs, way))
@@ -218,7 +219,7 @@ class _Driver:
         if producer.is_batchnorm:
             return producer.affine is not None
         row = TABLE.get(producer.op)
-        if row is None or row.shift == "none" or producer.attributes.get("partial"):
+        if row is None or row.shift == "none" or producer.partial:
             return False
         every = all if row.shift == "all" else any
         return every(self.takes_shift(value, patience - 1) for value in producer.inputs)
@@ -288,8 +289,7 @@ class _Driver:
         for name in self.places[unit]:
             node = self.nodes[name]
             if self.options.lower and node.affine is not None:
-                form = "muladd" if np.any(node.affine.scale != 1) else "add"
-                self.nodes[name] = replace(node, op="Affine", attributes={**node.attributes, "form": form})
+                self.nodes[name] = node.leave(node.affine)
 
     def _reason(self, unit: str) -> str:
         """Why a unit cannot be folded whole: one sentence for each direction, or one for both."""
@@ -417,8 +417,8 @@ class Attempt:
         if all(affine is None for affine in wanted):
             return [None] * len(node.inputs)
         leaning = self._lean_up(node, wanted[0])
-        if node.op == "Sub" and 0 in leaning and wanted[0] is not None:
-            wanted = [Affine(wanted[0].scale, -wanted[0].shift)]
+        if 0 in leaning and wanted[0] is not None:
+            wanted = [Affine(wanted[0].scale, sign_of(node, 1) * wanted[0].shift)]
         operands = replace(
             node, inputs=tuple(v for place, v in enumerate(node.inputs) if place not in leaning)
         )
@@ -444,7 +444,7 @@ class Attempt:
             self.changed[node.name] = replace(node, linear=answer)
         elif isinstance(answer, Affine):
             if not self.compose:
-                raise Refuse(f"`{node.name}` (BatchNormalization) is in the way")
+                raise Refuse(f"`{node.name}` ({node.op}) is in the way")
             self.changed[node.name] = replace(node, affine=answer)
         elif len(answer) != count:
             raise Refuse(f"`{node.name}` ({node.op}) reads or writes more than its main operand")
@@ -480,17 +480,14 @@ class Attempt:
 
     def _leave(self, node: Node, shift: Array) -> None:
         """Leave one per-channel Add in the place of a member."""
-        affine = Affine.of(1.0, shift)
-        self.changed[node.name] = replace(
-            node, op="Affine", affine=affine, attributes={**node.attributes, "form": "add"}
-        )
+        self.changed[node.name] = node.leave(Affine.of(1.0, shift))
 
     # -- a linear operator beside: L(x) + x
 
     def _lean_up(self, node: Node, wanted: Affine | None) -> set[int]:
         """The operands of a sum that another operand makes up for: `s (L x + x) = (s L + (s - 1) I) x + x`."""
         leaning: set[int] = set()
-        if node.op not in ("Add", "Sum", "Sub") or wanted is None or not np.any(wanted.scale != 1):
+        if not _is_sum(node) or wanted is None or not np.any(wanted.scale != 1):
             return leaning
         for place in range(len(node.inputs)):
             beside = self._beside(node, place, members=False)
@@ -506,7 +503,7 @@ class Attempt:
         `L x + (s x + t) = (L + (s - 1) I) x + t + x`
         """
         scaled = [affine for affine in given if affine is not None and np.any(affine.scale != 1)]
-        if node.op not in ("Add", "Sum", "Sub") or not scaled or len(scaled) == len(given):
+        if not _is_sum(node) or not scaled or len(scaled) == len(given):
             return given
         rest = list(given)
         for place, affine in enumerate(given):
@@ -536,8 +533,8 @@ class Attempt:
         origin = self._origin(node.inputs[place], members)
         if origin not in self.driver.centred:
             return None
-        own = _sign(node, place)
-        around = [(v, own * _sign(node, other)) for other, v in enumerate(node.inputs) if other != place]
+        own = sign_of(node, place)
+        around = [(v, own * sign_of(node, other)) for other, v in enumerate(node.inputs) if other != place]
         for value, sign in around:
             value = self.driver.source(value)
             if self.driver.is_shared(value) or self.driver.is_output(value):
@@ -545,8 +542,8 @@ class Attempt:
             producer = self.driver.producer(value)
             if producer is None:
                 continue
-            if producer.op in ("Add", "Sum", "Sub") and self.driver.shape(producer.outputs[0]) == shape:
-                around += [(v, sign * _sign(producer, other)) for other, v in enumerate(producer.inputs)]
+            if _is_sum(producer) and self.driver.shape(producer.outputs[0]) == shape:
+                around += [(v, sign * sign_of(producer, other)) for other, v in enumerate(producer.inputs)]
             linear = self._now(producer.name).linear
             if linear is None or linear.centre is None:
                 continue
@@ -594,9 +591,9 @@ class Attempt:
             raise Refuse(f"`{node.name}` ({node.op}) cannot absorb it: {obstacle}")
 
 
-def _sign(node: Node, place: int) -> float:
-    """-1 for what a Sub subtracts, else 1."""
-    return -1.0 if node.op == "Sub" and place else 1.0
+def _is_sum(node: Node) -> bool:
+    row = TABLE.get(node.op)
+    return row is not None and row.signs is not None
 
 
 Direction = Callable[[Attempt], None]
@@ -663,14 +660,14 @@ class _Wishes:
         return reader.affine is not None and reader.affine.equals(wish)
 
     def _need(self, reader: Node, rank: int) -> Affine:
-        if reader.op not in SELECTORS or any(
-            self.driver.shape(value) is None for value in reader.outputs if value
-        ):
+        row = TABLE.get(reader.op)
+        known = all(self.driver.shape(value) is not None for value in reader.outputs if value)
+        if row is None or not row.selects or not known:
             return Affine.identity(rank)
         kept = [
             Affine.identity(len(self.driver.shape(v) or ())) if v else _anything(rank) for v in reader.outputs
         ]
-        answer = find(reader).up(reader, self.driver, kept)
+        answer = row.up(reader, self.driver, kept)
         assert not isinstance(answer, Linear | Affine)
         assert answer[0] is not None
         return answer[0]
@@ -685,7 +682,7 @@ def _anything(rank: int) -> Affine:
 def _own(node: Node) -> Affine:
     """The affine of a BatchNorm that can move."""
     if node.affine is None:
-        raise Refuse(node.attributes.get("reason", "its numbers are not constant"))
+        raise Refuse(node.reason or "its numbers are not constant")
     return node.affine
 
 

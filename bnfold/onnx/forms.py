@@ -53,8 +53,8 @@ def _opaque(spot: Spot, scene: Scene, op: str = "") -> Node:
     return Node(spot.name, op or spot.op, scene.computed(spot), tuple(spot.outputs))
 
 
-def _node(spot: Spot, inputs: Sequence[str], **attributes: Any) -> Node:
-    return Node(spot.name, spot.op, tuple(inputs), tuple(spot.outputs), attributes)
+def _node(spot: Spot, inputs: Sequence[str], op: str = "", partial: str = "", **attributes: Any) -> Node:
+    return Node(spot.name, op or spot.op, tuple(inputs), tuple(spot.outputs), attributes, partial=partial)
 
 
 def _input(spot: Spot, place: int) -> str:
@@ -100,8 +100,7 @@ def _integers(spot: Spot, scene: Scene, name: str, place: int) -> list[int] | No
 
 
 def _linear(spot: Spot, inputs: Sequence[str], linear: Linear | None, reason: str = "") -> Node:
-    named = {"reason": reason} if linear is None else {}
-    return Node(spot.name, spot.op, tuple(inputs), tuple(spot.outputs), named, linear=linear)
+    return Node(spot.name, spot.op, tuple(inputs), tuple(spot.outputs), linear=linear, reason=reason)
 
 
 def _weight_reason(spot: Spot, scene: Scene, roles: Sequence[tuple[str, int]]) -> str:
@@ -283,8 +282,7 @@ def _batchnorm(spot: Spot, scene: Scene) -> Node:
     affine: Affine | None = None
     if not reason:
         affine, reason = _batchnorm_affine(spot, scene)
-    named = {"reason": reason} if reason else {}
-    return Node(spot.name, spot.op, (spot.inputs[0],), tuple(spot.outputs), named, affine=affine)
+    return Node(spot.name, spot.op, (spot.inputs[0],), tuple(spot.outputs), affine=affine, reason=reason)
 
 
 def _batch_statistics(spot: Spot, scene: Scene) -> str:
@@ -541,7 +539,7 @@ def _global_pool(spot: Spot, scene: Scene) -> Node:
     data = _data(spot, scene)
     axes = tuple(range(2, _known_rank(scene, data)))
     op = "AveragePool" if spot.op == "GlobalAveragePool" else "MaxPool"
-    return Node(spot.name, op, (data,), tuple(spot.outputs), {"axes": axes, "keepdims": True, "partial": ""})
+    return _node(spot, [data], op, axes=axes, keepdims=True)
 
 
 def _reduce(spot: Spot, scene: Scene) -> Node:
@@ -554,7 +552,7 @@ def _reduce(spot: Spot, scene: Scene) -> Node:
             return Node(spot.name, "Identity", (data,), tuple(spot.outputs))
         axes = list(range(rank))
     axes = sorted({_axis(axis, rank) for axis in axes})
-    return _node(spot, [data], axes=tuple(axes), keepdims=bool(options.get("keepdims", 1)), partial="")
+    return _node(spot, [data], axes=tuple(axes), keepdims=bool(options.get("keepdims", 1)))
 
 
 def _resize(spot: Spot, scene: Scene) -> Node:
@@ -567,13 +565,7 @@ def _resize(spot: Spot, scene: Scene) -> Node:
         raise Unusual
     partial = "it fills in zeros outside the image" if cropped else ""
     axes = _resized(spot, scene, data)
-    return Node(
-        spot.name,
-        "Resize",
-        (data,),
-        tuple(spot.outputs),
-        {"axes": axes, "keepdims": True, "partial": partial},
-    )
+    return _node(spot, [data], "Resize", partial, axes=axes, keepdims=True)
 
 
 def _resized(spot: Spot, scene: Scene, data: str) -> tuple[int, ...]:

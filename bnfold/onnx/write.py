@@ -124,8 +124,8 @@ class _Writer:
         old = self.picture.graph
         places = {node.name: self._data_place(node) for node in old.nodes if node.affine is not None}
         for node in self.graph.nodes:
-            if "copy_of" in node.attributes:
-                self._copy(node, places)
+            if node.copied is not None:
+                self._copy(node, *node.copied, places)
         for node in old.nodes:
             if node.name in self.graph:
                 self._change(node, self.graph[node.name], places)
@@ -151,12 +151,11 @@ class _Writer:
 
     # -- linear operators
 
-    def _copy(self, node: Node, places: dict[str, int]) -> None:
+    def _copy(self, node: Node, original: str, reader: str, places: dict[str, int]) -> None:
         """Copy a linear operator for the one BatchNorm that is to read the copy; a MatMul's Add comes along."""
-        reader = node.attributes["reader"]
         spots: list[Spot] = []
         shared: dict[str, str] = {}
-        for spot in self.picture.spots[node.attributes["copy_of"]]:
+        for spot in self.picture.spots[original]:
             value = self.editor.new_value(f"{self.editor.whole.raw[spot.outputs[0]]}.copy", spot.owner)
             inputs = [shared.get(name, name) for name in spot.inputs]
             spots.append(self.editor.insert_copy(spot, inputs, value))

@@ -72,6 +72,8 @@ class Item:
     site: str = ""
     place: LinearPlace | NormPlace | None = None
     joined: Call | None = None
+    reason: str = ""
+    partial: str = ""
 
     @property
     def is_batchnorm(self) -> bool:
@@ -85,7 +87,7 @@ class Item:
     def refuse(self, reason: str) -> None:
         """Keep it where it is, for this reason."""
         self.affine = self.linear = None
-        self.attributes = {"reason": reason}
+        self.attributes, self.reason = {}, reason
 
 
 class Draft:
@@ -129,11 +131,12 @@ class Draft:
         inputs: Sequence[Value | str],
         outputs: Sequence[Value | str],
         affine: Affine | None = None,
+        partial: str = "",
         **attributes: Any,
     ) -> None:
         """Draw a node."""
         given, made = ([v if isinstance(v, str) else v.name for v in side] for side in (inputs, outputs))
-        self.items.append(Item(op, given, made, self.call, attributes, affine))
+        self.items.append(Item(op, given, made, self.call, attributes, affine, partial=partial))
 
     def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None:
         """Draw a linear operator, whose storage is found later."""

@@ -231,6 +231,8 @@ def _same_settings(mine: Item, theirs: Item) -> bool:
         and mine.affine.scale.shape != theirs.affine.scale.shape
     ):
         return False
+    if mine.partial != theirs.partial:
+        return False
     return all(np.array_equal(mine.attributes[key], theirs.attributes[key]) for key in mine.attributes)
 
 
@@ -310,6 +312,8 @@ class _Reader:
             site=item.site,
             linear=item.linear,
             affine=item.affine,
+            reason=item.reason,
+            partial=item.partial,
         )
 
     def _readers(self) -> dict[str, list[Item]]:
@@ -441,10 +445,10 @@ class _Reader:
         return tuple(steps) if value == frame.made[0].name else None
 
     def _merge(self, frame: Frame, head: list[Item], tail: tuple[tuple[str, nn.Module | None], ...]) -> None:
-        first = next((item for item in head if item.attributes.get("reason")), head[0])
+        first = next((item for item in head if item.reason), head[0])
         whole = _compose(head)
         one = replace_item(first, head)
-        one.affine = whole if "reason" not in first.attributes else None
+        one.affine = None if first.reason else whole
         narrowing = frame.given[0].dtype != (
             head[-1].call.made[0].dtype if head[-1].call.made else frame.given[0].dtype
         )
@@ -921,7 +925,7 @@ def _settings(thing: Any) -> Iterator[Any]:
 def replace_item(first: Item, head: list[Item]) -> Item:
     """One BatchNormalization in the place of the parts of an affine map."""
     one = Item("BatchNormalization", list(head[0].inputs), list(head[-1].outputs), first.call)
-    one.attributes = {k: v for k, v in first.attributes.items() if k == "reason"}
+    one.reason = first.reason
     one.statistics = first.statistics
     return one
 
@@ -1067,6 +1071,7 @@ def _read_uninitialised(model: nn.Module, lazy: str) -> Reading:
     if not reader_items:
         raise UnreadableModel(f"`{lazy}` has no numbers yet; run the model once before folding")
     nodes = tuple(
-        Node(i.name, i.op, tuple(i.inputs), tuple(i.outputs), i.attributes, site=i.site) for i in reader_items
+        Node(i.name, i.op, tuple(i.inputs), tuple(i.outputs), site=i.site, reason=i.reason)
+        for i in reader_items
     )
     return Reading(Graph(nodes, (), (), {}), {}, {}, True)

@@ -125,7 +125,7 @@ def _refuse(reading: Reading, norms: set[str], biases: set[str]) -> Reading:
             reason = (
                 "some code looks at it otherwise than by calling it, and would do something else without it"
             )
-            nodes[node.name] = replace(node, affine=None, attributes={"reason": reason})
+            nodes[node.name] = replace(node, affine=None, reason=reason)
         if linear is not None and linear.weight.name in biases and node.linear is not None:
             reason = "its code does something else where there is a bias"
             own = replace(node.linear, biasless=node.linear.biasless or reason)

@@ -32,6 +32,7 @@ class Draft(Protocol):
         inputs: Sequence[Value | str],
         outputs: Sequence[Value | str],
         affine: Affine | None = None,
+        partial: str = "",
         **attributes: Any,
     ) -> None:
         """Draw one node."""

@@ -253,7 +253,7 @@ def _edit_norm(model: nn.Module, place: NormPlace, new: Node | None) -> list[Ten
         assert new.affine is not None
         if new.is_batchnorm and _is_rewritable(module):
             return _rewrite_norm(module, new.affine)
-        left = _leftover(module, place, new.affine, new.attributes.get("form", "muladd"))
+        left = _leftover(module, place, new.affine)
     become(module, place, left)
     return [] if left is None else list(left.parameters())
 
@@ -302,7 +302,7 @@ def _become(module: nn.Module, other: nn.Module) -> None:
     module.training = training
 
 
-def _leftover(module: nn.Module, place: NormPlace, affine: Affine, form: str) -> nn.Module:
+def _leftover(module: nn.Module, place: NormPlace, affine: Affine) -> nn.Module:
     """One add, or one multiply and one add, with an affine's numbers."""
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     like = tensors[0] if tensors else torch.empty((), dtype=place.dtype)
@@ -310,7 +310,7 @@ def _leftover(module: nn.Module, place: NormPlace, affine: Affine, form: str) ->
     like = torch.empty((), dtype=dtype, device=like.device)
     trained = any(p.requires_grad for p in module.parameters())
     bias = _round(affine.shift[0], like)
-    if form == "add":
+    if not np.any(affine.scale != 1):
         return ChannelAdd(bias, trained)
     return ChannelMulAdd(_round(affine.scale[0], like), bias, trained)
 

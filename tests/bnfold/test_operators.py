@@ -199,7 +199,9 @@ DENSE = Linear("oi", 4, 4, 1, 1)
 def node(
     op: str, inputs: str = "x", outputs: str = "y", linear: Any = None, affine: Any = None, **more: Any
 ) -> Node:
-    return Node("n", op, tuple(inputs.split()), tuple(outputs.split()), more, linear=linear, affine=affine)
+    typed = {key: more.pop(key) for key in ("reason", "partial") if key in more}
+    ends = tuple(inputs.split()), tuple(outputs.split())
+    return Node("n", op, *ends, more, linear=linear, affine=affine, **typed)
 
 
 REFUSALS: list[tuple[str, Node, list[Affine | None], str]] = [

@@ -208,7 +208,7 @@ class Sketch:
         """One node, and what it computes. Whatever `Node` does not know is an attribute."""
         name = self.next_name(op)
         names = tuple(f"{name}.{place}" if count > 1 else f"{name}.out" for place in range(count))
-        parts = {key: more.pop(key) for key in ("site", "linear", "affine") if key in more}
+        parts = {key: more.pop(key) for key in ("site", "linear", "affine", "partial") if key in more}
         node = Node(name, op, inputs, names, more, **parts)
         results = COMPUTE[op](node, self.weights, *[self.values[value] for value in inputs])
         results = results if isinstance(results, tuple) else (results,)
@@ -464,10 +464,11 @@ def concat(sketch: Sketch, op: str) -> None:
 def window(sketch: Sketch, op: str) -> None:
     """Pooling, means, maxima, resizing and padding."""
     value = sketch.pick(lambda x: x.ndim == 4 and 3 < min(x.shape[2:]) < 20)
+    partial = ""
     more: dict[str, Any] = {"axes": (2, 3), "keepdims": True}
     if op in ("AveragePool", "MaxPool"):
         more |= {"pad": sketch.choose(0, 1)}
-        more |= {"partial": "it counts zero padding"} if more["pad"] and op == "AveragePool" else {}
+        partial = "it counts zero padding" if more["pad"] and op == "AveragePool" else ""
     elif op.startswith("Reduce"):
         more |= {
             "keepdims": sketch.choose(True, False),
@@ -475,8 +476,10 @@ def window(sketch: Sketch, op: str) -> None:
         }
     elif op == "Pad":
         mode = sketch.choose("constant", "reflect", "edge")
-        more |= {"mode": mode} | ({"partial": "it pads with zeros"} if mode == "constant" else {})
-    sketch.add(op, value, count=2 if op == "MaxPool" and sketch.chance(0.3) else 1, **more)
+        more |= {"mode": mode}
+        partial = "it pads with zeros" if mode == "constant" else ""
+    count = 2 if op == "MaxPool" and sketch.chance(0.3) else 1
+    sketch.add(op, value, count=count, partial=partial, **more)
 
 
 # ---------------------------------------------------------------- motifs of several nodes
