@@ -170,14 +170,26 @@ class Constants:
         self._tensors = tensors
         self._nodes: dict[str, tuple[onnx.NodeProto, tuple[str, ...], int]] = {}
         self._memory: dict[str, Tensor] = {}
+        self._unproven: set[str] = set()
+        self._has_holes = False
 
     def __contains__(self, value: str) -> bool:
         return value in self._tensors or value in self._nodes or value in self._memory
 
-    def add_sizes(self, value: str, sizes: Sequence[int] | int) -> None:
-        """Note what shape inference found a value to be."""
+    def add_sizes(self, value: str, sizes: Tensor, proven: bool) -> None:
+        """Note what shape inference found a value to be; not proven where other sizes could make it another one."""
         if value not in self:
-            self._memory[value] = np.asarray(sizes, np.int64)
+            self._memory[value] = sizes
+            self._unproven.update(() if proven else (value,))
+
+    def with_holes(self) -> Constants:
+        """These constants, where a size that is not known is NaN, and so whatever is computed from it."""
+        self._has_holes = True
+        return self
+
+    def is_proven(self, value: str) -> bool:
+        """Whether a constant is one for every size that the inputs may have."""
+        return value not in self._unproven
 
     def add_node(self, node: onnx.NodeProto, inputs: Sequence[str], outputs: Sequence[str]) -> bool:
         """Note a node if it computes constants; return whether it does."""
@@ -186,6 +198,8 @@ class Constants:
         for place, output in enumerate(outputs):
             if output:
                 self._nodes[output] = (node, tuple(inputs), place)
+        if not self._unproven.isdisjoint(inputs):
+            self._unproven.update(outputs)
         return True
 
     def _is_constant(self, node: onnx.NodeProto, inputs: Sequence[str]) -> bool:
@@ -197,14 +211,16 @@ class Constants:
                 and all(not value or value in self for value in inputs)
             )
         if operator in ("Shape", "Size"):
-            return inputs[0] in self or all(
-                isinstance(size, int) for size in self.shapes.get(inputs[0], (None,))
-            )
+            return inputs[0] in self or self._is_measurable(inputs[0])
         if operator == "CastLike":
             return inputs[0] in self and inputs[1] in self.types
         if operator == "Dropout" and (len([o for o in node.output if o]) > 1 or len(inputs) > 2):
             return False
         return all(not value or value in self for value in inputs)
+
+    def _is_measurable(self, value: str) -> bool:
+        shape = self.shapes.get(value)
+        return shape is not None and (self._has_holes or all(isinstance(size, int) for size in shape))
 
     def size(self, value: str) -> int | None:
         """How many elements a constant has, without computing it where its shape is known."""
@@ -235,7 +251,7 @@ class Constants:
             IndexError,
             KeyError,
             ArithmeticError,
-            NotImplementedError,
+            RuntimeError,
             MemoryError,
         ):
             return None
@@ -271,16 +287,20 @@ class Constants:
             result = EVALUATE[node.op_type](self, node, arrays)
         else:
             result = _evaluate_by_reference(node, arrays, self.opset)
-        return np.asarray(result[place] if isinstance(result, (list, tuple)) else result)
+        array = np.asarray(result[place] if isinstance(result, (list, tuple)) else result)
+        whole = self._has_holes and self.types.get(value) in (TensorProto.INT64, TensorProto.INT32)
+        return array.astype(np.int64) if whole and not np.isnan(array).any() else array
 
     def _measure(self, node: onnx.NodeProto, value: str) -> Tensor:
         shape = self.shapes.get(value)
-        if shape is None or any(not isinstance(size, int) for size in shape):
+        if shape is None or (any(not isinstance(size, int) for size in shape) and value in self):
             shape = self.array(value).shape
+        sizes = np.asarray([size if isinstance(size, int) else np.nan for size in shape])
+        sizes = sizes if np.isnan(sizes).any() else sizes.astype(np.int64)
         if node.op_type == "Size":
-            return np.asarray(math.prod(int(size or 0) for size in shape), np.int64)
+            return np.asarray(np.prod(sizes))
         options = attributes(node)
-        return np.asarray(shape[slice(options.get("start", 0), options.get("end"))], np.int64)
+        return sizes[slice(options.get("start", 0), options.get("end"))]
 
 
 def is_float(array: Tensor) -> bool:
@@ -292,7 +312,8 @@ def cast(array: Tensor, data_type: int) -> Tensor:
     """Convert as Cast does, except that a float becomes another float without being rounded."""
     if data_type in FLOATS:
         return array if is_float(array) else array.astype(np.float64)
-    return array.astype(onnx.helper.tensor_dtype_to_np_dtype(data_type))
+    with np.errstate(invalid="ignore"):
+        return array.astype(onnx.helper.tensor_dtype_to_np_dtype(data_type))
 
 
 # ---------------------------------------------------------------- operators

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from bnfold.graph import Shape
 from bnfold.onnx.constants import Constants
 from bnfold.onnx.scope import Spot, Survey
-from bnfold.onnx.sizes import Shapes
+from bnfold.onnx.shapes import Shapes
 
 __all__ = ["Scene"]
 

@@ -1,40 +1,65 @@
-"""The shapes and element types of all values: what ONNX's shape inference says, and what it leaves open.
+"""The shapes and element types of all values, by ONNX's shape inference and by reading the model at several sizes.
 
 The inference runs on a copy of the model without its large tensors (their shapes stay), so that a model over 2 GiB can
 be inferred and no weight is copied. Symbols that the inference invents for unknown sizes are unique, so two equal
-symbols are one size. What it leaves open is refined here, and given back to it:
+symbols are one size.
 
-- small vectors of sizes are computed symbolically (`Concat(Shape(x)[:2], [-1])`), so a reshape whose target is
-  computed has a rank, and most of its sizes;
-- where all but one size of a reshape is known on both sides, that one is the same on both, which is how a symbolic
-  batch size survives a `Reshape(x, [-1, 2048])`.
+What it leaves open is found by *readings*: every open size of the inputs becomes a number, and one walk over the nodes
+infers each from what is known before it, with what the model computes from sizes (`Concat(Shape(x)[:2], [-1])`)
+computed on the way; and all of that again with other numbers. A size that is the same in every reading is that number,
+one that goes with the sizes of an input is that input's symbol, and sizes that go together are one symbol. The numbers
+share no factor and are odd and even, since half of a size, rounded up, must not pass for half of it rounded down.
+Sizes at which the inference finds a contradiction are sizes that the model does not take, and no reading; so a model
+that takes multiples only is read at multiples.
+
+What is the same in every reading is no proof that it is so at all sizes (`max(16 - size, 0)`): `Constants.is_proven`
+tells such vectors from those that do not depend on an open size.
+
+Not covered: a size that depends on the numbers in a tensor (NonZero); bodies, beyond what the inference says of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
 from bnfold.graph import Dim, Shape
 from bnfold.onnx.scope import Spot, Survey, bodies, survey
-from bnfold.onnx.sizes import Shapes, find_sizes, note_sizes, product
 
 if TYPE_CHECKING:
     from bnfold.onnx.constants import Constants
 
-__all__ = ["Shapes", "infer", "refine", "skeleton"]
+__all__ = ["Shapes", "infer", "skeleton"]
 
 _FAILURES = (onnx.shape_inference.InferenceError, ValueError, RuntimeError, TypeError)
 
-ROUNDS = 8
-"""How often what was refined is given back to the inference."""
-
 LARGE = 512
 """Tensors of more elements than this are left out of the copy that shapes are inferred on."""
+
+VECTOR = 64
+"""What a model computes from sizes has no more elements than this."""
+
+READINGS = 3
+"""How many readings must agree; two, where the model takes no other sizes."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes and the element types (`TensorProto.DataType`) of values, and what the inference complained about."""
+
+    shapes: dict[str, Shape]
+    types: dict[str, int]
+    complaint: str = ""
+
+
+Vector = npt.NDArray[Any]
 
 
 def infer(
@@ -42,25 +67,230 @@ def infer(
 ) -> tuple[Shapes, Constants]:
     """Shapes and types of all values of a surveyed model, and what is constant, given those."""
     bare = skeleton(model)
-    for _ in range(ROUNDS):
-        found = _infer_once(bare, whole)
-        known = constants(found)
-        before = dict(found.shapes)
-        for spot in whole.spots:
-            refine(spot, found, known)
-            if not spot.results:
-                known.add_node(spot.node, spot.inputs, spot.outputs)
-        better = {
-            v: s for v, s in found.shapes.items() if _is_better(before.get(v), s) and found.types.get(v)
-        }
-        better = {v: s for v, s in better.items() if whole.home[v] is model.graph}
-        if not better:
-            break
-        _declare(bare, better, found.types)
+    symbols = _name_open_sizes(bare)
+    found = _infer_once(bare, whole)
+    sure = constants(Shapes(dict(found.shapes), found.types)).with_holes()
+    spots = [spot for spot in whole.spots if spot.owner is model.graph]
+    start = _Start(bare, whole.tensors, spots, constants, found)
+    readings = _read(start, symbols) if _is_open(found, whole) else []
+    _agree(found, readings, symbols)
+    known = constants(found)
+    vectors = _alike([reading.vectors for reading in readings])
+    for spot in whole.spots:
+        if not spot.results:
+            known.add_node(spot.node, spot.inputs, spot.outputs)
+            sure.add_node(spot.node, spot.inputs, spot.outputs)
+        for value in spot.outputs:
+            if value in vectors:
+                known.add_sizes(value, vectors[value], _is_equal(sure.get(value), vectors[value]))
     return found, known
 
 
+def _is_open(found: Shapes, whole: Survey) -> bool:
+    """Whether the inference has left a size open in the main graph."""
+    shapes = (found.shapes.get(value, (None,)) for value, raw in whole.raw.items() if value == raw)
+    return any(not isinstance(size, int) for shape in shapes for size in shape)
+
+
+def _is_equal(first: Vector | None, second: Vector) -> bool:
+    return first is not None and np.array_equal(first, second)
+
+
+# ---------------------------------------------------------------- readings
+
+
+def _name_open_sizes(bare: onnx.ModelProto) -> dict[str, int]:
+    """Give every open size of the inputs a name; the names, with the axis on which each stands first."""
+    found: dict[str, int] = {}
+    for given in bare.graph.input:
+        for axis, dim in enumerate(given.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value") or dim.dim_value < 0:
+                dim.dim_param = dim.dim_param or f"{given.name}.{axis}"
+                found.setdefault(dim.dim_param, axis)
+    return found
+
+
+def _choices(symbols: Mapping[str, int]) -> Iterator[tuple[int, ...]]:
+    """Numbers to try for the open sizes, another one for each; small ones along the first axis."""
+    for batch, between, size, step in ((3, 2, 97, 34), (2, 3, 64, 32), (5, 4, 39, 26), (7, 6, 192, 64)):
+        yield tuple(
+            batch + between * place if axis == 0 else size + step * place
+            for place, axis in enumerate(symbols.values())
+        )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What every reading begins with: inputs and operator sets, stored tensors, nodes, and what is known already."""
+
+    bare: onnx.ModelProto
+    tensors: Mapping[str, TensorProto]
+    spots: Sequence[Spot]
+    constants: Callable[[Shapes], Constants]
+    inferred: Shapes
+
+
+def _read(start: _Start, symbols: Mapping[str, int]) -> list[_Reading]:
+    """Readings at sizes that the model takes; none where there are too few to compare."""
+    readings: list[_Reading] = []
+    for sizes in _choices(symbols):
+        reading = _Reading(start, dict(zip(symbols, sizes, strict=True)))
+        if start.inferred.complaint or not reading.complaint:
+            readings.append(reading)
+        if len(readings) == (READINGS if symbols else 1):
+            return readings
+    return readings if len(readings) > 1 else []
+
+
+class _Reading:
+    """One walk over the main graph, with a number for every open size.
+
+    Attributes:
+        sizes: the numbers, by the symbols in whose place they are.
+        found: shapes and types.
+        guessed: values whose type is not known.
+        vectors: the small vectors (and scalars) of whole numbers that nodes compute.
+        complaint: what the inference said of some node.
+    """
+
+    def __init__(self, start: _Start, sizes: Mapping[str, int]) -> None:
+        self.sizes, self.inferred, self.complaint = sizes, start.inferred, ""
+        self.opsets = list(start.bare.opset_import)
+        self.found, self.guessed = Shapes({}, {}), set[str]()
+        self.known = start.constants(self.found)
+        self.types: dict[str, onnx.TypeProto] = {}
+        self.vectors: dict[str, Vector] = {}
+        for value, tensor in start.tensors.items():
+            self._note(value, onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims))
+        for given in start.bare.graph.input:
+            self._note(given.name, _filled(given.type, sizes))
+        for spot in start.spots:
+            self._walk(spot)
+
+    def _walk(self, spot: Spot) -> None:
+        constant = not spot.results and self.known.add_node(spot.node, spot.inputs, spot.outputs)
+        schema = _schema(spot.node, self.opsets)
+        sure = {value: self._as_inferred(value) for value in spot.outputs if value}
+        made = self._infer(spot, schema) if spot.op != "Constant" and None in sure.values() else {}
+        for value, kind in sure.items():
+            kind = kind or made.get(value) or self._as_constant(value)
+            if kind is not None:
+                self._note(value, kind)
+            if schema is None or not self.guessed.isdisjoint(spot.inputs):
+                self.guessed.add(value)
+        if constant and spot.op != "Constant":
+            self._keep(spot.outputs[0])
+
+    def _keep(self, value: str) -> None:
+        array = self._vector(value)
+        if array is not None and array.dtype.kind == "i":
+            self.vectors[value] = array
+
+    def _note(self, value: str, kind: onnx.TypeProto) -> None:
+        self.types[value] = kind
+        _note(self.found, value, kind)
+
+    def _infer(self, spot: Spot, schema: Any) -> Mapping[str, onnx.TypeProto]:
+        """What the inference says of one node; of an operator that ONNX does not know, that it makes floats."""
+        if schema is None:
+            return dict.fromkeys(spot.outputs, onnx.helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+        if spot.results or not all(value in self.types for value in spot.inputs if value):
+            return {}
+        data = {value: tensor for value in spot.inputs if (tensor := self._data(value)) is not None}
+        types = {value: self.types[value] for value in spot.inputs if value}
+        try:
+            return onnx.shape_inference.infer_node_outputs(
+                schema, spot.node, types, data, opset_imports=self.opsets
+            )
+        except _FAILURES as error:
+            self.complaint = self.complaint or str(error)
+            return {}
+
+    def _as_inferred(self, value: str) -> onnx.TypeProto | None:
+        """What the inference of the whole model says, where that leaves nothing open but sizes of the inputs."""
+        shape, kind = self.inferred.shapes.get(value, (None,)), self.inferred.types.get(value)
+        numbers = [self.sizes.get(size) if isinstance(size, str) else size for size in shape]
+        return onnx.helper.make_tensor_type_proto(kind, numbers) if kind and None not in numbers else None
+
+    def _as_constant(self, value: str) -> onnx.TypeProto | None:
+        array = self.known.get(value)
+        if array is None:
+            return None
+        return onnx.helper.make_tensor_type_proto(
+            onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
+        )
+
+    def _data(self, value: str) -> TensorProto | None:
+        """The numbers of a small constant."""
+        array = self._vector(value) if value in self.known else None
+        return None if array is None else onnx.numpy_helper.from_array(array)
+
+    def _vector(self, value: str) -> Vector | None:
+        size = self.known.size(value)
+        array = self.known.get(value) if size is not None and size <= VECTOR else None
+        return array if array is not None and array.ndim < 2 else None
+
+
+def _filled(kind: onnx.TypeProto, sizes: Mapping[str, int]) -> onnx.TypeProto:
+    """A type with numbers in the place of symbols."""
+    filled = onnx.TypeProto()
+    filled.CopyFrom(kind)
+    for dim in filled.tensor_type.shape.dim:
+        if dim.dim_param in sizes:
+            dim.dim_value = sizes[dim.dim_param]
+    return filled
+
+
+def _schema(node: onnx.NodeProto, opsets: Iterable[onnx.OperatorSetIdProto]) -> Any:
+    """ONNX's own description of an operator; None where it has none."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    versions = [entry.version for entry in opsets if entry.domain in (domain, domain or "ai.onnx")]
+    try:
+        return onnx.defs.get_schema(node.op_type, versions[0], domain) if versions else None
+    except (onnx.defs.SchemaError, TypeError):
+        return None
+
+
+def _agree(found: Shapes, readings: list[_Reading], symbols: Iterable[str]) -> None:
+    """Take over what all readings say; a size that differs between them is a symbol."""
+    names = dict(
+        zip(zip(*(reading.sizes.values() for reading in readings), strict=True), symbols, strict=False)
+    )
+    for value in readings[0].found.shapes if readings else ():
+        shapes = [reading.found.shapes.get(value, ()) for reading in readings]
+        if len({len(shape) for shape in shapes}) == 1:
+            seen = tuple(_common(sizes, names) for sizes in zip(*shapes, strict=True))
+            found.shapes[value] = _merge(found.shapes.get(value, seen), seen)
+    for value, kind in readings[0].found.types.items() if readings else ():
+        if value not in readings[0].guessed:
+            found.types.setdefault(value, kind)
+
+
+def _common(sizes: tuple[Dim, ...], names: Mapping[tuple[Dim, ...], str]) -> Dim:
+    """What several readings of one size have in common."""
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    return sizes[0] if len(set(sizes)) == 1 else names.get(sizes, "|".join(map(str, sizes)))
+
+
+def _merge(known: Shape, better: Shape) -> Shape:
+    if len(known) != len(better):
+        return known
+    return tuple(a if b is None or isinstance(a, int) else b for a, b in zip(known, better, strict=True))
+
+
+def _alike(vectors: list[Mapping[str, Vector]]) -> dict[str, Vector]:
+    """The vectors that are the same in every reading."""
+    first, *others = vectors or [{}]
+    shared = {value for value in first if all(value in other for other in others)}
+    return {v: first[v] for v in shared if all(np.array_equal(other[v], first[v]) for other in others)}
+
+
+# ---------------------------------------------------------------- one inference
+
+
 def _infer_once(bare: onnx.ModelProto, whole: Survey) -> Shapes:
+    """What the inference of the whole model says, and then what is declared."""
     complaint = ""
     try:
         inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
@@ -72,28 +302,11 @@ def _infer_once(bare: onnx.ModelProto, whole: Survey) -> Shapes:
             inferred = bare
     found = Shapes({}, {}, complaint)
     for types in (survey(inferred).types, whole.types):
-        for value, declared in types.items():
-            _note(found, value, declared)
+        for value, kind in types.items():
+            _note(found, value, kind)
     for value, tensor in whole.tensors.items():
         found.shapes[value], found.types[value] = tuple(tensor.dims), tensor.data_type
     return found
-
-
-def _is_better(old: Shape | None, new: Shape) -> bool:
-    """Whether refining has found a rank or a number that was not known."""
-    return old is None or any(
-        isinstance(b, int) and not isinstance(a, int) for a, b in zip(old, new, strict=False)
-    )
-
-
-def _declare(bare: onnx.ModelProto, shapes: Mapping[str, Shape], types: Mapping[str, int]) -> None:
-    outputs = {output.name for output in bare.graph.output}
-    kept = [info for info in bare.graph.value_info if info.name not in shapes]
-    del bare.graph.value_info[:]
-    bare.graph.value_info.extend(kept)
-    for value, shape in shapes.items():
-        if value not in outputs:
-            bare.graph.value_info.append(onnx.helper.make_tensor_value_info(value, types[value], shape))
 
 
 def _note(found: Shapes, value: str, declared: onnx.TypeProto) -> None:
@@ -161,330 +374,3 @@ def _copy_tensor(tensor: TensorProto, bare: TensorProto) -> None:
     bare.dims.extend(tensor.dims)
     bare.data_location = TensorProto.EXTERNAL
     bare.external_data.add(key="location", value="left-out")
-
-
-# ---------------------------------------------------------------- what the inference leaves open
-
-
-def refine(spot: Spot, found: Shapes, constants: Constants) -> None:
-    """Fill in the shapes of one node's outputs from those of its inputs, and types where none are known."""
-    if spot.node.domain not in ("", "ai.onnx") or not spot.outputs or not spot.inputs or not spot.inputs[0]:
-        return
-    source, target = spot.inputs[0], spot.outputs[0]
-    note_sizes(spot, found, constants)
-    if target not in found.types and source in found.types and spot.op in _KEEPS_TYPE:
-        found.types[target] = found.types[source]
-    shape = found.shapes.get(source)
-    if shape is None and spot.op == "Reshape":
-        better = _target(spot, found, constants)
-    else:
-        better = _apply(spot, shape, found, constants) if shape is not None and spot.op in _RULES else None
-    if better is not None:
-        known = found.shapes.get(target)
-        found.shapes[target] = better if known is None else _merge(known, better)
-
-
-def _apply(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    """Apply the rule of an operator; where a node lacks what the rule needs, nothing is known."""
-    try:
-        return _RULES[spot.op](spot, shape, found, constants)
-    except (IndexError, KeyError, ZeroDivisionError, ValueError):
-        return None
-
-
-def _merge(known: Shape, better: Shape) -> Shape:
-    if len(known) != len(better):
-        return known
-    return tuple(a if b is None or isinstance(a, int) else b for a, b in zip(known, better, strict=True))
-
-
-Rule = Callable[[Spot, Shape, Shapes, "Constants"], "Shape | None"]
-
-
-def _same(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape:
-    return shape
-
-
-def _reshape(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    """Copy zeros, then let the one size that is open on both sides be the same on both."""
-    wanted = find_sizes(spot.inputs[1], found, constants) if len(spot.inputs) > 1 else None
-    if wanted is None:
-        target = found.shapes.get(spot.outputs[0])
-        return None if target is None else balance(shape, target)
-    keeps = not any(item.name == "allowzero" and item.i for item in spot.node.attribute)
-    copied = [shape[i] if n == 0 and keeps and i < len(shape) else n for i, n in enumerate(wanted)]
-    return balance(shape, tuple(None if n == -1 else n for n in copied))
-
-
-def _target(spot: Spot, found: Shapes, constants: Constants) -> Shape | None:
-    """What a reshape asks for, whatever it reshapes."""
-    wanted = find_sizes(spot.inputs[1], found, constants) if len(spot.inputs) > 1 else None
-    return None if wanted is None else tuple(None if n in (0, -1) else n for n in wanted)
-
-
-def _expand(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    wanted = find_sizes(spot.inputs[1], found, constants)
-    if wanted is None:
-        return None
-    rank = max(len(shape), len(wanted))
-    aligned = [(1,) * (rank - len(other)) + tuple(other) for other in (shape, wanted)]
-    return tuple(_widest(sizes) for sizes in zip(*aligned, strict=True))
-
-
-def _resize(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    wanted = find_sizes(spot.inputs[3], found, constants) if len(spot.inputs) > 3 and spot.inputs[3] else None
-    return wanted if wanted is not None and len(wanted) == len(shape) else None
-
-
-def balance(source: Shape, target: Shape) -> Shape:
-    """Find the one open size of `target` from the products of both shapes, where symbols cancel out."""
-    left, right = list(source), list(target)
-    for size in [size for size in left if isinstance(size, str)]:
-        if size in right:
-            left.remove(size)
-            right.remove(size)
-    open_left = [size for size in left if not isinstance(size, int)]
-    open_right = [size for size in right if not isinstance(size, int)]
-    if len(open_right) != 1 or len(open_left) > 1:
-        return target
-    here = math.prod(size for size in left if isinstance(size, int))
-    there = math.prod(size for size in right if isinstance(size, int))
-    if not there or not here:
-        return target
-    if not open_left:
-        solved: Dim = here // there if here % there == 0 else None
-    else:
-        solved = open_left[0] if here == there else None
-    if solved is None:
-        return target
-    spot = target.index(open_right[0])
-    return (*target[:spot], solved, *target[spot + 1 :])
-
-
-def _flatten(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape:
-    axis = next((item.i for item in spot.node.attribute if item.name == "axis"), 1)
-    axis = axis + len(shape) if axis < 0 else axis
-    return product(shape[:axis]), product(shape[axis:])
-
-
-def _conv(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    weight = found.shapes.get(spot.inputs[1])
-    if weight is None or len(weight) < 3 or len(weight) != len(shape):
-        return None
-    return (shape[0], weight[0], *_slid(spot, shape[2:], weight[2:]))
-
-
-def _conv_transpose(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    weight = found.shapes.get(spot.inputs[1])
-    groups = next((item.i for item in spot.node.attribute if item.name == "group"), 1)
-    if weight is None or len(weight) < 3 or not isinstance(weight[1], int):
-        return None
-    return (shape[0], weight[1] * groups, *[None] * (len(weight) - 2))
-
-
-def _slid(spot: Spot, sizes: Shape, kernel: Shape) -> list[Dim]:
-    """The sizes after a window has slid over them; a symbol stays where stride and padding leave the size alone."""
-    lists = {item.name: list(item.ints) for item in spot.node.attribute}
-    mode = next((item.s.decode() for item in spot.node.attribute if item.name == "auto_pad"), "NOTSET")
-    ones = [1] * len(sizes)
-    strides, dilations = lists.get("strides") or ones, lists.get("dilations") or ones
-    pads = lists.get("pads") or [0] * 2 * len(sizes)
-    ceil = any(item.name == "ceil_mode" and item.i for item in spot.node.attribute)
-    result: list[Dim] = []
-    for axis, size in enumerate(sizes):
-        taps = kernel[axis]
-        lost = (taps - 1) * dilations[axis] if isinstance(taps, int) else None
-        if mode.startswith("SAME"):
-            lost = 0
-        elif lost is not None and mode == "NOTSET":
-            lost -= pads[axis] + pads[axis + len(sizes)]
-        known = isinstance(size, int) and lost is not None and not mode.startswith("SAME") and not ceil
-        slid = (size - lost - 1) // strides[axis] + 1 if known else None  # type: ignore[operator]
-        result.append(size if strides[axis] == 1 and lost == 0 else slid)
-    return result
-
-
-def _transpose(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    perm = next(
-        (list(item.ints) for item in spot.node.attribute if item.name == "perm"),
-        list(range(len(shape)))[::-1],
-    )
-    return tuple(shape[axis] for axis in perm) if sorted(perm) == list(range(len(shape))) else None
-
-
-def _numbers(spot: Spot, name: str, place: int, constants: Constants) -> list[int] | None:
-    """Numbers that are an attribute in old operator sets and an input in newer ones."""
-    if len(spot.inputs) > place and spot.inputs[place]:
-        return constants.integers(spot.inputs[place])
-    return next((list(item.ints) for item in spot.node.attribute if item.name == name), None)
-
-
-def _slice(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    starts, ends, axes, steps = (
-        _numbers(spot, name, place, constants)
-        for place, name in enumerate(("starts", "ends", "axes", "steps"), 1)
-    )
-    result = list(shape)
-    if starts is None or ends is None:
-        return tuple(None for _ in shape)
-    for place, axis in enumerate(axes if axes is not None else range(len(starts))):
-        size, step = shape[axis], steps[place] if steps else 1
-        whole = isinstance(size, int) and len(range(*slice(starts[place], ends[place], step).indices(size)))
-        result[axis] = None if whole is False else whole
-    return tuple(result)
-
-
-def _squeeze(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    axes = _numbers(spot, "axes", 1, constants)
-    if axes is None:
-        return None
-    gone = {axis % len(shape) for axis in axes}
-    return tuple(size for axis, size in enumerate(shape) if axis not in gone)
-
-
-def _unsqueeze(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    axes = _numbers(spot, "axes", 1, constants)
-    if axes is None:
-        return None
-    rank, rest = len(shape) + len(axes), list(shape)
-    new = {axis % rank for axis in axes}
-    return tuple(1 if axis in new else rest.pop(0) for axis in range(rank))
-
-
-def _reduce(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    axes = _numbers(spot, "axes", 1, constants)
-    if axes is None:
-        return None
-    keeps = next((item.i for item in spot.node.attribute if item.name == "keepdims"), 1)
-    gone = {axis % len(shape) for axis in axes}
-    if keeps:
-        return tuple(1 if axis in gone else size for axis, size in enumerate(shape))
-    return tuple(size for axis, size in enumerate(shape) if axis not in gone)
-
-
-def _matmul(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    other = found.shapes.get(spot.inputs[1])
-    if other is None or len(shape) < 2 or len(other) < 2:
-        return None
-    rank = max(len(shape), len(other))
-    batch = [(1,) * (rank - len(each)) + each[:-2] for each in (shape, other)]
-    return (*(_widest(sizes) for sizes in zip(*batch, strict=True)), shape[-2], other[-1])
-
-
-def _pool(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    kernel = next((tuple(item.ints) for item in spot.node.attribute if item.name == "kernel_shape"), ())
-    return (*shape[:2], *_slid(spot, shape[2:], kernel)) if len(kernel) == len(shape) - 2 else None
-
-
-def _pad(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    pads = _numbers(spot, "pads", 1, constants)
-    axes = _numbers(spot, "axes", 3, constants)
-    around = dict.fromkeys(range(len(shape)), 0)
-    if pads is None or len(pads) != 2 * len(around if axes is None else axes):
-        return None
-    half = len(pads) // 2
-    for place, axis in enumerate(around if axes is None else axes):
-        around[axis % len(shape)] = pads[place] + pads[half + place]
-    return tuple(
-        n + around[a] if isinstance(n, int) else (n if not around[a] else None) for a, n in enumerate(shape)
-    )
-
-
-def _concat(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    shapes = [found.shapes.get(value) for value in spot.inputs]
-    axis = next((item.i for item in spot.node.attribute if item.name == "axis"), 0) % len(shape)
-    if any(other is None or len(other) != len(shape) for other in shapes):
-        return None
-    known = [other for other in shapes if other is not None]
-    along = [other[axis] for other in known]
-    total = sum(n for n in along if isinstance(n, int)) if all(isinstance(n, int) for n in along) else None
-    return tuple(total if a == axis else _first(other[a] for other in known) for a in range(len(shape)))
-
-
-def _first(sizes: Iterable[Dim]) -> Dim:
-    """The same size, said several times: a number if there is one."""
-    given = [size for size in sizes if size is not None]
-    return next((size for size in given if isinstance(size, int)), given[0] if given else None)
-
-
-def _split(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    axis = next((item.i for item in spot.node.attribute if item.name == "axis"), 0) % len(shape)
-    sizes, whole = _numbers(spot, "split", 1, constants), shape[axis]
-    parts = len(spot.outputs)
-    if sizes is None and isinstance(whole, int) and whole % parts == 0:
-        sizes = [whole // parts] * parts
-    for place, output in enumerate(spot.outputs):
-        if output and (sizes is None or len(sizes) == parts):
-            part = (*shape[:axis], sizes[place] if sizes else None, *shape[axis + 1 :])
-            found.shapes[output] = _merge(found.shapes.get(output, part), part)
-    return None
-
-
-def _gather(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    indices = found.shapes.get(spot.inputs[1])
-    axis = next((item.i for item in spot.node.attribute if item.name == "axis"), 0) % max(len(shape), 1)
-    return None if indices is None else (*shape[:axis], *indices, *shape[axis + 1 :])
-
-
-def _global_pool(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape:
-    return (*shape[:2], *[1] * (len(shape) - 2))
-
-
-def _broadcast(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    shapes = [found.shapes.get(value) for value in spot.inputs]
-    if any(other is None for other in shapes):
-        return None
-    known = [other for other in shapes if other is not None]
-    rank = max(map(len, known))
-    aligned = [(1,) * (rank - len(other)) + other for other in known]
-    return tuple(_widest(sizes) for sizes in zip(*aligned, strict=True))
-
-
-def _widest(sizes: tuple[Dim, ...]) -> Dim:
-    """The size that these broadcast to, if it can be told."""
-    numbers = {size for size in sizes if isinstance(size, int) and size != 1}
-    if numbers:
-        return next(iter(numbers)) if len(numbers) == 1 else None
-    others = {size for size in sizes if size != 1}
-    return 1 if not others else next(iter(others)) if len(others) == 1 else None
-
-
-_KEEPS_SHAPE = [
-    "Identity", "Dropout", "BatchNormalization", "InstanceNormalization", "Relu", "LeakyRelu", "PRelu",
-    "Sigmoid", "Tanh", "Clip", "Elu", "Selu", "Softplus", "HardSigmoid", "HardSwish", "Mish", "Gelu",
-    "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Softmax", "LogSoftmax", "Cast", "CastLike", "LRN",
-    "Floor", "Ceil", "Round", "Celu", "LayerNormalization", "Sign", "Reciprocal", "ThresholdedRelu",
-]  # fmt: skip
-
-_KEEPS_TYPE = frozenset([
-    *_KEEPS_SHAPE,
-    "Slice", "Squeeze", "Unsqueeze", "MaxPool", "AveragePool", "Split", "Gather", "Expand", "Resize",
-    "Transpose", "Flatten", "ReduceMean", "ReduceSum", "ReduceMax", "GlobalAveragePool",
-    "GlobalMaxPool", "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Div", "Sum",
-    "Concat", "Reshape",
-]) - {"Cast", "CastLike"}  # fmt: skip
-
-_RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(_KEEPS_SHAPE, _same),
-    "Reshape": _reshape,
-    "Slice": _slice,
-    "Squeeze": _squeeze,
-    "Unsqueeze": _unsqueeze,
-    "MatMul": _matmul,
-    "MaxPool": _pool,
-    "AveragePool": _pool,
-    "Pad": _pad,
-    "Concat": _concat,
-    "Split": _split,
-    "Gather": _gather,
-    **{f"Reduce{kind}": _reduce for kind in ("Mean", "Sum", "Max", "Min", "L2", "Prod")},
-    "Expand": _expand,
-    "Resize": _resize,
-    "Flatten": _flatten,
-    "Conv": _conv,
-    "ConvTranspose": _conv_transpose,
-    "Transpose": _transpose,
-    "GlobalAveragePool": _global_pool,
-    "GlobalMaxPool": _global_pool,
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Sum"), _broadcast),
-}

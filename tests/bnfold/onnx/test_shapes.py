@@ -7,29 +7,60 @@ import pytest
 
 import bnfold.onnx
 from bnfold.onnx.inputs import candidates
-from bnfold.onnx.shapes import balance
 from tests.onnx_models import model, weights
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "found"),
-    [
-        (("N", 64, 7, 7), (None, 3136), ("N", 3136)),
-        (("N", 64, 7, 7), ("N", None), ("N", 3136)),
-        (("N", 64, "H", "W"), ("N", 2, 32, None), ("N", 2, 32, None)),
-        (("N", 64, "H"), ("N", None, "H"), ("N", 64, "H")),
-        (("N", 12), (None, 4), (None, 4)),
-        ((6, 4), (None, 3), (8, 3)),
-        ((None, 8), (None, 8), (None, 8)),
-    ],
-)
-def test_one_open_size_is_told_by_the_products(source, target, found):
-    assert balance(source, target) == found
 
 
 def shape(text, value, **options):
     picture = bnfold.onnx.read(model(text, **options))
     return picture.graph.shapes.get(value)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "found"),
+    [
+        ("N, 64, 7, 7", "-1, 3136", ("N", 3136)),
+        ("N, 64, 7, 7", "0, -1", ("N", 3136)),
+        ("N, 64, H", "0, -1, 8", ("N", None, 8)),
+        ("N, 12", "-1, 4", (None, 4)),
+        ("6, 4", "-1, 3", (8, 3)),
+    ],
+)
+def test_what_a_reshape_leaves_open_is_told_by_the_sizes(source, target, found):
+    made = shape(
+        f"""g (float[{source}] x) => (float[{", ".join("abcd"[: len(found)])}] y) {{
+        to = Constant<value_ints = [{target}]>() y = Reshape(x, to) }}""",
+        "y",
+    )
+    assert [size if isinstance(size, int) or size in ("N", "H") else None for size in made] == list(found)
+
+
+def test_half_of_a_size_rounded_up_is_no_half_of_it_rounded_down():
+    text = """g (float[N, 3, H, H] x) => (float[a, b, c, d] y, float[a, b, e, f] z) {
+        y = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)
+        z = MaxPool<kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1>(x) }"""
+    assert shape(text, "y")[:2] == shape(text, "z")[:2] == ("N", 3)
+    assert shape(text, "y")[2] == shape(text, "y")[3]
+    assert shape(text, "y")[2] != shape(text, "z")[2]
+
+
+def test_a_model_that_takes_multiples_only_is_read_at_multiples():
+    text = """g (float[N, 4, H, H] x) => (float[a, b, c] y) { s = Shape(x)
+        zero = Constant<value_ints = [0]>() two = Constant<value_ints = [2]>() w = Constant<value_ints = [16]>()
+        n = Gather<axis = 0>(s, zero) h = Gather<axis = 0>(s, two) parts = Div(h, w) four = Constant<value_ints = [4]>()
+        to = Concat<axis = 0>(n, four, parts, w, h) r = Reshape(x, to) rest = Constant<value_ints = [0, 0, -1]>()
+        y = Reshape(r, rest) }"""
+    assert shape(text, "y")[:2] == ("N", 4)
+
+
+@pytest.mark.parametrize(("size", "proven"), [("H", False), ("64", True)])
+def test_what_is_the_same_at_every_size_that_was_tried_is_no_proof(size, proven):
+    text = f"""g (float[N, 4, {size}] x) => (float[a, b, c] y) {{ s = Shape(x) at = Constant<value_ints = [2]>()
+        h = Gather<axis = 0>(s, at) least = Constant<value_ints = [16]>() nothing = Constant<value_ints = [0]>()
+        short = Sub(least, h) more = Max(short, nothing) front = Constant<value_ints = [0, 0, 0, 0, 0]>()
+        pads = Concat<axis = 0>(front, more) y = Pad(x, pads) }}"""
+    constants = bnfold.onnx.read(model(text)).scene.constants
+    assert constants.integers("pads") == [0] * 6
+    assert constants.is_proven("pads") == proven
 
 
 def test_a_reshape_by_computed_sizes():
