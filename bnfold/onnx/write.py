@@ -75,6 +75,11 @@ class Slots:
     beta: float = 1.0
 
     @property
+    def multiplies_from_left(self) -> bool:
+        """Whether it is a MatMul whose outputs lie on the last axis but one."""
+        return self.spot.op == "MatMul" and self.weight == 0
+
+    @property
     def bias_value(self) -> str:
         """The value that is the bias, or nothing."""
         return self.add.inputs[self.bias] if self.add is not None and self.bias < len(self.add.inputs) else ""
@@ -213,15 +218,13 @@ class _Writer:
         return self.editor.add_tensor(wish, rounded, data_type, replaces)
 
     def _place_bias(self, slots: Slots, linear: Linear, bias: Array) -> Array:
-        """Give the bias of a MatMul the shape in which it is added."""
+        """Give the bias of a MatMul the shape in which it is added: from the left, along the last axis but one."""
         if slots.spot.op != "MatMul":
             return bias
         old = self.picture.scene.constants.array(slots.bias_value).shape if slots.bias_value else ()
         if math.prod(old) == linear.outputs:
             return bias.reshape(old)
-        output = self.picture.graph.shapes.get(slots.spot.outputs[0])
-        rank = linear.out_axis + 1 if output is None else len(output)
-        return bias.reshape(linear.outputs, *[1] * (rank - 1 - linear.out_axis))
+        return bias[:, None] if slots.multiplies_from_left else bias
 
     def _attach(self, slots: Slots, linear: Linear, weight: str, bias: str) -> None:
         self.editor.set_input(slots.spot, slots.weight, weight)
