@@ -23,6 +23,7 @@ from bnfold.graph import Dim, Node, Shape
 from bnfold.onnx.constants import FLOATS, attributes, bounded
 from bnfold.onnx.scene import Scene
 from bnfold.onnx.scope import Spot
+from bnfold.onnx.sizes import find_sizes
 
 __all__ = ["EPSILON", "FORMS", "draw"]
 
@@ -567,6 +568,8 @@ def _resize(spot: Spot, scene: Scene) -> Node:
         raise Unusual
     partial = "it fills in zeros outside the image" if cropped else ""
     axes = _resized(spot, scene, data)
+    if cropped:
+        axes = tuple(sorted({*axes, *_cropped(spot, scene, _known_rank(scene, data), options)}))
     return Node(
         spot.name,
         "Resize",
@@ -591,6 +594,15 @@ def _resized(spot: Spot, scene: Scene, data: str) -> tuple[int, ...]:
     return tuple(axis for axis in places if not same[axis])
 
 
+def _cropped(spot: Spot, scene: Scene, rank: int, options: dict[str, Any]) -> list[int]:
+    """The axes of which a region may be cut out: all but those whose region is known to be the whole."""
+    chosen, roi = options.get("axes") or list(range(rank)), scene.constants.floats(_input(spot, 1))
+    if roi is None or roi.size != 2 * len(chosen):
+        return list(range(rank))
+    ends = zip(chosen, roi[: len(chosen)], roi[len(chosen) :], strict=True)
+    return [_axis(axis, rank) for axis, first, last in ends if (first, last) != (0, 1)]
+
+
 def _scales(spot: Spot, scene: Scene, options: dict[str, Any]) -> list[float] | None:
     if "scales" in options:
         return list(options["scales"])
@@ -601,21 +613,28 @@ def _scales(spot: Spot, scene: Scene, options: dict[str, Any]) -> list[float] | 
 
 def _pad(spot: Spot, scene: Scene) -> Node:
     data, options = _data(spot, scene), attributes(spot.node)
-    rank, pads = _known_rank(scene, data), _integers(spot, scene, "pads", 1)
-    if pads is None:
-        raise Unusual
+    rank, pads = _known_rank(scene, data), _amounts(spot, scene, options)
     chosen = _integers(spot, scene, "axes", 3)
     places = list(range(rank)) if chosen is None else [_axis(axis, rank) for axis in chosen]
     if len(pads) != 2 * len(places):
         raise Unusual
     both = list(zip(pads[: len(places)], pads[len(places) :], strict=True))
-    axes = tuple(axis for axis, pair in zip(places, both, strict=True) if any(pair))
+    axes = tuple(axis for axis, pair in zip(places, both, strict=True) if pair != (0, 0))
     partial = ""
-    if options.get("mode", "constant") == "constant" and any(n > 0 for n in pads):
+    if options.get("mode", "constant") == "constant" and any(not isinstance(n, int) or n > 0 for n in pads):
         partial = "it pads with zeros"
         if _filling(spot, scene, options) != 0:
             raise Unusual
     return _node(spot, [data], axes=axes, partial=partial)
+
+
+def _amounts(spot: Spot, scene: Scene, options: dict[str, Any]) -> Shape:
+    """How much a Pad adds; an amount that is computed from sizes that the file leaves open may be any."""
+    value = _input(spot, 1)
+    pads = find_sizes(value, scene.found, scene.constants) if value else tuple(options["pads"])
+    if pads is None:
+        raise Unusual
+    return pads
 
 
 def _filling(spot: Spot, scene: Scene, options: dict[str, Any]) -> float:

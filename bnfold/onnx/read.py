@@ -104,7 +104,7 @@ def _survey(model: onnx.ModelProto, folder: Path | None, freeze: bool) -> tuple[
     overridable = frozenset(listed) if model.ir_version >= 4 and not freeze else frozenset()
     stored = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
     found, constants = infer(
-        model, whole, lambda found: Constants(folder, found.shapes, found.types, opset, stored)
+        model, whole, lambda found: Constants(folder, found.shapes, found.types, opset, stored), overridable
     )
     notes = []
     if listed and not overridable:

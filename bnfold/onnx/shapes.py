@@ -6,6 +6,8 @@ symbols are one size. What it leaves open is refined here, and given back to it:
 
 - small vectors of sizes are computed symbolically (`Concat(Shape(x)[:2], [-1])`), so a reshape whose target is
   computed has a rank, and most of its sizes;
+- sizes that the file declares for inner values are those of one run where one of them is a number and the inputs leave
+  it open; then none of them is believed;
 - where all but one size of a reshape is known on both sides, that one is the same on both, which is how a symbolic
   batch size survives a `Reshape(x, [-1, 2048])`.
 """
@@ -38,12 +40,24 @@ LARGE = 512
 
 
 def infer(
-    model: onnx.ModelProto, whole: Survey, constants: Callable[[Shapes], Constants]
+    model: onnx.ModelProto,
+    whole: Survey,
+    constants: Callable[[Shapes], Constants],
+    overridable: frozenset[str] = frozenset(),
 ) -> tuple[Shapes, Constants]:
-    """Shapes and types of all values of a surveyed model, and what is constant, given those."""
+    """Shapes and types of all values of a surveyed model, and what is constant, given those.
+
+    Initializers that a caller may override are inputs here: neither their numbers nor their sizes are known.
+    """
     bare = skeleton(model)
+    for place in range(len(bare.graph.initializer) - 1, -1, -1):
+        if bare.graph.initializer[place].name in overridable:
+            del bare.graph.initializer[place]
+    if _declares_one_run(bare):
+        _forget_sizes(bare.graph)
+        whole.types = {value: kind for value, kind in whole.types.items() if value in whole.inputs}
     for _ in range(ROUNDS):
-        found = _infer_once(bare, whole)
+        found = _infer_once(bare, whole, overridable)
         known = constants(found)
         before = dict(found.shapes)
         for spot in whole.spots:
@@ -60,7 +74,41 @@ def infer(
     return found, known
 
 
-def _infer_once(bare: onnx.ModelProto, whole: Survey) -> Shapes:
+def _declares_one_run(bare: onnx.ModelProto) -> bool:
+    """Whether the file declares a number for a size of an inner value that is one of an input's open sizes."""
+    free = onnx.ModelProto()
+    free.CopyFrom(bare)
+    _forget_sizes(free.graph)
+    dims = [(item.name, item.type.tensor_type.shape.dim) for item in free.graph.input]
+    for name, each in dims:
+        for axis, dim in enumerate(each):
+            if dim.dim_value <= 0 and not dim.dim_param:
+                dim.dim_param = f"{name}.{axis}"
+    opened = {dim.dim_param for _, each in dims for dim in each if dim.dim_param}
+    said = {
+        info.name: info.type.tensor_type.shape.dim for info in (*bare.graph.value_info, *bare.graph.output)
+    }
+    if not opened or not said:
+        return False
+    try:
+        inferred = onnx.shape_inference.infer_shapes(free, data_prop=True).graph
+    except _FAILURES:
+        return False
+    return any(
+        mine.dim_param in opened and declared.HasField("dim_value")
+        for info in (*inferred.value_info, *inferred.output)
+        for mine, declared in zip(info.type.tensor_type.shape.dim, said.get(info.name, ()), strict=False)
+    )
+
+
+def _forget_sizes(graph: onnx.GraphProto) -> None:
+    """Drop what a graph says of the sizes of anything but its inputs."""
+    for info in (*graph.value_info, *graph.output):
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
+
+
+def _infer_once(bare: onnx.ModelProto, whole: Survey, overridable: frozenset[str]) -> Shapes:
     complaint = ""
     try:
         inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
@@ -75,7 +123,8 @@ def _infer_once(bare: onnx.ModelProto, whole: Survey) -> Shapes:
         for value, declared in types.items():
             _note(found, value, declared)
     for value, tensor in whole.tensors.items():
-        found.shapes[value], found.types[value] = tuple(tensor.dims), tensor.data_type
+        if value not in overridable:
+            found.shapes[value], found.types[value] = tuple(tensor.dims), tensor.data_type
     return found
 
 
@@ -232,7 +281,11 @@ def _expand(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Sh
 
 
 def _resize(spot: Spot, shape: Shape, found: Shapes, constants: Constants) -> Shape | None:
-    wanted = find_sizes(spot.inputs[3], found, constants) if len(spot.inputs) > 3 and spot.inputs[3] else None
+    given = len(spot.inputs) > 3 and spot.inputs[3]
+    bounded = any(
+        item.name == "keep_aspect_ratio_policy" and item.s != b"stretch" for item in spot.node.attribute
+    )
+    wanted = find_sizes(spot.inputs[3], found, constants) if given and not bounded else None
     return wanted if wanted is not None and len(wanted) == len(shape) else None
 
 

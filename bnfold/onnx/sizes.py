@@ -53,6 +53,11 @@ def note_sizes(spot: Spot, found: Shapes, constants: Constants) -> None:
     elif spot.op in _SIZES and found.types.get(spot.outputs[0]) in (TensorProto.INT64, TensorProto.INT32):
         given = [find_sizes(value, found, constants) if value else None for value in spot.inputs]
         result = None if given[0] is None else _SIZES[spot.op](spot, [g or () for g in given], constants)
+    elif found.types.get(spot.outputs[0]) == TensorProto.INT64:
+        shape = found.shapes.get(spot.outputs[0], ())
+        result = (
+            (None,) * shape[0] if len(shape) == 1 and isinstance(shape[0], int) and shape[0] <= 64 else None
+        )
     else:
         return
     if result is not None and len(result) <= 64:
