@@ -25,7 +25,7 @@ from bnfold.onnx.constants import FLOATS
 from bnfold.onnx.files import stored_tensors
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.read import Picture, read
-from bnfold.onnx.run import Outputs, Runner, run_exactly, widen
+from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, widen
 from bnfold.onnx.write import write
 from bnfold.report import Evidence
 
@@ -62,6 +62,8 @@ class Proof:
     def __init__(self, picture: Picture, inputs: Any = None, original: onnx.ModelProto | None = None) -> None:
         """Run the original, which is the picture's model unless that one has inlined functions.
 
+        Where it draws random numbers, the picture's model is run: the nodes of a function share a seed in all calls.
+
         Raises:
             InputError: it cannot be run on these inputs, or on any that were made up.
         """
@@ -69,7 +71,8 @@ class Proof:
         self.seconds = 0.0
         self._folded: list[Outputs] | None = None
         try:
-            self.runner: Callable[[Feed], Outputs] = Runner(original or picture.model, picture.folder)
+            first = picture.model if original is None or is_random(picture.model) else original
+            self.runner: Callable[[Feed], Outputs] = Runner(first, picture.folder)
             self.is_exact_only = False
         except InputError as error:
             if "NOT_IMPLEMENTED" not in str(error):
