@@ -29,7 +29,7 @@ from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, widen
 from bnfold.onnx.write import write
 from bnfold.report import Evidence
 
-__all__ = ["Proof"]
+__all__ = ["Proof", "check_runs"]
 
 SLOW = 2.0
 """A model whose run takes more seconds than this is not run in float64, which is much slower."""
@@ -39,6 +39,9 @@ HEAVY = 400_000_000
 
 FEEDS = ((0.03, 3), (0.15, 2))
 """How many feeds are made up for a model that runs in less than so many seconds; one for any other."""
+
+TRIES = 4
+"""On how many made-up inputs a model is tried that is unlikely to run on any."""
 
 _NAMES = {
     TensorProto.BFLOAT16: "bfloat16",
@@ -225,6 +228,25 @@ class Proof:
         return total
 
 
+def check_runs(picture: Picture, inputs: Any = None, once: bool = False) -> None:
+    """Load a model in onnxruntime and, with `once`, run it on the first of a few inputs that it takes.
+
+    Raises:
+        InputError: it cannot be loaded, or runs on none.
+    """
+    runner = Runner(picture.model, picture.folder)
+    failure: InputError | None = None
+    feeds = _given(inputs) or islice(made.candidates(picture.model, picture.scene), TRIES)
+    for feed in feeds if once else ():
+        try:
+            runner(feed)
+            return
+        except InputError as error:
+            failure = error
+    if failure is not None:
+        raise failure
+
+
 def _agree(exact: Sequence[Outputs], own: Sequence[Outputs], tolerance: float) -> bool:
     """Whether outputs agree, relative to the largest of each; what a sigmoid has squashed to nothing is noise."""
     for name in exact[0]:
@@ -273,6 +295,10 @@ def _given(inputs: Any) -> list[Feed] | None:
 
 
 def _load(path: Path) -> Feed:
+    if not path.is_file():
+        raise InputError(
+            f"{path} is no .npz file: {'it is no regular file' if path.exists() else 'no such file'}"
+        )
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

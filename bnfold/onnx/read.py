@@ -26,7 +26,7 @@ from bnfold.algebra import Affine
 from bnfold.errors import InputError
 from bnfold.graph import Graph, Node
 from bnfold.onnx.constants import Constants
-from bnfold.onnx.forms import draw
+from bnfold.onnx.forms import MISMATCH, draw
 from bnfold.onnx.scene import Scene
 from bnfold.onnx.scope import Spot, survey
 from bnfold.onnx.shapes import infer
@@ -56,6 +56,12 @@ class Picture:
     spots: dict[str, list[Spot]]
     weak: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def contradiction(self) -> str:
+        """What no runtime could run, by the look of its shapes; nothing where there is none."""
+        broken = (node for node in self.graph.nodes if node.attributes.get("reason") == MISMATCH)
+        return next((f"`{node.name}` ({node.op}): {MISMATCH}" for node in broken), "")
 
     @property
     def folder(self) -> Path | None:

@@ -24,7 +24,7 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.errors import InputError
-from bnfold.onnx.constants import FLOATS, load
+from bnfold.onnx.constants import FLOATS, densify, load
 from bnfold.onnx.files import size
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.scope import bodies
@@ -223,6 +223,8 @@ def _widen_graph(graph: onnx.GraphProto, wide: onnx.GraphProto, folder: Path | N
     }
     for tensor in graph.initializer:
         _widen_tensor(tensor, wide.initializer.add(), folder, tensor.name in fixed)
+    for sparse in graph.sparse_initializer:
+        _widen_tensor(densify(sparse), wide.initializer.add(), folder, sparse.values.name in fixed)
     for node in graph.node:
         _widen_node(node, wide.node.add(), folder, bool(fixed.intersection(node.output)))
 

@@ -30,10 +30,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Shapes", "infer", "refine", "skeleton"]
 
-_FAILURES = (onnx.shape_inference.InferenceError, ValueError, RuntimeError, TypeError)
+_FAILURES = (
+    onnx.shape_inference.InferenceError,
+    onnx.checker.ValidationError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+)
 
 ROUNDS = 8
 """How often what was refined is given back to the inference."""
+
+LONG = 1 << 16
+"""With vectors of more numbers than this, no numbers are propagated by ONNX's inference."""
 
 LARGE = 512
 """Tensors of more elements than this are left out of the copy that shapes are inferred on."""
@@ -53,11 +62,13 @@ def infer(
     for place in range(len(bare.graph.initializer) - 1, -1, -1):
         if bare.graph.initializer[place].name in overridable:
             del bare.graph.initializer[place]
-    if _declares_one_run(bare):
+    plain = _infer_plainly(bare)
+    if _declares_one_run(bare, plain):
         _forget_sizes(bare.graph)
         whole.types = {value: kind for value, kind in whole.types.items() if value in whole.inputs}
+    propagate = not _has_long_vectors(plain)
     for _ in range(ROUNDS):
-        found = _infer_once(bare, whole, overridable)
+        found = _infer_once(bare, whole, overridable, propagate)
         known = constants(found)
         before = dict(found.shapes)
         for spot in whole.spots:
@@ -74,31 +85,38 @@ def infer(
     return found, known
 
 
-def _declares_one_run(bare: onnx.ModelProto) -> bool:
-    """Whether the file declares a number for a size of an inner value that is one of an input's open sizes."""
+def _infer_plainly(bare: onnx.ModelProto) -> onnx.GraphProto:
+    """What follows from the inputs alone, without any number that is computed; sizes without a name get one."""
     free = onnx.ModelProto()
     free.CopyFrom(bare)
     _forget_sizes(free.graph)
-    dims = [(item.name, item.type.tensor_type.shape.dim) for item in free.graph.input]
-    for name, each in dims:
-        for axis, dim in enumerate(each):
+    for given in free.graph.input:
+        for axis, dim in enumerate(given.type.tensor_type.shape.dim):
             if dim.dim_value <= 0 and not dim.dim_param:
-                dim.dim_param = f"{name}.{axis}"
-    opened = {dim.dim_param for _, each in dims for dim in each if dim.dim_param}
+                dim.dim_param = f"{given.name}.{axis}"
+    try:
+        return onnx.shape_inference.infer_shapes(free).graph
+    except _FAILURES:
+        return free.graph
+
+
+def _declares_one_run(bare: onnx.ModelProto, plain: onnx.GraphProto) -> bool:
+    """Whether the file declares a number for a size of an inner value that is one of an input's open sizes."""
+    opened = {dim.dim_param for given in plain.input for dim in given.type.tensor_type.shape.dim} - {""}
     said = {
         info.name: info.type.tensor_type.shape.dim for info in (*bare.graph.value_info, *bare.graph.output)
     }
-    if not opened or not said:
-        return False
-    try:
-        inferred = onnx.shape_inference.infer_shapes(free, data_prop=True).graph
-    except _FAILURES:
-        return False
     return any(
         mine.dim_param in opened and declared.HasField("dim_value")
-        for info in (*inferred.value_info, *inferred.output)
+        for info in (*plain.value_info, *plain.output)
         for mine, declared in zip(info.type.tensor_type.shape.dim, said.get(info.name, ()), strict=False)
     )
+
+
+def _has_long_vectors(plain: onnx.GraphProto) -> bool:
+    """Whether a vector is so long that ONNX's inference, which follows each of its numbers, would take all memory."""
+    shapes = (info.type.tensor_type.shape.dim for info in (*plain.input, *plain.value_info, *plain.output))
+    return any(len(dims) == 1 and dims[0].dim_value > LONG for dims in shapes)
 
 
 def _forget_sizes(graph: onnx.GraphProto) -> None:
@@ -108,14 +126,14 @@ def _forget_sizes(graph: onnx.GraphProto) -> None:
             info.type.tensor_type.ClearField("shape")
 
 
-def _infer_once(bare: onnx.ModelProto, whole: Survey, overridable: frozenset[str]) -> Shapes:
+def _infer_once(bare: onnx.ModelProto, whole: Survey, overridable: frozenset[str], propagate: bool) -> Shapes:
     complaint = ""
     try:
-        inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=propagate)
     except _FAILURES as error:
         complaint = str(error)
         try:
-            inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(bare, data_prop=propagate)
         except _FAILURES:
             inferred = bare
     found = Shapes({}, {}, complaint)

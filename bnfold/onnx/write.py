@@ -27,7 +27,7 @@ from onnx import TensorProto
 from bnfold.algebra import Affine, Array, Linear, round_to
 from bnfold.errors import InputError
 from bnfold.graph import Graph, Node
-from bnfold.onnx.constants import attribute
+from bnfold.onnx.constants import Unworkable, attribute
 from bnfold.onnx.edit import Editor
 from bnfold.onnx.read import Picture
 from bnfold.onnx.scope import Spot
@@ -327,15 +327,21 @@ class _Fits:
     def __call__(self, node: Node) -> str:
         if node.linear is None or not node.linear.changed:
             return ""
+        try:
+            return self._ask(node, node.linear)
+        except Unworkable as error:
+            return str(error)
+
+    def _ask(self, node: Node, linear: Linear) -> str:
         slots = find_slots(self.picture, node.name)
         value = slots.spot.inputs[slots.weight]
         name, limit = _limit(self.picture.scene.type(value))
         peak = self._peak(value)
         if not math.isfinite(peak):
             return "its weight holds numbers that are not finite"
-        if self._bound(slots, node.linear, peak) < limit / 4:
+        if self._bound(slots, linear, peak) < limit / 4:
             return ""
-        return self._check(slots, node.linear, name, limit)
+        return self._check(slots, linear, name, limit)
 
     def _peak(self, value: str) -> float:
         if value not in self._largest:
