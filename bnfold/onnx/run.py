@@ -56,11 +56,15 @@ class Runner:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
-        self._open: Callable[[], Any] = lambda: _session(model, folder, options)
         try:
+            seeded = onnx.load_model(model, load_external_data=False) if isinstance(model, Path) else model
+            self._is_random = is_random(seeded)
+            if isinstance(model, Path) and _must_change(seeded):
+                model, folder = seeded, model.parent
+            del seeded
+            self._open: Callable[[], Any] = lambda: _session(model, folder, options)
             self.session = self._open()
             self.names = [output.name for output in self.session.get_outputs()]
-            self._is_random = is_random(model)
         except Exception as error:
             raise InputError(f"onnxruntime cannot load the model: {brief(error)}") from error
 
@@ -88,10 +92,7 @@ def _session(model: onnx.ModelProto | Path, folder: Path | None, options: Any) -
 
     more: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
     if isinstance(model, Path):
-        seeded = _description(model)
-        if not _must_change(seeded):
-            return onnxruntime.InferenceSession(str(model), options, **more)
-        model, folder = seeded, model.parent
+        return onnxruntime.InferenceSession(str(model), options, **more)
     seeded = seed(model)
     if size(seeded) < TOO_LARGE:
         if folder is not None:
@@ -103,10 +104,6 @@ def _session(model: onnx.ModelProto | Path, folder: Path | None, options: Any) -
         path = Path(scratch) / "model.onnx"
         onnx.save_model(seeded, path, save_as_external_data=True)
         return onnxruntime.InferenceSession(str(path), options, **more)
-
-
-def _description(model: onnx.ModelProto | Path) -> onnx.ModelProto:
-    return onnx.load_model(model, load_external_data=False) if isinstance(model, Path) else model
 
 
 def flatten(names: Sequence[str], results: Sequence[Any]) -> Outputs:
@@ -141,9 +138,9 @@ _RANDOM = (
 )
 
 
-def is_random(model: onnx.ModelProto | Path) -> bool:
+def is_random(model: onnx.ModelProto) -> bool:
     """Whether a model draws random numbers."""
-    return any(_draws(node) for node in nodes(_description(model)))
+    return any(_draws(node) for node in nodes(model))
 
 
 def _draws(node: onnx.NodeProto) -> bool:
