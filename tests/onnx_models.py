@@ -65,6 +65,7 @@ def count(folded: onnx.ModelProto, op: str = "BatchNormalization") -> int:
 def run(some: onnx.ModelProto, feed: Mapping[str, Tensor], optimised: bool = False) -> dict[str, Tensor]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.enable_mem_reuse = False  # it believes sizes that a file declares, be they those of another run
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(

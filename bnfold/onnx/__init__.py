@@ -148,6 +148,8 @@ def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ..
     from bnfold.onnx.proof import Proof
 
     (first, folder), (second, other) = _own_copy(before), _own_copy(after)
+    files.check(first, "the first model")
+    files.check(second, "the second model")
     picture = read(first, folder)
     weights = sum(node.linear is not None for node in picture.graph.nodes)
     proof = Proof(picture, inputs)
@@ -207,14 +209,29 @@ def _fold(
     choices: _Choices,
     ends: _Ends,
 ) -> tuple[onnx.ModelProto, Report]:
-    """Fold a model that is ours to change."""
+    """Fold a model that is ours to change.
+
+    Raises:
+        InputError: among other things, it asks for more memory than there is.
+    """
+    try:
+        return _fold_within_memory(model, folder, choices, ends)
+    except MemoryError as error:
+        raise InputError(f"the model asks for more memory than there is: {error}") from error
+
+
+def _fold_within_memory(
+    model: onnx.ModelProto, folder: Path | None, choices: _Choices, ends: _Ends
+) -> tuple[onnx.ModelProto, Report]:
     original = model
     plan, hidden, notes = _choose(model, folder, choices)
     model, verdicts = plan.picture.model, (*plan.journey.verdicts, *hidden)
     notes += plan.picture.notes
     before = _count(model)
+    if not choices.verify:
+        _refuse(plan.picture.contradiction)
     if not plan.does_something:
-        _refuse_broken(plan.picture, folder)
+        notes += _check_unchanged(plan.picture, choices)
         ends.finish(model, None)
         notes += ["nothing was changed, so there was nothing to compare"] if verdicts else []
         return model, Report(verdicts, notes=tuple(notes), parameters=(before, before))
@@ -262,10 +279,30 @@ def _prove(plan: _Plan, choices: _Choices, original: onnx.ModelProto) -> Any:
     return proof
 
 
-def _refuse_broken(picture: Picture, folder: Path | None) -> None:
-    """Where shape inference found a contradiction and onnxruntime agrees, say so."""
-    if picture.scene.found.complaint:
-        Runner(picture.model, folder)
+def _check_unchanged(picture: Picture, choices: _Choices) -> list[str]:
+    """Refuse a model that nothing was changed in and that is not valid; return what should be said otherwise.
+
+    Where onnxruntime may be asked, what it can run is valid; what it has no kernel for, and nobody else objects to, is
+    given back with a note.
+    """
+    complaint = _complaint(picture.model) or picture.scene.found.complaint or picture.contradiction
+    if not choices.verify:
+        _refuse(complaint)
+        return []
+    from bnfold.onnx.proof import check_runs
+
+    try:
+        check_runs(picture, choices.inputs, once=bool(complaint))
+    except InputError as error:
+        if complaint:
+            raise
+        return [f"it could not be run, only checked: {error}"]
+    return []
+
+
+def _refuse(complaint: str) -> None:
+    if complaint:
+        raise InputError(f"the model is not valid: {' '.join(complaint.split())[:300]}")
 
 
 def _check_validity(model: onnx.ModelProto, ends: _Ends, runs: bool) -> None:
@@ -277,7 +314,7 @@ def _check_validity(model: onnx.ModelProto, ends: _Ends, runs: bool) -> None:
     if not original:
         raise BnfoldError(f"the folded model would not be valid: {complaint}")
     if not runs:
-        raise InputError(f"the model is not valid: {original}")
+        _refuse(original)
 
 
 def _complaint(model: onnx.ModelProto) -> str:
@@ -286,7 +323,8 @@ def _complaint(model: onnx.ModelProto) -> str:
     if external or files.size(model) >= files.LIMIT // 2:
         return ""
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(_with_shapes(model))
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except (
         onnx.checker.ValidationError,
         onnx.shape_inference.InferenceError,
@@ -295,6 +333,21 @@ def _complaint(model: onnx.ModelProto) -> str:
     ) as error:
         return " ".join(str(error).split())[:300]
     return ""
+
+
+def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model for the checker, which wants inputs and outputs to have a shape, as onnxruntime does not."""
+    given = [
+        item.type for item in (*model.graph.input, *model.graph.output) if item.type.HasField("tensor_type")
+    ]
+    if all(kind.tensor_type.HasField("shape") for kind in given):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for item in (*copy.graph.input, *copy.graph.output):
+        if item.type.HasField("tensor_type"):
+            item.type.tensor_type.shape.SetInParent()
+    return copy
 
 
 def _freeze(model: onnx.ModelProto) -> None:

@@ -26,7 +26,7 @@ from onnx import TensorProto
 from bnfold.errors import InputError
 from bnfold.graph import Shape
 
-__all__ = ["FLOATS", "Constants", "attribute", "attributes", "load"]
+__all__ = ["FLOATS", "Constants", "attribute", "attributes", "bits", "densify", "load"]
 
 Tensor = np.ndarray[Any, Any]
 
@@ -35,6 +35,14 @@ FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, 
 
 SMALL = 1 << 16
 """Evaluated values with at most this many elements are remembered."""
+
+
+LARGEST = 1 << 27
+"""No constant with more elements is worked out, unless the model stores a tensor that has as many."""
+
+
+class Unworkable(InputError):
+    """A constant that cannot be worked out: its nodes do not hang together, or it would be too large."""
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -84,9 +92,28 @@ def load(tensor: TensorProto, folder: Path | None) -> Tensor:
 def _map_external(tensor: TensorProto, folder: Path | None) -> Tensor:
     path, offset, size = check_external(tensor, folder)
     dtype, shape = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
-    if dtype.itemsize * 8 != _bits(tensor.data_type):
+    if dtype.itemsize * 8 != bits(tensor.data_type):
         raise InputError(f"the tensor `{tensor.name}` is packed more densely than bnfold reads")
     return map_bytes(path, offset, size).view(dtype).reshape(shape)
+
+
+def densify(sparse: onnx.SparseTensorProto) -> TensorProto:
+    """A sparse tensor written out.
+
+    Raises:
+        InputError: its places do not suit its shape.
+    """
+    values, places = load(sparse.values, None), np.asarray(load(sparse.indices, None), np.int64)
+    dims = tuple(sparse.dims)
+    dense = np.zeros(dims, values.dtype)
+    try:
+        flat = places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), dims)
+        if flat.shape != values.shape or (flat < 0).any():
+            raise ValueError(f"{len(flat)} places for {values.size} values")
+        dense.reshape(-1)[flat] = values
+    except (ValueError, IndexError) as error:
+        raise InputError(f"the sparse tensor `{sparse.values.name}` cannot be read: {error}") from error
+    return onnx.numpy_helper.from_array(dense, sparse.values.name)
 
 
 def map_bytes(path: Path, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -101,25 +128,17 @@ def check_external(tensor: TensorProto, folder: Path | None) -> tuple[Path, int,
         InputError: there is no such file, it lies outside the model's folder, or it is too short.
     """
     path, offset, length = locate(tensor, folder)
-    size = -(-math.prod(tensor.dims) * _bits(tensor.data_type) // 8)
+    size = -(-math.prod(tensor.dims) * bits(tensor.data_type) // 8)
     if path.stat().st_size < offset + size or (length and length < size):
         raise InputError(f"the data of `{tensor.name}` in {path.name} is shorter than its shape says")
     return path, offset, size
 
 
-def _bits(data_type: int) -> int:
+def bits(data_type: int) -> int:
+    """How many bits one element takes in a file."""
     name = TensorProto.DataType.Name(data_type)
-    return (
-        4
-        if "4" in name and not name.endswith("64")
-        else 2
-        if name.endswith("INT2")
-        else _whole_bits(data_type)
-    )
-
-
-def _whole_bits(data_type: int) -> int:
-    return width(data_type) * 8
+    packed = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+    return packed[name] if name in packed else width(data_type) * 8
 
 
 def width(data_type: int) -> int:
@@ -144,12 +163,22 @@ def locate(tensor: TensorProto, folder: Path | None) -> tuple[Path, int, int]:
     except ValueError as error:
         raise InputError(f"the data of `{tensor.name}` is at no readable place: {error}") from error
     path, root = (folder / location), folder.resolve()
-    inside = location and not Path(location).is_absolute() and path.resolve().is_relative_to(root)
+    named = location and "\0" not in location and not Path(location).is_absolute()
+    inside = named and _resolves_into(path, root)
     if not inside or offset < 0 or length < 0:
         raise InputError(f"the data of `{tensor.name}` lies outside the model's folder, at {location!r}")
     if not path.is_file():
         raise InputError(f"the data of `{tensor.name}` is missing: no file {location!r} beside the model")
     return path, offset, length
+
+
+def _resolves_into(path: Path, root: Path) -> bool:
+    """Whether a path is in a folder, links followed; one that the system cannot look at is not."""
+    try:
+        path.is_file()
+        return path.resolve().is_relative_to(root)
+    except OSError:
+        return False
 
 
 # ---------------------------------------------------------------- values
@@ -168,28 +197,17 @@ class Constants:
     ) -> None:
         self.folder, self.shapes, self.types, self.opset = folder, shapes, types, opset
         self._tensors = tensors
+        self.limit = max([LARGEST, *(math.prod(tensor.dims) for tensor in tensors.values())])
         self._nodes: dict[str, tuple[onnx.NodeProto, tuple[str, ...], int]] = {}
         self._memory: dict[str, Tensor] = {}
-        self._unproven: set[str] = set()
-        self._has_holes = False
 
     def __contains__(self, value: str) -> bool:
         return value in self._tensors or value in self._nodes or value in self._memory
 
-    def add_sizes(self, value: str, sizes: Tensor, proven: bool) -> None:
-        """Note what shape inference found a value to be; not proven where other sizes could make it another one."""
+    def add_sizes(self, value: str, sizes: Sequence[int] | int) -> None:
+        """Note what shape inference found a value to be."""
         if value not in self:
-            self._memory[value] = sizes
-            self._unproven.update(() if proven else (value,))
-
-    def with_holes(self) -> Constants:
-        """These constants, where a size that is not known is NaN, and so whatever is computed from it."""
-        self._has_holes = True
-        return self
-
-    def is_proven(self, value: str) -> bool:
-        """Whether a constant is one for every size that the inputs may have."""
-        return value not in self._unproven
+            self._memory[value] = np.asarray(sizes, np.int64)
 
     def add_node(self, node: onnx.NodeProto, inputs: Sequence[str], outputs: Sequence[str]) -> bool:
         """Note a node if it computes constants; return whether it does."""
@@ -198,8 +216,6 @@ class Constants:
         for place, output in enumerate(outputs):
             if output:
                 self._nodes[output] = (node, tuple(inputs), place)
-        if not self._unproven.isdisjoint(inputs):
-            self._unproven.update(outputs)
         return True
 
     def _is_constant(self, node: onnx.NodeProto, inputs: Sequence[str]) -> bool:
@@ -210,17 +226,19 @@ class Constants:
                 and bool(inputs)
                 and all(not value or value in self for value in inputs)
             )
+        if operator != "Constant" and len(inputs) < (2 if operator == "CastLike" else 1):
+            return False
         if operator in ("Shape", "Size"):
-            return inputs[0] in self or self._is_measurable(inputs[0])
+            return inputs[0] in self or self._has_numbers_for_sizes(inputs[0])
         if operator == "CastLike":
             return inputs[0] in self and inputs[1] in self.types
         if operator == "Dropout" and (len([o for o in node.output if o]) > 1 or len(inputs) > 2):
             return False
         return all(not value or value in self for value in inputs)
 
-    def _is_measurable(self, value: str) -> bool:
-        shape = self.shapes.get(value)
-        return shape is not None and (self._has_holes or all(isinstance(size, int) for size in shape))
+    def is_workable(self, value: str) -> bool:
+        """Whether a constant is stored, or by its shape small enough to be worked out."""
+        return value in self._tensors or (self.size(value) or 0) <= self.limit
 
     def size(self, value: str) -> int | None:
         """How many elements a constant has, without computing it where its shape is known."""
@@ -243,25 +261,50 @@ class Constants:
             return None
         try:
             return self.array(value)
-        except InputError:
-            raise
-        except (
-            ValueError,
-            TypeError,
-            IndexError,
-            KeyError,
-            ArithmeticError,
-            RuntimeError,
-            MemoryError,
-        ):
+        except Unworkable:
             return None
 
     def array(self, value: str) -> Tensor:
-        """The numbers of a constant."""
+        """The numbers of a constant.
+
+        Raises:
+            Unworkable: it cannot be worked out.
+            InputError: its data cannot be read.
+        """
+        known: dict[str, Tensor] = {}
+        waiting, budget = [value], 16 * self.limit
+        while waiting:
+            name = waiting[-1]
+            missing = [] if name in known else self._missing(name, known)
+            if not missing:
+                if name not in known:
+                    known[name] = self._read(name, known)
+                    budget -= known[name].size
+                waiting.pop()
+            elif budget < 0 or name in missing:
+                raise Unworkable(f"the constant `{value}` is too much to be worked out")
+            waiting += missing
+        return known[value]
+
+    def _missing(self, value: str, known: Mapping[str, Tensor]) -> list[str]:
+        """What a value is worked out from that is not known yet."""
+        if value in self._memory or value in self._tensors:
+            return []
+        node, inputs, _ = self._nodes[value]
+        if node.op_type in ("Shape", "Size") and self._has_numbers_for_sizes(inputs[0]):
+            return []
+        needed = inputs[:1] if node.op_type in ("Shape", "Size", "CastLike") else inputs
+        return [name for name in dict.fromkeys(needed) if name and name not in known]
+
+    def _has_numbers_for_sizes(self, value: str) -> bool:
+        return all(isinstance(size, int) for size in self.shapes.get(value, (None,)))
+
+    def _read(self, value: str, known: Mapping[str, Tensor]) -> Tensor:
+        """A value whose makings are known."""
         if value in self._memory:
             return self._memory[value]
         stored = self._tensors.get(value)
-        result = self._evaluate(value) if stored is None else load(stored, self.folder)
+        result = self._evaluate(value, known) if stored is None else load(stored, self.folder)
         if result.size <= SMALL:
             self._memory[value] = result
         return result
@@ -269,38 +312,48 @@ class Constants:
     def floats(self, value: str) -> np.ndarray[Any, np.dtype[np.float64]] | None:
         """The numbers of a floating-point constant in float64; None where it is none."""
         array = self.get(value)
-        return None if array is None or not is_float(array) else np.asarray(array, np.float64)
+        if array is None or not is_float(array):
+            return None
+        with np.errstate(invalid="ignore"):
+            return np.asarray(array, np.float64)
 
     def integers(self, value: str) -> list[int] | None:
         """The numbers of an integer constant (of any rank), or None."""
+        if (self.size(value) or 0) > SMALL:
+            return None
         array = self.get(value)
         return None if array is None or array.dtype.kind not in "iu" else [int(n) for n in array.ravel()]
 
-    def _evaluate(self, value: str) -> Tensor:
-        node, inputs, place = self._nodes[value]
+    def _evaluate(self, value: str, known: Mapping[str, Tensor]) -> Tensor:
+        try:
+            return self._compute(*self._nodes[value], known)
+        except InputError:
+            raise
+        except Exception as error:  # a node may ask for anything
+            raise Unworkable(f"the constant `{value}` cannot be worked out: {error}") from error
+
+    def _compute(
+        self, node: onnx.NodeProto, inputs: Sequence[str], place: int, known: Mapping[str, Tensor]
+    ) -> Tensor:
         if node.op_type in ("Shape", "Size"):
-            return self._measure(node, inputs[0])
+            return self._measure(node, inputs[0], known)
         if node.op_type == "CastLike":
-            return cast(self.array(inputs[0]), self.types[inputs[1]])
-        arrays = [self.array(name) if name else None for name in inputs]
+            return cast(known[inputs[0]], self.types[inputs[1]])
+        arrays = [known[name] if name else None for name in inputs]
+        if elements(node, arrays) > self.limit:
+            raise MemoryError("it is too large")
         if node.op_type in EVALUATE:
             result = EVALUATE[node.op_type](self, node, arrays)
         else:
             result = _evaluate_by_reference(node, arrays, self.opset)
-        array = np.asarray(result[place] if isinstance(result, (list, tuple)) else result)
-        whole = self._has_holes and self.types.get(value) in (TensorProto.INT64, TensorProto.INT32)
-        return array.astype(np.int64) if whole and not np.isnan(array).any() else array
+        return np.asarray(result[place] if isinstance(result, (list, tuple)) else result)
 
-    def _measure(self, node: onnx.NodeProto, value: str) -> Tensor:
-        shape = self.shapes.get(value)
-        if shape is None or (any(not isinstance(size, int) for size in shape) and value in self):
-            shape = self.array(value).shape
-        sizes = np.asarray([size if isinstance(size, int) else np.nan for size in shape])
-        sizes = sizes if np.isnan(sizes).any() else sizes.astype(np.int64)
+    def _measure(self, node: onnx.NodeProto, value: str, known: Mapping[str, Tensor]) -> Tensor:
+        shape = self.shapes[value] if self._has_numbers_for_sizes(value) else known[value].shape
         if node.op_type == "Size":
-            return np.asarray(np.prod(sizes))
+            return np.asarray(math.prod(int(size or 0) for size in shape), np.int64)
         options = attributes(node)
-        return sizes[slice(options.get("start", 0), options.get("end"))]
+        return np.asarray(shape[slice(options.get("start", 0), options.get("end"))], np.int64)
 
 
 def is_float(array: Tensor) -> bool:
@@ -317,6 +370,46 @@ def cast(array: Tensor, data_type: int) -> Tensor:
 
 
 # ---------------------------------------------------------------- operators
+
+
+def elements(node: onnx.NodeProto, arrays: Sequence[Tensor | None]) -> int:
+    """At most how many elements a node makes of these arrays."""
+    given = [array for array in arrays if array is not None]
+    measure = _ELEMENTS.get(node.op_type)
+    if measure is not None:
+        return measure(node, *given)
+    whole = sum(array.size for array in given)
+    try:
+        return max(whole, math.prod(np.broadcast_shapes(*(array.shape for array in given))))
+    except ValueError:
+        return whole
+
+
+def _gathered(node: onnx.NodeProto, data: Tensor, indices: Tensor) -> int:
+    return int(data.size // max(data.shape[attribute(node, "axis", 0)], 1) * indices.size)
+
+
+def _multiplied(node: onnx.NodeProto, left: Tensor, right: Tensor) -> int:
+    return math.prod(np.broadcast_shapes((*left.shape[:-1], 1), (*right.shape[:-2], 1, *right.shape[-1:])))
+
+
+def _padded(node: onnx.NodeProto, data: Tensor, pads: Tensor, *rest: Tensor) -> int:
+    widest = max((abs(int(n)) for n in pads), default=0)
+    return math.prod(size + 2 * widest for size in data.shape)
+
+
+_ELEMENTS: dict[str, Callable[..., int]] = {
+    "ConstantOfShape": lambda node, shape: math.prod(int(n) for n in shape),
+    "Expand": lambda node, data, shape: math.prod(np.broadcast_shapes(data.shape, [int(n) for n in shape])),
+    "Tile": lambda node, data, repeats: data.size * math.prod(int(n) for n in repeats),
+    "Range": lambda node, start, limit, delta: int(max(0, (limit.item() - start.item()) / delta.item())),
+    "OneHot": lambda node, indices, depth, values: indices.size * int(depth.ravel()[0]),
+    "Gather": _gathered,
+    "GatherND": lambda node, data, indices: data.size * indices.size,
+    "MatMul": _multiplied,
+    "Pad": _padded,
+}
+"""Of operators whose result may be larger than what their operands broadcast to."""
 
 Operator = Callable[[Constants, onnx.NodeProto, list[Any]], Any]
 
@@ -347,6 +440,8 @@ def _constant(constants: Constants, node: onnx.NodeProto, arrays: list[Any]) -> 
     options = attributes(node)
     if "value" in options:
         return load(options["value"], constants.folder)
+    if "sparse_value" in options:
+        return load(densify(options["sparse_value"]), None)
     for name, dtype in (("value_float", np.float32), ("value_int", np.int64)):
         for key in (name, name + "s"):
             if key in options:

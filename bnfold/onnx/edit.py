@@ -166,13 +166,15 @@ class Editor:
 
     def finish(self) -> None:
         """Take away what nobody reads any more, and put the new nodes in their places."""
-        idle_tensors = self._sweep()
+        idle_tensors, raw = self._sweep(), self.whole.raw
         graphs = {id(spot.owner): spot.owner for spot in self.whole.spots}
         for graph in graphs.values():
             self._rebuild(graph)
         graphs[id(self.model.graph)] = self.model.graph
         for graph in graphs.values():
             _delete(graph.initializer, lambda tensor: id(tensor) in idle_tensors)
+            here = {raw[value] for value in idle_tensors.values() if self.whole.home[value] is graph}
+            _delete(graph.sparse_initializer, lambda sparse, here=here: sparse.values.name in here)
         gone = {self.whole.raw[value] for value in idle_tensors.values() if self._is_main(value)}
         _delete(self.model.graph.input, lambda given: given.name in gone)
         for graph, names in self._forgotten.values():

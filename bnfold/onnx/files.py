@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.errors import InputError
+from bnfold.onnx.accept import accept
 from bnfold.onnx.constants import check_external, map_bytes, width
 from bnfold.onnx.scope import bodies
 
@@ -54,12 +55,13 @@ def check(model: onnx.ModelProto, label: str = "the model") -> None:
     """Refuse what parses but is no model.
 
     Raises:
-        InputError: it has no graph, or no operator set.
+        InputError: it has no graph, or no operator set, or see `bnfold.onnx.accept`.
     """
     if not model.HasField("graph") or not model.ir_version or not model.opset_import:
         raise InputError(f"{label} is no ONNX model: it has no graph, no IR version or no operator set")
     if not model.graph.output:
         raise InputError(f"{label} has no outputs")
+    accept(model, label)
 
 
 def stored_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:

@@ -19,15 +19,19 @@ import numpy as np
 from onnx import TensorProto
 
 from bnfold.algebra import Affine, Array, Linear, batchnorm
+from bnfold.errors import InputError
 from bnfold.graph import Dim, Node, Shape
 from bnfold.onnx.constants import FLOATS, attributes, bounded
 from bnfold.onnx.scene import Scene
 from bnfold.onnx.scope import Spot
 
-__all__ = ["EPSILON", "FORMS", "draw"]
+__all__ = ["EPSILON", "FORMS", "MISMATCH", "draw"]
 
 EPSILON = float(np.float32(1e-5))
 """What BatchNormalization adds to the variance where it does not say; attributes are float32."""
+
+MISMATCH = "the shapes of its weight and of its input do not match"
+"""Why a linear operator cannot absorb that no runtime could run."""
 
 LARGEST_AFFINE = 1 << 20
 """A constant operand with more elements than this is not looked at as an affine."""
@@ -45,7 +49,9 @@ def draw(spot: Spot, scene: Scene) -> Node:
     form = FORMS.get(spot.op) if not spot.results else None
     try:
         return form(spot, scene) if form is not None else _opaque(spot, scene)
-    except (Unusual, IndexError, KeyError, TypeError):
+    except InputError:
+        raise
+    except (Unusual, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return _opaque(spot, scene, f"unusual {spot.op}")
 
 
@@ -109,6 +115,8 @@ def _weight_reason(spot: Spot, scene: Scene, roles: Sequence[tuple[str, int]]) -
         value = _input(spot, place)
         if value and value not in scene.constants:
             return scene.why(role, value)
+        if value and not scene.constants.is_workable(value):
+            return f"its {role} is computed from constants and too large to be worked out"
         if value and scene.type(value) not in FLOATS and scene.constants.floats(value) is None:
             return f"its {role} is not a floating-point tensor"
     return ""
@@ -134,14 +142,14 @@ def _convolution(spot: Spot, scene: Scene, transposed: bool) -> Node:
     if weight is None or len(weight) < 3:
         raise Unusual
     groups = options.get("group", 1)
+    if groups < 1 or weight[0] % groups:
+        return _linear(spot, scene.computed(spot), None, MISMATCH)
     channels = weight[1] * groups
     inputs, outputs = (weight[0], channels) if transposed else (channels, weight[0])
     seen = scene.shape(data)
     suits = seen is None or (len(seen) == len(weight) and not _differ(seen[1], inputs))
-    if not groups or weight[0] % groups or not suits:
-        return _linear(
-            spot, scene.computed(spot), None, "the shapes of its weight and of its input do not match"
-        )
+    if not suits:
+        return _linear(spot, scene.computed(spot), None, MISMATCH)
     partial = _crops(weight, options) if transposed else _pads_with_zeros(weight, options)
     centre = _centre(weight, options, transposed) if inputs == outputs else None
     order = "io" if transposed else "oi"
@@ -214,9 +222,7 @@ def _gemm(spot: Spot, scene: Scene) -> Node:
     seen = scene.shape(spot.inputs[0])
     bias = scene.constants.dims(spot.inputs[2]) if _input(spot, 2) else ()
     if (seen is not None and (len(seen) != 2 or _differ(seen[axis], inputs))) or not _suits(bias, outputs):
-        return _linear(
-            spot, scene.computed(spot), None, "the shapes of its weight and of its input do not match"
-        )
+        return _linear(spot, scene.computed(spot), None, MISMATCH)
     centre = () if axis == 1 and inputs == outputs else None
     return _linear(spot, [spot.inputs[0]], Linear(order, inputs, outputs, axis, 1, centre=centre))
 
@@ -235,6 +241,10 @@ def _matmul(spot: Spot, scene: Scene) -> Node:
     left = constant[0]
     data, weight = spot.inputs[::-1] if left else spot.inputs
     rank, dims = scene.rank(data), scene.constants.dims(weight)
+    if not scene.constants.is_workable(weight):
+        return _linear(
+            spot, [data], None, "its weight is computed from constants and too large to be worked out"
+        )
     if rank is None or dims is None or scene.type(weight) not in FLOATS:
         return _linear(spot, [data], None, "the rank of its input is not known")
     if len(dims) < 2 or len(dims) > rank or any(size != 1 for size in dims[:-2]) or (left and rank < 2):
@@ -243,7 +253,7 @@ def _matmul(spot: Spot, scene: Scene) -> Node:
     order, (outputs, inputs) = ("oi", dims[-2:]) if left else ("io", dims[:-3:-1])
     seen = scene.shape(data)
     if seen is not None and _differ(seen[axis], inputs):
-        return _linear(spot, [data], None, "the shapes of its weight and of its input do not match")
+        return _linear(spot, [data], None, MISMATCH)
     centre = () if inputs == outputs else None
     return _linear(spot, [data], Linear(order, inputs, outputs, axis, axis, centre=centre))
 
@@ -268,7 +278,8 @@ def _gather(spot: Spot, scene: Scene) -> Node:
 
 def _embedding(spot: Spot, scene: Scene, table: str, indices: str, axis: int) -> Node:
     dims, rank = scene.constants.dims(table), scene.rank(indices)
-    if dims is None or len(dims) != 2 or axis % 2 or rank is None or scene.type(table) not in FLOATS:
+    typed = scene.type(table) in FLOATS and scene.constants.is_workable(table)
+    if dims is None or len(dims) != 2 or axis % 2 or rank is None or not typed:
         raise Unusual
     linear = Linear("io", dims[0], dims[1], 0, rank, sealed="it looks up rows, not values")
     return Node(spot.name, "Embedding", (indices,), tuple(spot.outputs), linear=linear)
@@ -311,7 +322,7 @@ def _batchnorm_affine(spot: Spot, scene: Scene) -> tuple[Affine | None, str]:
     per_element = scene.opset < 9 and not options.get("spatial", 1)
     expected = shape[1:] if per_element else shape[1:2]
     if any(
-        len(a.shape) != len(expected) or any(map(_differ, expected, a.shape))
+        len(a.shape) != len(expected) or any(map(_differ, expected, a.shape)) or a.shape != gamma.shape
         for a in (gamma, beta, mean, var)
     ):
         return (
@@ -565,6 +576,8 @@ def _resize(spot: Spot, scene: Scene) -> Node:
         raise Unusual
     partial = "it fills in zeros outside the image" if cropped else ""
     axes = _resized(spot, scene, data)
+    if cropped:
+        axes = tuple(sorted({*axes, *_cropped(spot, scene, _known_rank(scene, data), options)}))
     return _node(spot, [data], "Resize", partial, axes=axes, keepdims=True)
 
 
@@ -583,6 +596,15 @@ def _resized(spot: Spot, scene: Scene, data: str) -> tuple[int, ...]:
     return tuple(axis for axis in places if not same[axis])
 
 
+def _cropped(spot: Spot, scene: Scene, rank: int, options: dict[str, Any]) -> list[int]:
+    """The axes of which a region may be cut out: all but those whose region is known to be the whole."""
+    chosen, roi = options.get("axes") or list(range(rank)), scene.constants.floats(_input(spot, 1))
+    if roi is None or roi.size != 2 * len(chosen):
+        return list(range(rank))
+    ends = zip(chosen, roi[: len(chosen)], roi[len(chosen) :], strict=True)
+    return [_axis(axis, rank) for axis, first, last in ends if (first, last) != (0, 1)]
+
+
 def _scales(spot: Spot, scene: Scene, options: dict[str, Any]) -> list[float] | None:
     if "scales" in options:
         return list(options["scales"])
@@ -593,21 +615,28 @@ def _scales(spot: Spot, scene: Scene, options: dict[str, Any]) -> list[float] | 
 
 def _pad(spot: Spot, scene: Scene) -> Node:
     data, options = _data(spot, scene), attributes(spot.node)
-    rank, pads = _known_rank(scene, data), _integers(spot, scene, "pads", 1)
-    if pads is None:
-        raise Unusual
+    rank, pads = _known_rank(scene, data), _amounts(spot, scene, options)
     chosen = _integers(spot, scene, "axes", 3)
     places = list(range(rank)) if chosen is None else [_axis(axis, rank) for axis in chosen]
     if len(pads) != 2 * len(places):
         raise Unusual
     both = list(zip(pads[: len(places)], pads[len(places) :], strict=True))
-    axes = tuple(axis for axis, pair in zip(places, both, strict=True) if any(pair))
+    axes = tuple(axis for axis, pair in zip(places, both, strict=True) if pair != (0, 0))
     partial = ""
-    if options.get("mode", "constant") == "constant" and any(n > 0 for n in pads):
+    if options.get("mode", "constant") == "constant" and any(not isinstance(n, int) or n > 0 for n in pads):
         partial = "it pads with zeros"
         if _filling(spot, scene, options) != 0:
             raise Unusual
     return _node(spot, [data], axes=axes, partial=partial)
+
+
+def _amounts(spot: Spot, scene: Scene, options: dict[str, Any]) -> Shape:
+    """How much a Pad adds; an amount that is computed from sizes that the file leaves open may be any."""
+    value = _input(spot, 1)
+    pads = scene.sizes.numbers(value) if value else tuple(options["pads"])
+    if pads is None:
+        raise Unusual
+    return pads
 
 
 def _filling(spot: Spot, scene: Scene, options: dict[str, Any]) -> float:

@@ -27,6 +27,9 @@ Feed = dict[str, np.ndarray[Any, Any]]
 LARGEST = 1 << 24
 """No input is made up with more elements than this, unless it is declared so."""
 
+DECLARED = 1 << 28
+"""Nor with more than this, whatever is declared."""
+
 _SIZES = (
     (2, 64),
     (1, 64),
@@ -59,6 +62,10 @@ def candidates(model: onnx.ModelProto, scene: Scene, seed: int = 0) -> Iterator[
     for item in given:
         if not item.type.HasField("tensor_type"):
             raise InputError(f"the input `{item.name}` is no tensor; give inputs, or fold without verifying")
+        count = math.prod(size for size in _shape(item) if isinstance(size, int))
+        if count > DECLARED:
+            fact = f"is declared with {count} elements or more, and bnfold makes up {DECLARED} at most"
+            raise InputError(f"the input `{item.name}` {fact}; give inputs, or fold without verifying")
     for whole in _WHOLE if is_whole else (None,):
         for sizes in _SIZES if is_open else _SIZES[:1]:
             yield from _small(given, scene, sizes, whole, seed)

@@ -25,11 +25,11 @@ from bnfold.onnx.constants import FLOATS
 from bnfold.onnx.files import stored_tensors
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.read import Picture, read
-from bnfold.onnx.run import Outputs, Runner, run_exactly, widen
+from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, widen
 from bnfold.onnx.write import write
 from bnfold.report import Evidence
 
-__all__ = ["Proof"]
+__all__ = ["Proof", "check_runs"]
 
 SLOW = 2.0
 """A model whose run takes more seconds than this is not run in float64, which is much slower."""
@@ -39,6 +39,9 @@ HEAVY = 400_000_000
 
 FEEDS = ((0.03, 3), (0.15, 2))
 """How many feeds are made up for a model that runs in less than so many seconds; one for any other."""
+
+TRIES = 4
+"""On how many made-up inputs a model is tried that is unlikely to run on any."""
 
 _NAMES = {
     TensorProto.BFLOAT16: "bfloat16",
@@ -62,6 +65,8 @@ class Proof:
     def __init__(self, picture: Picture, inputs: Any = None, original: onnx.ModelProto | None = None) -> None:
         """Run the original, which is the picture's model unless that one has inlined functions.
 
+        Where it draws random numbers, the picture's model is run: the nodes of a function share a seed in all calls.
+
         Raises:
             InputError: it cannot be run on these inputs, or on any that were made up.
         """
@@ -69,7 +74,8 @@ class Proof:
         self.seconds = 0.0
         self._folded: list[Outputs] | None = None
         try:
-            self.runner: Callable[[Feed], Outputs] = Runner(original or picture.model, picture.folder)
+            first = picture.model if original is None or is_random(picture.model) else original
+            self.runner: Callable[[Feed], Outputs] = Runner(first, picture.folder)
             self.is_exact_only = False
         except InputError as error:
             if "NOT_IMPLEMENTED" not in str(error):
@@ -222,6 +228,25 @@ class Proof:
         return total
 
 
+def check_runs(picture: Picture, inputs: Any = None, once: bool = False) -> None:
+    """Load a model in onnxruntime and, with `once`, run it on the first of a few inputs that it takes.
+
+    Raises:
+        InputError: it cannot be loaded, or runs on none.
+    """
+    runner = Runner(picture.model, picture.folder)
+    failure: InputError | None = None
+    feeds = _given(inputs) or islice(made.candidates(picture.model, picture.scene), TRIES)
+    for feed in feeds if once else ():
+        try:
+            runner(feed)
+            return
+        except InputError as error:
+            failure = error
+    if failure is not None:
+        raise failure
+
+
 def _agree(exact: Sequence[Outputs], own: Sequence[Outputs], tolerance: float) -> bool:
     """Whether outputs agree, relative to the largest of each; what a sigmoid has squashed to nothing is noise."""
     for name in exact[0]:
@@ -270,6 +295,10 @@ def _given(inputs: Any) -> list[Feed] | None:
 
 
 def _load(path: Path) -> Feed:
+    if not path.is_file():
+        raise InputError(
+            f"{path} is no .npz file: {'it is no regular file' if path.exists() else 'no such file'}"
+        )
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

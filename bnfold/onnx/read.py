@@ -26,10 +26,10 @@ from bnfold.algebra import Affine
 from bnfold.errors import InputError
 from bnfold.graph import Graph, Node
 from bnfold.onnx.constants import Constants
-from bnfold.onnx.forms import draw
+from bnfold.onnx.forms import MISMATCH, draw
 from bnfold.onnx.scene import Scene
 from bnfold.onnx.scope import Spot, survey
-from bnfold.onnx.shapes import infer
+from bnfold.onnx.shapes import Shapes, infer
 
 __all__ = ["Picture", "read"]
 
@@ -56,6 +56,12 @@ class Picture:
     spots: dict[str, list[Spot]]
     weak: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def contradiction(self) -> str:
+        """What no runtime could run, by the look of its shapes; nothing where there is none."""
+        broken = (node for node in self.graph.nodes if node.reason == MISMATCH)
+        return next((f"`{node.name}` ({node.op}): {MISMATCH}" for node in broken), "")
 
     @property
     def folder(self) -> Path | None:
@@ -103,9 +109,11 @@ def _survey(model: onnx.ModelProto, folder: Path | None, freeze: bool) -> tuple[
     listed = {given.name for given in model.graph.input} & {tensor.name for tensor in model.graph.initializer}
     overridable = frozenset(listed) if model.ir_version >= 4 and not freeze else frozenset()
     stored = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
-    found, constants = infer(
-        model, whole, lambda found: Constants(folder, found.shapes, found.types, opset, stored)
-    )
+
+    def constants_of(kind: type[Constants], found: Shapes) -> Constants:
+        return kind(folder, found.shapes, found.types, opset, stored)
+
+    found, constants, sizes = infer(model, whole, constants_of, overridable)
     notes = []
     if listed and not overridable:
         why = (
@@ -116,7 +124,7 @@ def _survey(model: onnx.ModelProto, folder: Path | None, freeze: bool) -> tuple[
         notes.append(
             f"{len(listed)} initializers are also inputs of the model and were taken for constants ({why})"
         )
-    return Scene(whole, found, constants, opset, overridable), notes
+    return Scene(whole, found, constants, sizes, opset, overridable), notes
 
 
 def _opset(model: onnx.ModelProto) -> int:

@@ -2,8 +2,11 @@
 
 onnxruntime folds BatchNorms by itself from its basic level up, so a comparison with optimisations on would compare two
 folds. In float64 a *copy* of the model is run, in which every floating-point type has become float64; onnxruntime has
-no convolution in float64, so a model with one runs in ONNX's reference implementation (`exact`). Models with random
-operators get a fixed seed in both copies.
+no convolution in float64, so a model with one runs in ONNX's reference implementation (`exact`).
+
+What draws random numbers (a Dropout in training mode, RandomNormal, Bernoulli, ...), in bodies and functions too, gets
+a seed where it has none, and a session of its own for each run, since a session goes on drawing where it stopped: the
+same feed then gives the same numbers before and after folding.
 
 Not covered: operators whose types are fixed (they keep theirs, and a copy that does not hold together is not run).
 """
@@ -11,7 +14,7 @@ Not covered: operators whose types are fixed (they keep theirs, and a copy that 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +24,7 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.errors import InputError
-from bnfold.onnx.constants import FLOATS, load
+from bnfold.onnx.constants import FLOATS, densify, load
 from bnfold.onnx.files import size
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.scope import bodies
@@ -54,7 +57,13 @@ class Runner:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
         try:
-            self.session = _session(model, folder, options)
+            seeded = onnx.load_model(model, load_external_data=False) if isinstance(model, Path) else model
+            self._is_random = is_random(seeded)
+            if isinstance(model, Path) and _must_change(seeded):
+                model, folder = seeded, model.parent
+            del seeded
+            self._open: Callable[[], Any] = lambda: _session(model, folder, options)
+            self.session = self._open()
             self.names = [output.name for output in self.session.get_outputs()]
         except Exception as error:
             raise InputError(f"onnxruntime cannot load the model: {brief(error)}") from error
@@ -66,7 +75,8 @@ class Runner:
             InputError: onnxruntime refuses.
         """
         try:
-            return flatten(self.names, self.session.run(None, inputs))
+            session = self._open() if self._is_random else self.session
+            return flatten(self.names, session.run(None, inputs))
         except Exception as error:
             raise InputError(f"onnxruntime cannot run the model: {brief(error)}") from error
 
@@ -82,10 +92,7 @@ def _session(model: onnx.ModelProto | Path, folder: Path | None, options: Any) -
 
     more: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
     if isinstance(model, Path):
-        seeded = onnx.load_model(model, load_external_data=False)
-        if not _must_change(seeded):
-            return onnxruntime.InferenceSession(str(model), options, **more)
-        model, folder = seeded, model.parent
+        return onnxruntime.InferenceSession(str(model), options, **more)
     seeded = seed(model)
     if size(seeded) < TOO_LARGE:
         if folder is not None:
@@ -112,13 +119,13 @@ def flatten(names: Sequence[str], results: Sequence[Any]) -> Outputs:
     return found
 
 
-def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The main graph and every body in it."""
-    waiting = [model.graph]
+def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node of the main graph, of the functions, and of the bodies in them."""
+    waiting: list[Any] = [*model.functions, model.graph]
     while waiting:
-        graph = waiting.pop()
-        yield graph
-        waiting += [body for node in graph.node for body in bodies(node)]
+        for node in waiting.pop().node:
+            yield node
+            waiting += bodies(node)
 
 
 _RANDOM = (
@@ -129,6 +136,17 @@ _RANDOM = (
     "Multinomial",
     "Bernoulli",
 )
+
+
+def is_random(model: onnx.ModelProto) -> bool:
+    """Whether a model draws random numbers."""
+    return any(_draws(node) for node in nodes(model))
+
+
+def _draws(node: onnx.NodeProto) -> bool:
+    """Whether a node draws random numbers; a Dropout may where it is told by an input whether it trains."""
+    trains = node.op_type == "Dropout" and len(node.input) > 2 and bool(node.input[2])
+    return node.domain in ("", "ai.onnx") and (node.op_type in _RANDOM or trains)
 
 
 def seed(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -142,18 +160,17 @@ def seed(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     number = itertools.count(1)
-    for graph in graphs(copy):
-        for node in graph.node:
-            while len(node.output) > 1 and not node.output[-1]:
-                del node.output[-1]
-            if node.op_type in _RANDOM and not any(item.name == "seed" for item in node.attribute):
-                node.attribute.append(onnx.helper.make_attribute("seed", float(next(number))))
+    for node in nodes(copy):
+        while len(node.output) > 1 and not node.output[-1]:
+            del node.output[-1]
+        if _draws(node) and not any(item.name == "seed" for item in node.attribute):
+            value = next(number) if node.op_type == "Dropout" else float(next(number))
+            node.attribute.append(onnx.helper.make_attribute("seed", value))
     return copy
 
 
 def _must_change(model: onnx.ModelProto) -> bool:
-    nodes = (node for graph in graphs(model) for node in graph.node)
-    return any(node.op_type in _RANDOM or not all(node.output[-1:]) for node in nodes)
+    return any(_draws(node) or not all(node.output[-1:]) for node in nodes(model))
 
 
 # ---------------------------------------------------------------- float64
@@ -167,7 +184,7 @@ def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed]) -> list[Outputs]:
     """
     wide = [{name: _wide(array) for name, array in feed.items()} for feed in feeds]
     names = [output.name for output in model.graph.output]
-    if not any(node.op_type in ("Conv", "ConvTranspose") for graph in graphs(model) for node in graph.node):
+    if not any(node.op_type in ("Conv", "ConvTranspose") for node in nodes(model)):
         try:
             runner = Runner(model)
             return [runner(feed) for feed in wide]
@@ -203,6 +220,8 @@ def _widen_graph(graph: onnx.GraphProto, wide: onnx.GraphProto, folder: Path | N
     }
     for tensor in graph.initializer:
         _widen_tensor(tensor, wide.initializer.add(), folder, tensor.name in fixed)
+    for sparse in graph.sparse_initializer:
+        _widen_tensor(densify(sparse), wide.initializer.add(), folder, sparse.values.name in fixed)
     for node in graph.node:
         _widen_node(node, wide.node.add(), folder, bool(fixed.intersection(node.output)))
 

@@ -8,6 +8,7 @@ from bnfold.graph import Shape
 from bnfold.onnx.constants import Constants
 from bnfold.onnx.scope import Spot, Survey
 from bnfold.onnx.shapes import Shapes
+from bnfold.onnx.sizes import Sizes
 
 __all__ = ["Scene"]
 
@@ -20,6 +21,7 @@ class Scene:
         whole: the flattened model.
         found: shapes and types.
         constants: what is known before the model runs.
+        sizes: what is known of what the model computes from sizes.
         opset: the version of ONNX's own operator set.
         overridable: initializers that a caller may override.
         copies: values that are the copy of another one, which stands for them in the graph.
@@ -28,6 +30,7 @@ class Scene:
     whole: Survey
     found: Shapes
     constants: Constants
+    sizes: Sizes
     opset: int
     overridable: frozenset[str] = field(default_factory=frozenset)
     copies: dict[str, str] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import onnx
 
 from bnfold.errors import InputError
+from bnfold.onnx.constants import densify
 
 __all__ = ["Spot", "Survey", "bodies", "survey"]
 
@@ -65,7 +66,7 @@ class Survey:
         raw: the name of a value in the file.
         uses: where each value is read.
         makers: the node that computes a value.
-        tensors: the initializers of all graphs.
+        tensors: the initializers of all graphs, sparse ones written out.
         inputs: the inputs of the main graph, without initializers that are listed there.
         outputs: the outputs of the main graph.
         types: what the file declares about values, main graph and bodies.
@@ -127,7 +128,8 @@ class _Walk:
         for tensor in graph.initializer:
             self.result.tensors[self._define(here, tensor.name, prefix, graph)] = tensor
         for sparse in graph.sparse_initializer:
-            self._define(here, sparse.values.name, prefix, graph)
+            value = self._define(here, sparse.values.name, prefix, graph)
+            self.result.tensors[value] = densify(sparse)
         for given in graph.input:
             if given.name in stored:
                 continue

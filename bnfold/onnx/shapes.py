@@ -12,8 +12,9 @@ share no factor and are odd and even, since half of a size, rounded up, must not
 Sizes at which the inference finds a contradiction are sizes that the model does not take, and no reading; so a model
 that takes multiples only is read at multiples.
 
-What is the same in every reading is no proof that it is so at all sizes (`max(16 - size, 0)`): `Constants.is_proven`
-tells such vectors from those that do not depend on an open size.
+What is the same in every reading is no proof that it is so at all sizes (`max(16 - size, 0)`): where that matters,
+`Sizes` tells what does not depend on an open size. Sizes that the file declares for inner values are those of one run
+where one of them is a number and the inputs leave it open; then none of them is believed.
 
 Not covered: a size that depends on the numbers in a tensor (NonZero); bodies, beyond what the inference says of them.
 """
@@ -23,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,20 +32,25 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.graph import Dim, Shape
+from bnfold.onnx.constants import Constants
 from bnfold.onnx.scope import Spot, Survey, bodies, survey
-
-if TYPE_CHECKING:
-    from bnfold.onnx.constants import Constants
+from bnfold.onnx.sizes import VECTOR, Sizes
 
 __all__ = ["Shapes", "infer", "skeleton"]
 
-_FAILURES = (onnx.shape_inference.InferenceError, ValueError, RuntimeError, TypeError)
+_FAILURES = (
+    onnx.shape_inference.InferenceError,
+    onnx.checker.ValidationError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+)
+
+LONG = 1 << 16
+"""With vectors of more numbers than this, no numbers are propagated by ONNX's inference."""
 
 LARGE = 512
 """Tensors of more elements than this are left out of the copy that shapes are inferred on."""
-
-VECTOR = 64
-"""What a model computes from sizes has no more elements than this."""
 
 READINGS = 3
 """How many readings must agree; two, where the model takes no other sizes."""
@@ -63,37 +69,47 @@ Vector = npt.NDArray[Any]
 
 
 def infer(
-    model: onnx.ModelProto, whole: Survey, constants: Callable[[Shapes], Constants]
-) -> tuple[Shapes, Constants]:
-    """Shapes and types of all values of a surveyed model, and what is constant, given those."""
+    model: onnx.ModelProto,
+    whole: Survey,
+    constants: Callable[[type[Constants], Shapes], Any],
+    overridable: frozenset[str] = frozenset(),
+) -> tuple[Shapes, Constants, Sizes]:
+    """Shapes and types of all values of a surveyed model, what is constant, and what is known of computed sizes.
+
+    Initializers that a caller may override are inputs here: neither their numbers nor their sizes are known.
+    """
     bare = skeleton(model)
+    for place in range(len(bare.graph.initializer) - 1, -1, -1):
+        if bare.graph.initializer[place].name in overridable:
+            del bare.graph.initializer[place]
     symbols = _name_open_sizes(bare)
-    found = _infer_once(bare, whole)
-    sure = constants(Shapes(dict(found.shapes), found.types)).with_holes()
+    plain = _infer_plainly(bare)
+    if _declares_one_run(bare, plain):
+        _forget_sizes(bare.graph)
+        whole.types = {value: kind for value, kind in whole.types.items() if value in whole.inputs}
+    tensors = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
+    found = _infer_once(bare, whole.types, tensors, not _has_long_vectors(plain))
+    sizes = constants(Sizes, Shapes(dict(found.shapes), found.types))
     spots = [spot for spot in whole.spots if spot.owner is model.graph]
-    start = _Start(bare, whole.tensors, spots, constants, found)
+    start = _Start(bare, tensors, spots, constants, found)
     readings = _read(start, symbols) if _is_open(found, whole) else []
     _agree(found, readings, symbols)
-    known = constants(found)
+    known = constants(Constants, found)
     vectors = _alike([reading.vectors for reading in readings])
     for spot in whole.spots:
         if not spot.results:
             known.add_node(spot.node, spot.inputs, spot.outputs)
-            sure.add_node(spot.node, spot.inputs, spot.outputs)
+            sizes.add_node(spot.node, spot.inputs, spot.outputs)
         for value in spot.outputs:
             if value in vectors:
-                known.add_sizes(value, vectors[value], _is_equal(sure.get(value), vectors[value]))
-    return found, known
+                known.add_sizes(value, vectors[value])
+    return found, known, sizes
 
 
 def _is_open(found: Shapes, whole: Survey) -> bool:
     """Whether the inference has left a size open in the main graph."""
     shapes = (found.shapes.get(value, (None,)) for value, raw in whole.raw.items() if value == raw)
     return any(not isinstance(size, int) for shape in shapes for size in shape)
-
-
-def _is_equal(first: Vector | None, second: Vector) -> bool:
-    return first is not None and np.array_equal(first, second)
 
 
 # ---------------------------------------------------------------- readings
@@ -126,7 +142,7 @@ class _Start:
     bare: onnx.ModelProto
     tensors: Mapping[str, TensorProto]
     spots: Sequence[Spot]
-    constants: Callable[[Shapes], Constants]
+    constants: Callable[[type[Constants], Shapes], Any]
     inferred: Shapes
 
 
@@ -157,7 +173,7 @@ class _Reading:
         self.sizes, self.inferred, self.complaint = sizes, start.inferred, ""
         self.opsets = list(start.bare.opset_import)
         self.found, self.guessed = Shapes({}, {}), set[str]()
-        self.known = start.constants(self.found)
+        self.known: Constants = start.constants(Constants, self.found)
         self.types: dict[str, onnx.TypeProto] = {}
         self.vectors: dict[str, Vector] = {}
         for value, tensor in start.tensors.items():
@@ -289,22 +305,64 @@ def _alike(vectors: list[Mapping[str, Vector]]) -> dict[str, Vector]:
 # ---------------------------------------------------------------- one inference
 
 
-def _infer_once(bare: onnx.ModelProto, whole: Survey) -> Shapes:
+def _infer_plainly(bare: onnx.ModelProto) -> onnx.GraphProto:
+    """What follows from the inputs alone, without any number that is computed."""
+    free = onnx.ModelProto()
+    free.CopyFrom(bare)
+    _forget_sizes(free.graph)
+    try:
+        return onnx.shape_inference.infer_shapes(free).graph
+    except _FAILURES:
+        return free.graph
+
+
+def _declares_one_run(bare: onnx.ModelProto, plain: onnx.GraphProto) -> bool:
+    """Whether the file declares a number for a size of an inner value that is one of an input's open sizes."""
+    opened = {dim.dim_param for given in plain.input for dim in given.type.tensor_type.shape.dim} - {""}
+    said = {
+        info.name: info.type.tensor_type.shape.dim for info in (*bare.graph.value_info, *bare.graph.output)
+    }
+    return any(
+        mine.dim_param in opened and declared.HasField("dim_value")
+        for info in (*plain.value_info, *plain.output)
+        for mine, declared in zip(info.type.tensor_type.shape.dim, said.get(info.name, ()), strict=False)
+    )
+
+
+def _has_long_vectors(plain: onnx.GraphProto) -> bool:
+    """Whether a vector is so long that ONNX's inference, which follows each of its numbers, would take all memory."""
+    shapes = (info.type.tensor_type.shape.dim for info in (*plain.input, *plain.value_info, *plain.output))
+    return any(len(dims) == 1 and dims[0].dim_value > LONG for dims in shapes)
+
+
+def _forget_sizes(graph: onnx.GraphProto) -> None:
+    """Drop what a graph says of the sizes of anything but its inputs."""
+    for info in (*graph.value_info, *graph.output):
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
+
+
+def _infer_once(
+    bare: onnx.ModelProto,
+    declared: Mapping[str, onnx.TypeProto],
+    tensors: Mapping[str, TensorProto],
+    propagate: bool,
+) -> Shapes:
     """What the inference of the whole model says, and then what is declared."""
     complaint = ""
     try:
-        inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=propagate)
     except _FAILURES as error:
         complaint = str(error)
         try:
-            inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(bare, data_prop=propagate)
         except _FAILURES:
             inferred = bare
     found = Shapes({}, {}, complaint)
-    for types in (survey(inferred).types, whole.types):
+    for types in (survey(inferred).types, declared):
         for value, kind in types.items():
             _note(found, value, kind)
-    for value, tensor in whole.tensors.items():
+    for value, tensor in tensors.items():
         found.shapes[value], found.types[value] = tuple(tensor.dims), tensor.data_type
     return found
 

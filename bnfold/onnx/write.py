@@ -27,7 +27,7 @@ from onnx import TensorProto
 from bnfold.algebra import Affine, Array, Linear, round_to
 from bnfold.errors import InputError
 from bnfold.graph import Graph, Node
-from bnfold.onnx.constants import attribute
+from bnfold.onnx.constants import Unworkable, attribute
 from bnfold.onnx.edit import Editor
 from bnfold.onnx.read import Picture
 from bnfold.onnx.scope import Spot
@@ -73,6 +73,11 @@ class Slots:
     bias: int = 0
     alpha: float = 1.0
     beta: float = 1.0
+
+    @property
+    def multiplies_from_left(self) -> bool:
+        """Whether it is a MatMul whose outputs lie on the last axis but one."""
+        return self.spot.op == "MatMul" and self.weight == 0
 
     @property
     def bias_value(self) -> str:
@@ -212,15 +217,13 @@ class _Writer:
         return self.editor.add_tensor(wish, rounded, data_type, replaces)
 
     def _place_bias(self, slots: Slots, linear: Linear, bias: Array) -> Array:
-        """Give the bias of a MatMul the shape in which it is added."""
+        """Give the bias of a MatMul the shape in which it is added: from the left, along the last axis but one."""
         if slots.spot.op != "MatMul":
             return bias
         old = self.picture.scene.constants.array(slots.bias_value).shape if slots.bias_value else ()
         if math.prod(old) == linear.outputs:
             return bias.reshape(old)
-        output = self.picture.graph.shapes.get(slots.spot.outputs[0])
-        rank = linear.out_axis + 1 if output is None else len(output)
-        return bias.reshape(linear.outputs, *[1] * (rank - 1 - linear.out_axis))
+        return bias[:, None] if slots.multiplies_from_left else bias
 
     def _attach(self, slots: Slots, linear: Linear, weight: str, bias: str) -> None:
         self.editor.set_input(slots.spot, slots.weight, weight)
@@ -323,15 +326,21 @@ class _Fits:
     def __call__(self, node: Node) -> str:
         if node.linear is None or not node.linear.changed:
             return ""
+        try:
+            return self._ask(node, node.linear)
+        except Unworkable as error:
+            return str(error)
+
+    def _ask(self, node: Node, linear: Linear) -> str:
         slots = find_slots(self.picture, node.name)
         value = slots.spot.inputs[slots.weight]
         name, limit = _limit(self.picture.scene.type(value))
         peak = self._peak(value)
         if not math.isfinite(peak):
             return "its weight holds numbers that are not finite"
-        if self._bound(slots, node.linear, peak) < limit / 4:
+        if self._bound(slots, linear, peak) < limit / 4:
             return ""
-        return self._check(slots, node.linear, name, limit)
+        return self._check(slots, linear, name, limit)
 
     def _peak(self, value: str) -> float:
         if value not in self._largest:

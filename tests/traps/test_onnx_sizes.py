@@ -1,0 +1,155 @@
+"""What a fold rests on holds for every size that the file declares, not only for those that it was compared with.
+
+Each graph is folded with verification off and judged in onnxruntime at several batch and image sizes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+import bnfold.onnx
+from tests.onnx_models import model, norm, random, run, weights
+
+OPEN, FIXED = "N, 3, H, W", "N, 3, 8, 8"
+SIZES = [(1, 3, 8, 8), (2, 3, 7, 7), (1, 3, 9, 6)]
+HALF = "sh = Shape(x) hw = Gather<axis=0>(sh, ax23)"
+PAD = "q = Concat<axis=0>(z4, z2, p) h = Pad(k, q) y = Conv(h, w)"
+NUMBERS = {
+    "zero": np.array([0]),
+    "one": np.array([1]),
+    "two": np.array([2]),
+    "eight": np.array([8]),
+    "z2": np.zeros(2, np.int64),
+    "z4": np.zeros(4, np.int64),
+    "ones2": np.ones(2, np.int64),
+    "ax23": np.array([2, 3]),
+    "w": weights(4, 3, 3, 3),
+    "u": weights(4, 3, 1, 1),
+}
+
+
+def graph(body, declared=OPEN, more="", **options):
+    text = f"g (float[{declared}] x{more}) => (float[a, b, c, d] y) {{ k = BatchNormalization(x, s, b, m, v) {body} }}"
+    used = text.replace(",", " ").replace("(", " ").replace(")", " ").split()
+    numbers = {name: abs(array) if name == "s" else array for name, array in norm(3).items()}
+    tensors = {name: array for name, array in {**NUMBERS, **numbers}.items() if name in used}
+    return model(text, tensors, opset=18, **options)
+
+
+def assert_holds(some, outcome, feeds):
+    folded, report = bnfold.onnx.fold(some, verify=False)
+    for feed in feeds:
+        wanted = run(some, feed)
+        for name, array in run(folded, feed).items():
+            np.testing.assert_allclose(array, wanted[name], atol=1e-5, err_msg=str(feed["x"].shape))
+    assert [verdict.outcome for verdict in report.verdicts] == [outcome], str(report)
+
+
+def images(sizes=tuple(SIZES)):
+    return [{"x": random(3).standard_normal(size).astype(np.float32)} for size in sizes]
+
+
+AMOUNTS = {
+    "what is left over by two": f"{HALF} p = Mod(hw, two) {PAD}",
+    "on named axes": f"{HALF} p = Mod(hw, two) q = Concat<axis=0>(z2, p) h = Pad(k, q, , ax23) y = Conv(h, w)",
+    "up to eight": f"{HALF} d = Sub(eight, hw) p = Max(d, zero) {PAD}",
+    "unless it is eight": f"{HALF} c = Equal(hw, eight) p = Where(c, z2, ones2) {PAD}",
+    "by the number of elements": f"n = Size(x) r = Mod(n, two) i = Reshape(r, one) p = Concat<axis=0>(i, zero) {PAD}",
+}
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_a_pad_by_an_amount_that_is_computed_lets_only_the_scale_through(amount):
+    assert_holds(graph(AMOUNTS[amount]), "scale folded", images())
+
+
+def test_a_reflecting_pad_by_an_amount_that_is_computed_lets_everything_through():
+    body = AMOUNTS["what is left over by two"].replace("Pad(", 'Pad<mode="reflect">(')
+    assert_holds(graph(body), "folded", images())
+
+
+@pytest.mark.parametrize("amount", ["what is left over by two", "up to eight", "unless it is eight"])
+def test_a_pad_that_is_zero_at_every_size_that_is_declared_is_none(amount):
+    assert_holds(graph(AMOUNTS[amount], FIXED), "folded", images(SIZES[:1]))
+
+
+def test_a_crop_that_is_computed_is_not_taken_for_none():
+    body = f"{HALF} p = Div(hw, two) q = Mul(p, two) h = Slice(k, z2, q, ax23) y = Conv(h, u)"
+    assert_holds(graph(body), "kept", images())
+
+
+WINDOWS = {
+    'Conv<auto_pad="SAME_UPPER", strides=[2, 2]>(k, w)': "scale folded",
+    'Conv<auto_pad="SAME_LOWER", strides=[3, 3]>(k, w)': "scale folded",
+    'Conv<auto_pad="SAME_UPPER", strides=[2, 2]>(k, u)': "folded",
+    'AveragePool<kernel_shape=[2, 2], auto_pad="SAME_UPPER", strides=[2, 2]>(k)': "folded",
+    'AveragePool<kernel_shape=[2, 2], auto_pad="SAME_LOWER", count_include_pad=1, strides=[2, 2]>(k)': "scale folded",
+    "AveragePool<kernel_shape=[2, 2], ceil_mode=1, strides=[2, 2]>(k)": "folded",
+    "AveragePool<kernel_shape=[2, 2], ceil_mode=1, count_include_pad=1, strides=[2, 2]>(k)": "scale folded",
+    "AveragePool<kernel_shape=[3, 3], ceil_mode=1, pads=[1, 1, 0, 0], strides=[2, 2]>(k)": "folded",
+    "MaxPool<kernel_shape=[2, 2], ceil_mode=1, strides=[2, 2]>(k)": "folded",
+    'MaxPool<kernel_shape=[2, 2], auto_pad="SAME_UPPER", strides=[2, 2]>(k)': "folded",
+}
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_that_reaches_over_the_border_at_some_sizes_only(window):
+    assert_holds(
+        graph(f"h = {window} y = Conv(h, u)" if "Pool" in window else f"y = {window}"),
+        WINDOWS[window],
+        images(),
+    )
+
+
+# ---------------------------------------------------------------- what the file says of its own sizes
+
+
+STALE = f"r = Relu(x) sh = Shape(r) hw = Gather<axis=0>(sh, ax23) p = Mod(hw, two) {PAD}"
+
+
+def test_sizes_that_an_exporter_left_behind_are_not_believed():
+    some = graph(STALE)
+    some.graph.value_info.append(
+        onnx.helper.make_tensor_value_info("r", onnx.TensorProto.FLOAT, [1, 3, 8, 8])
+    )
+    assert_holds(some, "scale folded", images())
+
+
+def test_the_sizes_of_an_output_are_not_believed_where_the_input_leaves_them_open():
+    some = graph(STALE)
+    some.graph.output.append(onnx.helper.make_tensor_value_info("r", onnx.TensorProto.FLOAT, [1, 3, 8, 8]))
+    assert_holds(some, "scale folded", images())
+
+
+def test_sizes_that_an_input_does_not_name_are_open():
+    some = graph(STALE)
+    for dim in some.graph.input[0].type.tensor_type.shape.dim:
+        dim.ClearField("dim_param")
+    some.graph.value_info.append(
+        onnx.helper.make_tensor_value_info("r", onnx.TensorProto.FLOAT, [1, 3, 8, 8])
+    )
+    assert_holds(some, "scale folded", images())
+
+
+def test_an_initializer_that_a_caller_may_override_has_the_sizes_that_the_input_declares():
+    some = graph(f"sh = Shape(o) r = Sub(sh, eight) p = Concat<axis=0>(r, zero) {PAD}", more=", float[K] o")
+    some.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(8, np.float32), "o"))
+    feeds = [{**images()[0], "o": np.zeros(count, np.float32)} for count in (8, 9)]
+    assert_holds(some, "scale folded", feeds)
+
+
+def test_a_region_that_is_cut_out_of_the_channels_mixes_them():
+    body = """h = Resize<mode="linear", coordinate_transformation_mode="tf_crop_and_resize">(k, roi, scales)
+        y = Conv(h, u)"""
+    some = graph(body, FIXED)
+    for name, array in {"roi": [0, 0.5, 0, 0, 1, 1, 1, 1], "scales": [1, 1, 1, 1]}.items():
+        some.graph.initializer.append(onnx.numpy_helper.from_array(np.array(array, np.float32), name))
+    assert bnfold.onnx.read(some).graph["h"].attributes["axes"] == (1,)
+
+
+def test_sizes_that_a_resize_keeps_in_proportion_are_not_those_that_it_is_given():
+    some = graph('h = Resize<keep_aspect_ratio_policy="not_larger">(k, , , to) y = Conv(h, u)')
+    some.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 3, 8, 4]), "to"))
+    assert bnfold.onnx.read(some).graph.shapes["h"][2:] != (8, 4)
