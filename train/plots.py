@@ -25,7 +25,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from bnfold.errors import InputError, replacing
+from bnfold.errors import InputError
+from bnfold.output import replacing
 from train.diagnostics import DEAD, Diagnostics, Layer, Record, Spread, Statistics
 from train.page import Picture, write_page
 

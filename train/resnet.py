@@ -36,7 +36,8 @@ from torch import Generator, Tensor, nn
 
 import bnfold
 from bnfold.command import Parser
-from bnfold.errors import InputError, replacing, run_command
+from bnfold.errors import InputError, run_command
+from bnfold.output import replacing
 from bnfold.report import Evidence
 from export.convert import Exported, export_module
 from export.latency import measure
@@ -242,8 +243,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = parse(arguments)
-    return run_command(lambda: run(options))
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import InputError, replacing
+from bnfold.errors import InputError
+from bnfold.output import replacing
 from bnfold.report import Report
 from bnfold.torch.draft import NormPlace
 from bnfold.torch.fold import fold
