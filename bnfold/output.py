@@ -30,6 +30,7 @@ one after the other. Nothing that was written inside `together` can be read back
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import re
 import shutil
@@ -327,10 +328,12 @@ def _place(outputs: Sequence[_Output]) -> None:
         for folder in sorted({output.place.parent for output, _ in files}):
             locks.enter_context(_locked(folder))
         outdated: list[Path] = []
+        renames: list[tuple[Path, Path]] = []
         for output, pairs in files:
+            renames += [pair for pair in pairs[:-1] if not _is_there(*pair)] + pairs[-1:]
             output.inherit(temporary for temporary, _ in pairs)
             outdated += output.outdated(output.place, [final for _, final in pairs[:-1]])
-        _rename([pair for _, pairs in files for pair in pairs])
+        _rename(renames)
         for path in outdated:
             with suppress(OSError):
                 path.unlink()
@@ -351,11 +354,18 @@ def _rename(moves: Sequence[tuple[Path, Path]]) -> None:
 
 
 def _restore(final: Path, kept: Path) -> Callable[[], object]:
-    """Keep what stands at a place, and return what brings it back."""
+    """Keep a copy of what stands at a place, and return what brings it back.
+
+    A copy, no hard link: onnx refuses external data that has one.
+    """
     if not final.exists():
         return partial(final.unlink, missing_ok=True)
-    try:
-        os.link(final, kept)
-    except OSError:
-        shutil.copy2(final, kept)
+    shutil.copy2(final, kept)
     return partial(kept.replace, final)
+
+
+def _is_there(temporary: Path, final: Path) -> bool:
+    """Whether a file stands in its place already, with the same content and under no other name."""
+    if not final.is_file() or final.is_symlink() or final.stat().st_nlink > 1:
+        return False
+    return filecmp.cmp(temporary, final, shallow=False)

@@ -140,16 +140,13 @@ def _referred(path: Path) -> set[Path] | None:
     """The files of external data that a model refers to, in its folder or below; None where it cannot be read."""
     if not path.is_file():
         return set()
+    folder = Path(os.path.realpath(path)).parent
     try:
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
-    except (DecodeError, OSError):
+        locations = {_location(tensor) for tensor in stored_tensors(model)} - {""}
+        paths = {Path(os.path.realpath(folder / location)) for location in locations}
+    except (DecodeError, OSError, ValueError):
         return None
-    folder = Path(os.path.realpath(path)).parent
-    paths = {
-        Path(os.path.realpath(folder / _location(tensor)))
-        for tensor in stored_tensors(model)
-        if _location(tensor)
-    }
     return {path for path in paths if path.is_relative_to(folder)}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from bnfold.errors import BnfoldError, InputError, NotEquivalent, UnreadableModel, run_command
