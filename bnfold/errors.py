@@ -105,7 +105,7 @@ def _explain(error: Exception) -> str:
         case UnicodeError():
             return f"there is text that cannot be read or written as what it should be: {error}"
         case MemoryError():
-            return f"there is not enough memory: {error or 'use a smaller model or smaller inputs'}"
+            return f"there is not enough memory: {str(error) or 'use a smaller model or smaller inputs'}"
         case RuntimeError() if "can't allocate memory" in str(error):
             return f"there is not enough memory: {str(error).rpartition('memory: ')[2]}"
     return ""

@@ -131,7 +131,8 @@ def _check_targets(options: argparse.Namespace) -> None:
     targets += [] if options.json in (None, STDOUT) else [options.json]
     for target in targets:
         check_target(target)
-    if len({target.resolve() for target in targets}) < len(targets):
+    files = [target.resolve() for target in targets if not target.is_char_device()]
+    if len(set(files)) < len(files):
         raise InputError(f"{options.json} is where the model goes; name another file for the report")
     if options.json is not None and options.json.resolve() == options.file.resolve():
         raise InputError(f"{options.json} is the model itself; name another file for the report")
