@@ -37,7 +37,7 @@ from torch import Generator, Tensor, nn
 import bnfold
 from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
-from bnfold.output import replacing
+from bnfold.output import replacing, together
 from bnfold.report import Evidence
 from export.convert import Exported, export_module
 from export.latency import measure
@@ -150,9 +150,10 @@ def run(options: argparse.Namespace) -> None:
         files = [Path(folder) / name for name in ("resnet.onnx", "resnet.folded.onnx")]
         plain = _write_unfolded(net, images[:2])
         evidence = prove(plain, net, Examples(images))
-        with replacing(files[0]) as temporary:
-            temporary.write_bytes(plain)
-        exported = export_module(net, images, files[1])
+        with together():
+            with replacing(files[0]) as temporary:
+                temporary.write_bytes(plain)
+            exported = export_module(net, images, files[1])
         contents = [file.read_bytes() for file in files]
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     table = _tabulate(net, exported, contents, evidence)
