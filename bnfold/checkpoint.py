@@ -42,8 +42,9 @@ import torch
 from torch import Tensor, nn
 
 from bnfold import __version__
-from bnfold.errors import InputError, replacing
+from bnfold.errors import InputError
 from bnfold.layers import build_layer, describe_layer, is_integer, is_sizes
+from bnfold.output import replacing
 
 __all__ = [
     "FORMAT",

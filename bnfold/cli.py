@@ -8,12 +8,17 @@ from importlib import import_module
 
 from bnfold import __version__
 from bnfold.command import Parser
+from bnfold.errors import run_command
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `bnfold COMMAND ...` and return its exit code."""
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = Parser(prog="bnfold", description="Fold BatchNorms, exactly, and prove it.")
     parser.add_argument("--version", action="version", version=f"bnfold {__version__}")
     parser.add_argument("command", choices=["fold"], help="`bnfold fold --help` lists its options")

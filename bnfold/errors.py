@@ -10,21 +10,16 @@ One way to fail: raise. A BatchNorm that is left where it is, is not a failure b
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
+from io import TextIOWrapper
+from typing import NoReturn
 
-__all__ = [
-    "BnfoldError",
-    "InputError",
-    "NotEquivalent",
-    "UnreadableModel",
-    "check_target",
-    "replacing",
-    "run_command",
-]
+__all__ = ["BnfoldError", "InputError", "NotEquivalent", "UnreadableModel", "run_command"]
+
+BROKEN_PIPE = 141
+"""The exit code that shells report for a command whose reader went away."""
 
 _INSTALLED_BY = {
     "torch": "bnfold[torch]",
@@ -59,46 +54,83 @@ class NotEquivalent(BnfoldError, AssertionError):
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main` and return its exit code, with any `BnfoldError` as one line on stderr.
 
-    A full disk, a missing folder, a refused permission (`OSError`) or an extra that is not installed is the caller's
-    to mend as well: exit code 2. Ctrl-C gives 130, as shells expect.
+    A full disk, a missing folder, a refused permission (`OSError`), an extra that is not installed, and what is larger
+    than the memory, nested too deeply or no text, is the caller's to mend as well: exit code 2. Ctrl-C gives 130, and a
+    reader of stdout that went away (`| head -1`) quietly 141, as shells expect. A closed stdout is written to in vain.
+
+    Not covered: mistakes in the program, which show where they are.
     """
+    _prepare_streams()
     try:
-        return main() or 0
-    except BnfoldError as error:
-        code, message = error.exit_code, str(error)
-    except OSError as error:
-        code, message = 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except ModuleNotFoundError as error:
-        if error.name not in _INSTALLED_BY:
-            raise
-        code, message = 2, f'{error.name} is not installed; pip install "{_INSTALLED_BY[error.name]}"'
+        code = main() or 0
+        sys.stdout.flush()
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):  # what rich makes of one
+            return _leave(end)
+        code = BROKEN_PIPE
+    except BrokenPipeError:
+        code = BROKEN_PIPE
     except KeyboardInterrupt:
-        code, message = 130, "interrupted"
+        code = _complain("interrupted", 130)
+    except Exception as error:
+        message = _explain(error)
+        if not message:
+            raise
+        code = _complain(message, getattr(error, "exit_code", 2))
+    _let_go_of_stdout()
+    return code
+
+
+def _leave(end: SystemExit) -> NoReturn:
+    """Leave as argparse does after --help, or a wrong argument."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _let_go_of_stdout()
+        raise SystemExit(BROKEN_PIPE if isinstance(error, BrokenPipeError) else 2) from None
+    raise end
+
+
+def _explain(error: Exception) -> str:
+    """One line about a failure that the caller can mend; nothing about any other."""
+    match error:
+        case BnfoldError():
+            return str(error)
+        case OSError():
+            return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        case ModuleNotFoundError() if error.name in _INSTALLED_BY:
+            return f'{error.name} is not installed; pip install "{_INSTALLED_BY[error.name]}"'
+        case RecursionError():
+            return "the model is nested too deeply to be followed"
+        case UnicodeError():
+            return f"there is text that cannot be read or written as what it should be: {error}"
+        case MemoryError():
+            return f"there is not enough memory: {str(error) or 'use a smaller model or smaller inputs'}"
+        case RuntimeError() if "can't allocate memory" in str(error):
+            return f"there is not enough memory: {str(error).rpartition('memory: ')[2]}"
+    return ""
+
+
+def _complain(message: str, code: int) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path on the same file system; on success it takes the place of `path`, in one step.
-
-    An existing `path` survives every failure. The temporary file lies in a temporary folder beside `path` and keeps
-    its name, so that formats that write companions (external data) can find both.
-
-    Raises:
-        InputError: the folder of `path` does not exist, or `path` is itself a folder.
-    """
-    path = Path(path)
-    check_target(path)
-    with TemporaryDirectory(prefix=".bnfold-", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        temporary.replace(path)
+def _prepare_streams() -> None:
+    """Open what the caller closed, so that no file is opened in its stead, and let any name be printed."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(nowhere, "r" if name == "stdin" else "w", encoding="utf-8"))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def check_target(path: Path) -> None:
-    """Raise `InputError` where no file can be written at `path`, before much work has gone into what it would hold."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file to write")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is no folder; make it first, or write elsewhere")
+def _let_go_of_stdout() -> None:
+    """Where stdout takes nothing any more, let what is still to be written to it go nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -6,7 +6,8 @@
     program.pt2                    a program that `torch.export.save` wrote
 
 Exit code 0: folded and verified. 1: the folded model is not equivalent, and nothing was written. 2: the file or an
-argument cannot be used. The output appears in one step, and an existing one survives any failure.
+argument cannot be used. 141: all is written, and who read the report went away (`| head -1`). The output and the report
+appear together when all is done (see `bnfold.output`), and existing ones survive any failure.
 
 An ONNX file never imports torch. The function that does the work is `bnfold.fold`, which this module must not be
 confused with (see the end of `bnfold/__init__.py`).
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from bnfold import fold
 from bnfold.command import Parser
-from bnfold.errors import InputError, check_target, replacing, run_command
+from bnfold.errors import InputError, run_command
+from bnfold.output import check_target, replacing, together
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,14 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+STDOUT = Path("-")
 _EVERY = 1_000_000
 """As many inputs are all tried, where a model has no more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(arguments)
-    return run_command(lambda: _run(options))
+    return run_command(lambda: _run(_parser().parse_args(arguments)))
 
 
 def _parser() -> Parser:
@@ -55,7 +57,12 @@ def _parser() -> Parser:
     )
     add("-o", "--output", type=Path, help="where to write (default: FILE with .folded before its suffix)")
     add("--dry-run", action="store_true", help="decide, verify and report, but write no model")
-    add("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the report as JSON, too; - for stdout, tables to stderr",
+    )
     add(
         "--no-verify", dest="verify", action="store_false", help="compare nothing; the report says unverified"
     )
@@ -87,21 +94,24 @@ def _parser() -> Parser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.output is None:
-        options.output = options.file.with_name(f"{options.file.stem}.folded{options.file.suffix}")
     if not options.file.is_file():
         raise InputError(f"{options.file}: {'it is a folder' if options.file.is_dir() else 'no such file'}")
+    if options.output is None:
+        options.output = options.file.with_name(f"{options.file.stem}.folded{options.file.suffix}")
     _check_targets(options)
     onnx = _is_onnx(options.file)
     import_module("onnx" if onnx else "torch")  # what is missing is said first of what the file needs most
-    console = _console()
-    report, done = (_fold_onnx if onnx else _fold_torch)(options)
+    console = _console(options)
+    with together():
+        report, done = (_fold_onnx if onnx else _fold_torch)(options)
+        if options.json not in (None, STDOUT):
+            with replacing(options.json) as temporary:
+                temporary.write_text(report.to_json() + "\n", encoding="utf-8")
+    if options.json == STDOUT:
+        print(report.to_json())
     for part in report.renderables():
         console.print(part)
-    if options.json is not None:
-        with replacing(options.json) as temporary:
-            temporary.write_text(report.to_json() + "\n", encoding="utf-8")
-    print("nothing written (--dry-run)" if options.dry_run else done)
+    print("nothing written (--dry-run)" if options.dry_run else done, file=console.file)
     return 0
 
 
@@ -115,11 +125,14 @@ def _is_onnx(path: Path) -> bool:
 
 def _check_targets(options: argparse.Namespace) -> None:
     """Refuse what could not be written before anything is computed."""
+    if options.output == STDOUT and not options.dry_run:
+        raise InputError("-o -: a model is not written to stdout; name a file")
     targets = [] if options.dry_run else [options.output]
-    targets += [] if options.json is None else [options.json]
+    targets += [] if options.json in (None, STDOUT) else [options.json]
     for target in targets:
         check_target(target)
-    if len({target.resolve() for target in targets}) < len(targets):
+    files = [target.resolve() for target in targets if not target.is_char_device()]
+    if len(set(files)) < len(files):
         raise InputError(f"{options.json} is where the model goes; name another file for the report")
     if options.json is not None and options.json.resolve() == options.file.resolve():
         raise InputError(f"{options.json} is the model itself; name another file for the report")
@@ -133,11 +146,12 @@ def _refuse(options: argparse.Namespace, *names: str) -> None:
             raise InputError(f"{options.file}: --{option} is not for this kind of file; leave it out")
 
 
-def _console() -> Console:
+def _console(options: argparse.Namespace) -> Console:
     """Where the report goes: as wide as the terminal."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    out = sys.stderr if options.json == STDOUT else sys.stdout
+    return Console(highlight=False, file=out, width=None if out.isatty() else 110)
 
 
 def _choices(options: argparse.Namespace) -> dict[str, bool]:

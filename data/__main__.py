@@ -74,8 +74,11 @@ def fetch(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = parse(arguments)
-    return run_command(lambda: options.run(options))
+    return run_command(lambda: _run(parse(arguments)))
+
+
+def _run(options: argparse.Namespace) -> None:
+    options.run(options)
 
 
 if __name__ == "__main__":

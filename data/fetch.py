@@ -18,7 +18,8 @@ from urllib.request import Request, urlopen
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from bnfold.errors import InputError, replacing
+from bnfold.errors import InputError
+from bnfold.output import replacing
 from data.names import is_makemore, locate_makemore
 
 __all__ = ["MAKEMORE_URL", "fetch_makemore"]

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 import bnfold
 from bnfold import checkpoint as checkpoints
 from bnfold.checkpoint import Checkpoint, drop_identities
-from bnfold.errors import InputError, replacing
+from bnfold.errors import InputError
+from bnfold.output import replacing
 from bnfold.report import Evidence, Verdict
 from export.prove import Examples, choose_examples, prove
 from export.write import Batch, write

@@ -170,8 +170,7 @@ def _printable(name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = parse(arguments)
-    return run_command(lambda: run(options))
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

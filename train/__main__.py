@@ -34,6 +34,7 @@ import data
 from bnfold.checkpoint import Checkpoint, InputDomain, save
 from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
+from bnfold.output import check_target
 from data.names import DEFAULT_LIST
 from train import calibration, gradients
 from train.arguments import at_least, check_folder, positive
@@ -223,10 +224,7 @@ def _layers(text: str) -> int | str:
 
 def _check(options: argparse.Namespace, recipe: Recipe) -> None:
     """Raise before the training, and not after it, if what is asked for cannot be had."""
-    if options.out.is_dir():
-        raise InputError(f"{options.out} is a folder; name a file to write")
-    if not options.out.parent.is_dir():
-        raise InputError(f"{options.out.parent} is no folder; make it first, or write elsewhere")
+    check_target(options.out)
     if options.plots:
         check_folder(options.plots, "the pictures")
     if options.tensorboard:
@@ -342,8 +340,7 @@ def _record(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = parse(arguments)
-    return run_command(lambda: run(options))
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torch import Generator
 import data
 from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
+from bnfold.output import check_target
 from train.arguments import at_least
 from train.diagnostics import Diagnostics, Layer, examine
 from train.evaluate import evaluating, measure
@@ -119,8 +120,7 @@ def run(options: argparse.Namespace) -> None:
         _list_all(console)
         return
     torch.set_num_threads(1)
-    if options.output.is_dir() or not options.output.parent.is_dir():
-        raise InputError(f"{options.output} cannot be written; name a file in a folder that exists")
+    check_target(options.output)
     material = prepare(data.read_names(options.names))
     recipes, experiments = _choose(options)
     answers = [(each, _answer(console, each, material, options.seed)) for each in experiments]
@@ -235,8 +235,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = parse(arguments)
-    return run_command(lambda: run(options))
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

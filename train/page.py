@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from bnfold.errors import replacing
+from bnfold.output import replacing
 
 __all__ = ["Part", "Picture", "Section", "Table", "compose", "write_page"]
 

@@ -25,7 +25,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from bnfold.errors import InputError, replacing
+from bnfold.errors import InputError
+from bnfold.output import replacing, together
 from train.diagnostics import DEAD, Diagnostics, Layer, Record, Spread, Statistics
 from train.page import Picture, write_page
 
@@ -219,10 +220,11 @@ def draw(
         raise InputError(f"{folder} is a file; name a folder for the pictures")
     pictures = draw_all(diagnostics, statistics)
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        with replacing(folder / f"{picture.name}.svg") as temporary:
-            temporary.write_text(picture.svg, encoding="utf-8")
-    write_page(folder / "index.html", title, pictures)
+    with together():
+        for picture in pictures:
+            with replacing(folder / f"{picture.name}.svg") as temporary:
+                temporary.write_text(picture.svg, encoding="utf-8")
+        write_page(folder / "index.html", title, pictures)
     return folder / "index.html"
 
 

@@ -36,7 +36,8 @@ from torch import Generator, Tensor, nn
 
 import bnfold
 from bnfold.command import Parser
-from bnfold.errors import InputError, replacing, run_command
+from bnfold.errors import InputError, run_command
+from bnfold.output import replacing, together
 from bnfold.report import Evidence
 from export.convert import Exported, export_module
 from export.latency import measure
@@ -149,9 +150,10 @@ def run(options: argparse.Namespace) -> None:
         files = [Path(folder) / name for name in ("resnet.onnx", "resnet.folded.onnx")]
         plain = _write_unfolded(net, images[:2])
         evidence = prove(plain, net, Examples(images))
-        with replacing(files[0]) as temporary:
-            temporary.write_bytes(plain)
-        exported = export_module(net, images, files[1])
+        with together():
+            with replacing(files[0]) as temporary:
+                temporary.write_bytes(plain)
+            exported = export_module(net, images, files[1])
         contents = [file.read_bytes() for file in files]
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     table = _tabulate(net, exported, contents, evidence)
@@ -242,8 +244,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = parse(arguments)
-    return run_command(lambda: run(options))
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

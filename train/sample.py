@@ -9,6 +9,7 @@ without torch.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -55,20 +56,25 @@ def load_characters(path: str) -> tuple[Checkpoint, data.Vocabulary, int]:
     return checkpoint, data.Vocabulary(characters), shape[0]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = Parser(prog="python -m train.sample", description="Names from a checkpoint of python -m train.")
     parser.add_argument("checkpoint", help="ckpt.pt, folded or not")
     parser.add_argument("--count", type=at_least(1), default=20, metavar="N", help="how many (20)")
     parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help="(1)")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
-    def run() -> None:
-        checkpoint, vocabulary, context = load_characters(options.checkpoint)
-        generator = Generator().manual_seed(options.seed)
-        print(*invent(checkpoint.model, vocabulary, context, options.count, generator), sep="\n")
 
-    return run_command(run)
+def run(options: argparse.Namespace) -> None:
+    """Print the names, one on a line."""
+    checkpoint, vocabulary, context = load_characters(options.checkpoint)
+    generator = Generator().manual_seed(options.seed)
+    print(*invent(checkpoint.model, vocabulary, context, options.count, generator), sep="\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

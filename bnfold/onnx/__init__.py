@@ -127,15 +127,13 @@ def fold_file(
     ends = _Ends(lambda: files.load_file(source), lambda changed, _: lambda: Runner(changed, source.parent))
     if target is None:
         return _fold(proto, source.parent, choices, ends)[1]
-    with files.writing(Path(target)) as (path, put_in_place):
+    with files.writing(Path(target), source) as path:
 
         def save(changed: onnx.ModelProto, editor: Editor | None) -> Callable[[], Runner]:
             files.save_file(changed, path, source, editor.external if editor else {})
             return lambda: Runner(path)
 
-        report = _fold(proto, source.parent, choices, replace(ends, finish=save))[1]
-        put_in_place()
-    return report
+        return _fold(proto, source.parent, choices, replace(ends, finish=save))[1]
 
 
 def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ...]:

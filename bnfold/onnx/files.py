@@ -2,32 +2,42 @@
 
 The data of a large model lies in files beside it. It is never loaded as a whole: tensors are memory-mapped when they
 are read, and copied from file to file when the model is written. A tensor that was external stays external, in a file
-that is named after the new model as the old one was named after the old (`net.onnx.data`, `net.folded.onnx.data`).
+that is named after the new model as the old one was named after the old, and after its content (`net.onnx.data`,
+`net.folded.onnx-0a1b2c3d4e5f6789.data`).
 
-Everything is written beside the target first and then put in its place by renaming, companions before the model; if
-that fails half way, what was there before is put back.
+So the data of a model never takes the place of other data. It is put in its place before the model (see
+`bnfold.output`), and the data of a model that was replaced is removed after it: whenever the process is killed, the
+old model with its data stands there, or the new one. What may then be left is data that no model refers to; the next
+run that writes the same model removes it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from bnfold.errors import InputError
 from bnfold.onnx.accept import accept
 from bnfold.onnx.constants import check_external, map_bytes, width
 from bnfold.onnx.scope import bodies
+from bnfold.output import replacing
 
 __all__ = ["load_file", "save_file", "size", "stored_tensors", "writing"]
 
 LIMIT = 2**31 - 1
 """A protobuf message is smaller than this."""
+
+_HASH = re.compile(r"-[0-9a-f]{16}(?=\.[^.]*$|$)")
+"""What bnfold puts into the name of a file of external data: the beginning of the SHA-256 of its content."""
 
 
 def load_file(path: Path) -> onnx.ModelProto:
@@ -85,43 +95,61 @@ def size(model: onnx.ModelProto) -> int:
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Yield a path to write a model to, and the function that puts it and its companions in their places.
+def writing(target: Path, source: Path | None = None) -> Iterator[Path]:
+    """Yield a path to write a model to, which is put in its place at the end; its external data comes along.
+
+    Afterwards the data that the replaced model had, and left-overs of killed runs, are removed: see `_find_outdated`.
 
     Raises:
-        InputError: the target is a folder, or lies in none.
+        InputError: no file can be written there.
     """
-    if target.is_dir():
-        raise InputError(f"{target} is a folder; name a file to write")
-    if not target.parent.is_dir():
-        raise InputError(f"{target.parent} is no folder; make it first, or write elsewhere")
-    with TemporaryDirectory(prefix=".bnfold-", dir=target.parent) as folder:
-        new = Path(folder) / "new"
-        new.mkdir()
-        yield new / target.name, lambda: _place(new, target, Path(folder) / "old")
+    with replacing(target, lambda place, new: _find_outdated(place, new, source)) as path:
+        yield path
 
 
-def _place(new: Path, target: Path, old: Path) -> None:
-    """Move everything in `new` beside the target, the model last; undo it all if one move fails."""
-    files = sorted(
-        (path for path in new.rglob("*") if path.is_file()), key=lambda path: path == new / target.name
-    )
-    moved: list[tuple[Path, Path | None]] = []
+def _find_outdated(place: Path, companions: Sequence[Path], source: Path | None) -> list[Path]:
+    """Data that will belong to nobody once a model stands at `place`, with the companions that it refers to.
+
+    It is the replaced model's own: it lies in the folder of that model or below, bears its name (`net.onnx.data` of
+    `net.onnx`) or a hash by which bnfold names data, and no other model refers to it: none in its folder or the
+    model's, and not `source`. Or it was named by bnfold as one of the new companions is, and no model refers to it.
+    Where one of the models beside it cannot be read, nothing is.
+    """
+    mine = re.compile(rf"{re.escape(place.name)}\b|{re.escape(place.stem)}(?![A-Za-z0-9])|.*{_HASH.pattern}")
+    owned = [path for path in _referred(place) or () if mine.match(path.name)]
+    owned += [
+        path
+        for new in companions
+        for path in Path(os.path.realpath(new.parent)).glob("*")
+        if _HASH.search(path.name) and _HASH.sub("", path.name) == _HASH.sub("", new.name)
+    ]
+    found = {path for path in owned if path.is_file() and not path.is_symlink()}
+    found -= {Path(os.path.realpath(path)) for path in companions}
+    if not found:
+        return []
+    folders = {place.parent, *(path.parent for path in found)}
+    models = {
+        path for folder in folders for path in folder.glob("*") if path.suffix in (".onnx", place.suffix)
+    }
+    models |= set() if source is None else {Path(os.path.realpath(source))}
+    referred = [_referred(path) for path in models - {place}]
+    if any(paths is None for paths in referred):
+        return []
+    return sorted(found - {path for paths in referred for path in paths or ()})
+
+
+def _referred(path: Path) -> set[Path] | None:
+    """The files of external data that a model refers to, in its folder or below; None where it cannot be read."""
+    if not path.is_file():
+        return set()
+    folder = Path(os.path.realpath(path)).parent
     try:
-        for number, path in enumerate(files):
-            final = target.parent / path.relative_to(new)
-            final.parent.mkdir(parents=True, exist_ok=True)
-            kept = old / str(number) if final.exists() and path != files[-1] else None
-            if kept is not None:
-                old.mkdir(exist_ok=True)
-                final.replace(kept)
-            moved.append((final, kept))
-            path.replace(final)
-    except BaseException:
-        for final, kept in moved:
-            if kept is not None:
-                kept.replace(final)
-        raise
+        model = onnx.load_model(path, format="protobuf", load_external_data=False)
+        locations = {_location(tensor) for tensor in stored_tensors(model)} - {""}
+        paths = {Path(os.path.realpath(folder / location)) for location in locations}
+    except (DecodeError, OSError, ValueError):
+        return None
+    return {path for path in paths if path.is_relative_to(folder)}
 
 
 def save_file(
@@ -149,8 +177,10 @@ def save_file(
             continue
         location = names(old)
         if location not in files:
-            files[location] = _Companion(path.parent / location)
-        files[location].append(tensor, None if source is None else source.parent, location)
+            files[location] = _Companion(path.parent, location)
+        files[location].append(tensor, None if source is None else source.parent)
+    for companion in files.values():
+        companion.finish()
     path.write_bytes(model.SerializeToString())
 
 
@@ -165,32 +195,33 @@ def _location(tensor: TensorProto) -> str:
 
 
 class _Locations:
-    """How companions are named: after the new model as they were after the old one."""
+    """How companions are named, without their hash: after the new model as they were after the old one."""
 
     def __init__(self, target: Path, source: Path | None) -> None:
         self.target, self.source = target, source or target
 
     def __call__(self, old: str) -> str:
-        folder, name = Path(old).parent, Path(old).name
+        folder, name = Path(old).parent, _HASH.sub("", Path(old).name)
         if name.startswith(self.source.name):
             name = self.target.name + name.removeprefix(self.source.name)
         elif name.startswith(self.source.stem):
             name = self.target.stem + name.removeprefix(self.source.stem)
         elif self.target.name != self.source.name:
             name = f"{self.target.stem}.{name}"
-        return (folder / name).as_posix()
+        return name if ".." in folder.parts else (folder / name).as_posix()
 
 
 class _Companion:
-    """A file of external data that is being written, one tensor after the other."""
+    """A file of external data that is being written, one tensor after the other; its name ends with its hash."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.size = path, 0
-        path.write_bytes(b"")
+    def __init__(self, folder: Path, location: str) -> None:
+        self.folder, self.location = folder, location
+        self.path, self.size, self.tensors, self.hash = folder / location, 0, list[TensorProto](), sha256()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_bytes(b"")
 
-    def append(self, tensor: TensorProto, folder: Path | None, location: str) -> None:
-        """Write the data of a tensor and let the tensor say where."""
+    def append(self, tensor: TensorProto, folder: Path | None) -> None:
+        """Write the data of a tensor and let the tensor say where, but for the name of the file."""
         if tensor.data_location == TensorProto.EXTERNAL:
             path, start, length = check_external(tensor, folder)
             data = map_bytes(path, start, length).data
@@ -198,15 +229,23 @@ class _Companion:
         else:
             data, step = memoryview(tensor.raw_data), 64
         with self.path.open("ab") as file:
-            self.size += file.write(bytes(-self.size % step))
-            offset = self.size
-            self.size += file.write(data)
+            for part in (bytes(-self.size % step), data):
+                offset, self.size = self.size, self.size + file.write(part)
+                self.hash.update(part)
         checksum = [
             (e.key, e.value) for e in tensor.external_data if e.key not in ("location", "offset", "length")
         ]
         tensor.ClearField("raw_data")
         del tensor.external_data[:]
         tensor.data_location = TensorProto.EXTERNAL
-        entries = [("location", location), ("offset", str(offset)), ("length", str(len(data))), *checksum]
-        for key, value in entries:
+        for key, value in [("offset", str(offset)), ("length", str(len(data))), *checksum]:
             tensor.external_data.add(key=key, value=value)
+        self.tensors.append(tensor)
+
+    def finish(self) -> None:
+        """Give the file its name, and tell the tensors."""
+        path = self.path.with_name(f"{self.path.stem}-{self.hash.hexdigest()[:16]}{self.path.suffix}")
+        self.path.rename(path)
+        for tensor in self.tensors:
+            location = path.relative_to(self.folder).as_posix()
+            tensor.external_data.insert(0, onnx.StringStringEntryProto(key="location", value=location))

@@ -12,6 +12,7 @@ an exported program instead, which needs no factory any more.
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfold.errors import InputError, replacing
+from bnfold.errors import InputError
+from bnfold.output import replacing
 from bnfold.report import Report
 from bnfold.torch.draft import NormPlace
 from bnfold.torch.fold import fold
@@ -30,6 +32,9 @@ from bnfold.torch.read import read
 from bnfold.torch.write import become, settle_weight
 
 __all__ = ["fold_checkpoint_file", "load_factory", "load_folded", "load_state", "make_inputs"]
+
+MOST_NUMBERS = 2**28
+"""An example input has so many numbers at most: 1 GiB of float32, and each is held several times."""
 
 _KEYS = ("state_dict", "model_state_dict", "model")
 
@@ -126,12 +131,14 @@ def load_factory(name: str) -> nn.Module:
         raise InputError(f"{name!r} is no package.module:factory")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    if path.startswith("."):
+        raise InputError(f"{name!r} is relative to nothing; write package.module:factory, as in an import")
     try:
         factory: Any = importlib.import_module(path)
         for part in attribute.split("."):
             factory = getattr(factory, part)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{name} cannot be imported: {error}") from error
+    except Exception as error:  # whatever the user's own module runs into
+        raise InputError(f"{name} cannot be imported: {error or type(error).__name__}") from error
     return _build(name, factory)
 
 
@@ -153,13 +160,24 @@ def make_inputs(shapes: Sequence[str]) -> tuple[Tensor, ...]:
     Whole numbers are 0 and 1, so that they are rows of any embedding.
 
     Raises:
-        InputError: a shape cannot be read.
+        InputError: a shape cannot be read, has more than `MOST_NUMBERS` numbers, or a type of which torch makes none.
     """
     generator = torch.Generator().manual_seed(0)
     return tuple(_make_input(text, generator) for text in shapes)
 
 
 def _make_input(text: str, generator: torch.Generator) -> Tensor:
+    shape, dtype = _read_shape(text)
+    try:
+        if dtype.is_floating_point or dtype.is_complex:
+            return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(f"an input of {text} cannot be made: {str(error).splitlines()[0]:.100}") from error
+
+
+def _read_shape(text: str) -> tuple[list[int], torch.dtype]:
+    """The sizes and the type that a text such as 2x16:int64 names."""
     sizes, _, kind = text.partition(":")
     try:
         shape = [int(size) for size in sizes.split("x")] if sizes else []
@@ -170,9 +188,9 @@ def _make_input(text: str, generator: torch.Generator) -> Tensor:
         raise InputError(
             f"{text!r} is no shape; write 1x3x224x224, or 2x16:int64 for whole numbers"
         ) from error
-    if dtype.is_floating_point or dtype.is_complex:
-        return torch.randn(shape, generator=generator).to(dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    if math.prod(shape) > MOST_NUMBERS:
+        raise InputError(f"an input of {text} has more than {MOST_NUMBERS:,} numbers; write a smaller one")
+    return shape, dtype
 
 
 def load_state(path: str | Path) -> tuple[Any, dict[str, Tensor], str]:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from bnfold.errors import InputError, UnreadableModel, replacing
+from bnfold.errors import InputError, UnreadableModel
+from bnfold.output import replacing
 from bnfold.report import Report
 from bnfold.torch.fold import fold
 

@@ -1,6 +1,7 @@
 """The command `python -m bnfold.fold`: what it writes, says and refuses, and with which exit code."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -233,3 +234,67 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is(model, tm
 def test_an_option_that_would_not_be_heeded_is_refused(name, option, model, ckpt, capsys):
     assert main([str({"model": model, "ckpt": ckpt}[name]), *option]) == 2
     assert f"{option[0]} is not for this kind of file" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what is written, and to where
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("name", ["model", "ckpt"])
+def test_no_model_is_written_where_its_report_cannot_be(name, model, ckpt, capsys):
+    path = {"model": model, "ckpt": ckpt}[name]
+    assert main([str(path), "--json", "/dev/full"]) == 2
+    assert "/dev/full cannot be written to: No space left" in capsys.readouterr().err
+    assert not list(path.parent.glob("*.folded.*"))
+
+
+def test_a_report_for_stdout_is_all_there_is_on_stdout(model, capsys):
+    assert main([str(model), "--json", "-"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["counts"]["folded"] == 1
+    assert "1 of 1 BatchNorm folded, verified" in said.err
+    assert model.with_name("model.folded.onnx").exists()
+
+
+def test_a_device_takes_the_model_and_stays_a_device(model, ckpt):
+    for path in (model, ckpt):
+        assert main([str(path), "-o", "/dev/null", "--json", "/dev/null"]) == 0
+        assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("arguments", [["."], [""], ["model.onnx", "-o", ""], ["model.onnx", "-o", "."]])
+def test_a_folder_where_a_file_should_be_is_one_line(arguments, model, monkeypatch, capsys):
+    monkeypatch.chdir(model.parent)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "folder" in said
+
+
+@pytest.mark.parametrize("arguments", [["a\0b"], ["model.onnx", "-o", "a\0b"], ["model.onnx", "-o", "-"]])
+def test_a_path_that_is_none_is_one_line(arguments, model, monkeypatch, capsys):
+    monkeypatch.chdir(model.parent)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_file_whose_name_is_no_text_is_folded_or_refused_and_both_in_words(model, tmp_path):
+    """onnxruntime opens no such file, so it can only be folded unverified."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.onnx")
+    model.rename(path)
+    command = [sys.executable, "-m", "bnfold.fold", path]
+    refused = subprocess.run(command, capture_output=True, check=False)
+    assert (refused.returncode, refused.stderr.count(b"\n")) == (2, 1)
+    folded = subprocess.run([*command, "--no-verify"], capture_output=True, check=False)
+    assert (folded.returncode, folded.stderr) == (0, b"")
+    assert (tmp_path / os.fsdecode(b"caf\xe9.folded.onnx")).exists()
+
+
+def test_a_reader_that_went_away_leaves_a_whole_file_and_141(model):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "bnfold.fold", model]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+    onnx.checker.check_model(model.with_name("model.folded.onnx"))

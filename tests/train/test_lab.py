@@ -88,7 +88,7 @@ def test_everything_is_listed(folder, capsys):
         (["--experiment", "soup"], "soup"),
         (["--steps", "0"], "0 is less than 1"),
         (["--names", "missing.txt", "tanh"], "missing.txt"),
-        (["-o", "nowhere/lab.html", "tanh"], "cannot be written"),
+        (["-o", "nowhere/lab.html", "tanh"], "nowhere is no folder"),
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments, fragment, capsys):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,13 @@ def save_external(path, some=None, **options):
 
 
 def listing(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """The names in a folder, the hash of a file of external data as `#`."""
+    return sorted(re.sub(r"-[0-9a-f]{16}\b", "-#", path.name) for path in folder.iterdir())
+
+
+def find_data(folder, pattern="out.onnx-*.data"):
+    (path,) = folder.glob(pattern)
+    return path
 
 
 def contents(folder):
@@ -61,7 +70,7 @@ def test_a_file_may_be_folded_in_place(tmp_path):
     source = save_external(tmp_path / "net.onnx")
     copy = onnx.load(source)
     bnfold.fold_file(source, source)
-    assert listing(tmp_path) == ["net.onnx", "net.onnx.data"]
+    assert listing(tmp_path) == ["net.onnx", "net.onnx-#.data"]
     feed = {"x": weights(2, 3, 6, 6)}
     np.testing.assert_allclose(run(onnx.load(source), feed)["y"], run(copy, feed)["y"], atol=2e-5)
 
@@ -71,7 +80,9 @@ def test_external_data_stays_external_and_is_named_after_the_new_model(tmp_path)
     before = contents(tmp_path)
     bnfold.fold_file(source, tmp_path / "out.onnx")
     after = contents(tmp_path)
-    assert set(after) - set(before) == {Path("out.onnx"), Path("out.onnx.data")}
+    data = find_data(tmp_path)
+    assert set(after) - set(before) == {Path("out.onnx"), Path(data.name)}
+    assert data.name == f"out.onnx-{sha256(data.read_bytes()).hexdigest()[:16]}.data"
     assert {path: after[path] for path in before} == before
     folded = onnx.load(tmp_path / "out.onnx", load_external_data=False)
     assert all(t.data_location == onnx.TensorProto.EXTERNAL for t in folded.graph.initializer)
@@ -84,7 +95,7 @@ def test_one_file_per_tensor_stays_so(tmp_path):
     (tmp_path / "to").mkdir()
     source = save_external(tmp_path / "in" / "net.onnx", all_tensors_to_one_file=False, location=None)
     bnfold.fold_file(source, tmp_path / "to" / "net.onnx")
-    assert listing(tmp_path / "to") == ["c", "net.onnx", "w"]
+    assert listing(tmp_path / "to") == ["c-#", "net.onnx", "w-#"]
     assert_same(source, tmp_path / "to" / "net.onnx")
 
 
@@ -92,7 +103,7 @@ def test_data_in_a_folder_of_its_own(tmp_path):
     (tmp_path / "weights").mkdir()
     source = save_external(tmp_path / "net.onnx", location="weights/all.bin")
     bnfold.fold_file(source, tmp_path / "out.onnx")
-    assert (tmp_path / "weights" / "out.all.bin").is_file()
+    assert listing(tmp_path / "weights") == ["all.bin", "out.all-#.bin"]
     assert_same(source, tmp_path / "out.onnx")
 
 
@@ -137,6 +148,165 @@ def test_an_onnx_ir_model_comes_back_as_one(tmp_path):
     assert folded.metadata_props["k"] == "v"
     onnx_ir.save(folded, tmp_path / "out.onnx")
     assert_same(source, tmp_path / "out.onnx")
+
+
+# ---------------------------------------------------------------- two files, one step
+
+KILLER = """
+import os, shutil, sys
+from pathlib import Path
+import bnfold.onnx
+
+EVENTS = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "shutil.rmtree"}
+count = 0
+
+def watch(event, arguments):
+    global count
+    count += event in EVENTS or (event == "open" and bool(arguments[2] & os.O_ACCMODE))
+    if count > last:
+        os._exit(9)
+
+folder, source, target = Path(sys.argv[1]), *sys.argv[2:]
+for last in range(1000):
+    case = shutil.copytree(folder / "before", folder / f"killed{last}")
+    if not os.fork():
+        sys.addaudithook(watch)
+        bnfold.onnx.fold_file(case / source, case / target, verify=False)
+        os._exit(0)
+    if not os.waitstatus_to_exitcode(os.wait()[1]):
+        break
+"""
+
+
+def other_net():
+    return model(TEXT, {"w": -weights(8, 3, 3, 3), "c": weights(8), **norm(8)})
+
+
+def replace_by_another(folder, **options):
+    """A folded model at the target, and another one to fold over it."""
+    save_external(folder / "net.onnx", other_net(), **options)
+    bnfold.fold_file(folder / "net.onnx", folder / "out.onnx")
+    for path in folder.glob("net.onnx*"):
+        path.unlink()
+    save_external(folder / "net.onnx", **options)
+    return "net.onnx", "out.onnx"
+
+
+def fold_in_place(folder, **options):
+    save_external(folder / "net.onnx", **options)
+    return "net.onnx", "net.onnx"
+
+
+def replace_what_another_tool_wrote(folder, **options):
+    save_external(folder / "out.onnx", other_net(), **options)
+    save_external(folder / "net.onnx", **options)
+    return "net.onnx", "out.onnx"
+
+
+ONE_EACH = {"all_tensors_to_one_file": False, "location": None}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options"),
+    [
+        (replace_by_another, {}),
+        (replace_by_another, {"location": "weights/net.bin"}),
+        (replace_by_another, ONE_EACH),
+        (fold_in_place, {}),
+        (fold_in_place, ONE_EACH),
+        (replace_what_another_tool_wrote, {}),
+    ],
+)
+def test_killed_at_any_moment_the_old_model_stands_there_with_its_data_or_the_new_one(
+    prepare, options, tmp_path
+):
+    """Before each call that changes a file system the process is killed."""
+    before = tmp_path / "before"
+    (before / "weights").mkdir(parents=True)
+    source, target = prepare(before, **options)
+    subprocess.run(
+        [sys.executable, "-c", KILLER, tmp_path, source, target], check=True, cwd=Path(__file__).parents[3]
+    )
+    killed = [tmp_path / f"killed{number}" for number in range(len(list(tmp_path.glob("killed*"))))]
+    old, new = (contents_of_model(folder / target) for folder in (before, killed[-1]))
+    seen = [contents_of_model(folder / target) for folder in killed]
+    assert old != new
+    assert seen == sorted(seen, key=lambda found: found == new)
+    assert {found == old for found in seen if found != new} == {True}
+    assert len(killed) > 8
+
+
+def contents_of_model(path):
+    """The nodes of a model, and the numbers of its tensors with all that it refers to."""
+    loaded = onnx.load(path)
+    return [n.op_type for n in loaded.graph.node], {t.name: t.raw_data for t in loaded.graph.initializer}
+
+
+def test_the_data_of_a_replaced_model_is_removed_and_so_is_what_a_killed_run_left(tmp_path):
+    replace_by_another(tmp_path)
+    old = find_data(tmp_path)
+    left = tmp_path / "out.onnx-0123456789abcdef.data"
+    left.write_bytes(b"of a run that was killed before its model appeared")
+    bnfold.fold_file(tmp_path / "net.onnx", tmp_path / "out.onnx")
+    assert not old.exists()
+    assert listing(tmp_path) == ["net.onnx", "net.onnx.data", "out.onnx", "out.onnx-#.data"]
+    assert_same(tmp_path / "net.onnx", tmp_path / "out.onnx")
+
+
+def test_data_that_a_copy_of_the_replaced_model_refers_to_stays(tmp_path):
+    source = save_external(tmp_path / "net.onnx")
+    shutil.copy(source, tmp_path / "backup.onnx")
+    bnfold.fold_file(source, source)
+    assert listing(tmp_path) == ["backup.onnx", "net.onnx", "net.onnx-#.data", "net.onnx.data"]
+    assert_same(tmp_path / "backup.onnx", source)
+
+
+@pytest.mark.parametrize("beside", ["broken.onnx", "link"])
+def test_data_stays_where_a_model_beside_it_cannot_be_read_or_it_is_a_link(beside, tmp_path):
+    source = save_external(tmp_path / "net.onnx")
+    if beside == "link":
+        (tmp_path / "net.onnx.data").rename(tmp_path / "elsewhere")
+        (tmp_path / "net.onnx.data").symlink_to("elsewhere")
+    else:
+        (tmp_path / beside).write_bytes(b"\xff no model")
+    bnfold.fold_file(source, source)
+    assert (tmp_path / "net.onnx.data").exists()
+
+
+def test_data_that_does_not_bear_the_name_of_the_replaced_model_stays(tmp_path):
+    """Two files of one name and other suffixes, or a file that several models share, are nobody's own."""
+    source = save_external(tmp_path / "net.onnx", location="shared.data")
+    bnfold.fold_file(source, source)
+    assert listing(tmp_path) == ["net.onnx", "shared-#.data", "shared.data"]
+    bnfold.fold_file(source, source)
+    assert listing(tmp_path) == ["net.onnx", "shared-#.data", "shared.data"]
+
+
+def test_the_source_keeps_its_data_when_it_is_folded_over_a_copy_of_itself(tmp_path):
+    source = save_external(tmp_path / "model")
+    shutil.copy(source, tmp_path / "model.onnx")
+    before = contents_of_model(source)
+    bnfold.fold_file(source, tmp_path / "model.onnx")
+    assert contents_of_model(source) == before
+
+
+def test_data_whose_location_goes_up_and_down_again_is_written_beside_the_target_only(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "to").mkdir()
+    source = save_external(tmp_path / "in" / "net.onnx")
+    escape(source, "../in/net.onnx.data")
+    before = contents(tmp_path)
+    bnfold.fold_file(source, tmp_path / "to" / "out.onnx", verify=False)
+    assert {path: data for path, data in contents(tmp_path).items() if path.parts[0] != "to"} == before
+    assert contents_of_model(tmp_path / "to" / "out.onnx")
+
+
+def test_the_same_fold_writes_the_same_bytes_under_the_same_names(tmp_path):
+    source = save_external(tmp_path / "net.onnx")
+    bnfold.fold_file(source, tmp_path / "out.onnx")
+    first = contents(tmp_path)
+    bnfold.fold_file(source, tmp_path / "out.onnx")
+    assert contents(tmp_path) == first
 
 
 # ---------------------------------------------------------------- bad files
@@ -197,7 +367,7 @@ def test_a_model_that_is_not_equivalent_is_not_written(tmp_path, monkeypatch):
 def test_a_failed_move_puts_everything_back(tmp_path, monkeypatch):
     source, target = save_external(tmp_path / "net.onnx"), tmp_path / "out.onnx"
     bnfold.fold_file(source, target)
-    target.with_name("out.onnx.data").write_bytes(b"older data")
+    find_data(tmp_path).write_bytes(b"older data")
     before = contents(tmp_path)
     replace = Path.replace
 
@@ -279,5 +449,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         capture_output=True,
         text=True,
     )
-    assert (tmp_path / "out.data").stat().st_size >= rows * 4000
+    assert find_data(tmp_path, "out-*.data").stat().st_size >= rows * 4000
     assert int(done.stdout) < 3000

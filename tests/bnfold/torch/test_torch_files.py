@@ -133,6 +133,10 @@ def test_programs_fold_as_far_as_modules_do(name):
         ("tests.torch_architectures:Bottleneck", "without arguments"),
         ("tests.torch_architectures:dict", "cannot be imported"),
         ("builtins:dict", "no nn.Module"),
+        ("..:x", "relative to nothing"),
+        (".models:x", "relative to nothing"),
+        ("no\0such:x", "cannot be imported"),
+        ("tests.torch_architectures:ResNet..x", "cannot be imported"),
     ],
 )
 def test_a_factory_that_is_none_says_so(name, message):
@@ -176,6 +180,29 @@ def test_a_shape_that_is_none_says_so(text):
         return
     with pytest.raises(InputError, match="no shape"):
         make_inputs([text])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1x3x100000x1000000", "more than 268,435,456 numbers"),
+        ("99999999999999x1", "more than 268,435,456 numbers"),
+        ("9" * 5000, "no shape"),
+        ("1x3:quint8", "cannot be made"),
+        ("1x3:bits8", "cannot be made"),
+    ],
+)
+def test_an_input_that_cannot_be_made_says_so(text, message):
+    with pytest.raises(InputError, match=message):
+        make_inputs([text])
+
+
+def test_a_module_that_fails_while_it_is_imported_says_so(tmp_path, monkeypatch):
+    (tmp_path / "fails.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="fails:net cannot be imported: division by zero"):
+        load_factory("fails:net")
 
 
 def test_shapes_have_dtypes():
