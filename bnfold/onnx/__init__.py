@@ -3,7 +3,7 @@
     folded, report = fold(model)                      # onnx.ModelProto or onnx_ir.Model
     report = fold_file("model.onnx", "model.folded.onnx")
 
-    read (scope, shapes, constants, forms) -> Graph -> travel -> Graph' -> write (edit) -> run -> compare
+    read (scope, shapes, constants, lower) -> Graph -> travel -> Graph' -> write (edit) -> run -> compare
 
 `read` draws a picture of the model, `travel` decides, `write` applies the difference to a copy, and the copy is run
 against the original before anybody gets it. torch is never imported here, onnxruntime only when something is run.

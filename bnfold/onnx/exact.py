@@ -20,7 +20,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
 
 from bnfold.errors import InputError
-from bnfold.onnx.forms import EPSILON
+from bnfold.onnx.lower import EPSILON
 
 __all__ = ["evaluate"]
 

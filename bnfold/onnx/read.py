@@ -1,7 +1,7 @@
 """Draw the picture of an ONNX model on which folding is decided.
 
 `read` flattens the model (`scope`), infers shapes (`shapes`), finds out what is constant (`constants`) and draws each
-node in its canonical form (`forms`). Two patterns of several nodes are drawn as one:
+node in its canonical form (`lower`). Two patterns of several nodes are drawn as one:
 
 - a MatMul by a constant and the Add of a constant vector along its output channels: one MatMul with a bias;
 - a BatchNormalization spelt out as Sub, Div, Mul and Add of constants: a maximal chain of affines, each link read by
@@ -26,7 +26,7 @@ from bnfold.algebra import Affine
 from bnfold.errors import InputError
 from bnfold.graph import Graph, Node
 from bnfold.onnx.constants import Constants
-from bnfold.onnx.forms import MISMATCH, draw
+from bnfold.onnx.lower import MISMATCH, lower
 from bnfold.onnx.scene import Scene
 from bnfold.onnx.scope import Spot, survey
 from bnfold.onnx.shapes import Shapes, infer
@@ -95,7 +95,7 @@ def read(
     spots: dict[str, list[Spot]] = {}
     for spot in scene.whole.spots:
         if not any(output in scene.constants for output in spot.outputs):
-            nodes.append(draw(spot, scene))
+            nodes.append(lower(spot, scene))
             spots[spot.name] = [spot]
     picture = Picture(model, _graph(nodes, scene), scene, spots, notes=notes)
     _join_biases(picture)

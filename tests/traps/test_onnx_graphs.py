@@ -539,16 +539,16 @@ def test_a_custom_operator_is_folded_only_unverified():
 
 def test_a_wrong_fold_is_caught(monkeypatch):
     """One variance off by 0.2 % is what the comparison must see."""
-    from bnfold.onnx import forms
+    from bnfold import canonical
 
-    right = forms.batchnorm
+    right = canonical.batchnorm
 
     def wrong(mean, var, gamma, beta, eps):
         var = np.array(var)
         var[2] *= 1.002
         return right(mean, var, gamma, beta, eps)
 
-    monkeypatch.setattr(forms, "batchnorm", wrong)
+    monkeypatch.setattr(canonical, "batchnorm", wrong)
     text = f"g (float[4, 3] x) => (float[4, 5] y) {{ h = Gemm(x, w) {BN} }}"
     with pytest.raises(NotEquivalent):
         bnfold.onnx.fold(model(text, {"w": weights(3, 5), **norm(5)}))

@@ -96,11 +96,11 @@ def test_a_seed_of_the_model_s_own_is_kept():
 
 
 def test_a_wrong_fold_is_caught_behind_a_dropout(monkeypatch):
-    from bnfold.onnx import forms
+    from bnfold import canonical
 
-    right = forms.batchnorm
+    right = canonical.batchnorm
     monkeypatch.setattr(
-        forms, "batchnorm", lambda mean, var, *rest: right(mean, np.asarray(var) * 1.01, *rest)
+        canonical, "batchnorm", lambda mean, var, **rest: right(mean, np.asarray(var) * 1.01, **rest)
     )
     for _ in range(5):
         with pytest.raises(NotEquivalent):

@@ -1,31 +1,65 @@
-"""How each ONNX operator is drawn: from a node of the file to a `Node` of the graph that `travel` decides on.
+"""LOWERINGS: how each ONNX operator becomes a `Node` of the graph that `travel` decides on.
 
 Whatever depends on the operator set, on attributes or on constant inputs is settled here, once: `alpha`, `beta`,
 `auto_pad`, axes as an attribute or an input, a missing epsilon, a training mode that hides in the number of outputs.
-An operator whose form is not covered is drawn under a name that the table does not know, and nothing travels through
-it; so is every operator of another domain than ONNX's own.
+What follows from that for the table is in `bnfold.canonical`, for both frontends. An operator in a form that is not
+covered gets a name that the table does not know, and nothing travels through it; so does every operator of another
+domain than ONNX's own.
 
 A node that reads only the *shape* of a value (Shape, Size, the pattern of a CastLike) reads none of its numbers, so it
-is drawn without that input: an affine may change the numbers under it.
+is lowered without that input: an affine may change the numbers under it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto
 
-from bnfold.algebra import Affine, Array, Linear, batchnorm
+from bnfold import canonical
+from bnfold.algebra import Affine, Linear
+from bnfold.canonical import Window, wrap
 from bnfold.errors import InputError
 from bnfold.graph import Dim, Node, Shape
-from bnfold.onnx.constants import FLOATS, attributes, bounded
+from bnfold.onnx.constants import FLOATS, attributes
 from bnfold.onnx.scene import Scene
 from bnfold.onnx.scope import Spot
 
-__all__ = ["EPSILON", "FORMS", "MISMATCH", "draw"]
+__all__ = ["EPSILON", "LOWERINGS", "MISMATCH", "lower"]
+
+
+def _table() -> dict[str, Lowering]:
+    lowerings = {
+        "Conv ConvTranspose": _convolution,
+        "Gemm": _gemm,
+        "MatMul": _matmul,
+        "Gather": _gather,
+        "BatchNormalization": _batchnorm,
+        "Add Sub Mul Div": _with_constant,
+        "Neg": _neg,
+        "Sum": _sum,
+        "Identity Reshape Flatten Squeeze Unsqueeze Expand Relu LeakyRelu Abs": _plain,
+        "PRelu": _prelu,
+        "Dropout": _dropout,
+        "Cast CastLike": _cast,
+        "Shape Size": _measure,
+        "Transpose": _transpose,
+        "Slice": _slice,
+        "Split": _split,
+        "Concat": _concat,
+        "Tile": _tile,
+        "DepthToSpace SpaceToDepth": _depth_to_space,
+        "AveragePool MaxPool": _pool,
+        "GlobalAveragePool GlobalMaxPool": _global_pool,
+        "ReduceMean ReduceMax ReduceSum": _reduce,
+        "Resize Upsample": _resize,
+        "Pad": _pad,
+    }
+    return {op: lowering for ops, lowering in lowerings.items() for op in ops.split()}
+
 
 EPSILON = float(np.float32(1e-5))
 """What BatchNormalization adds to the variance where it does not say; attributes are float32."""
@@ -33,22 +67,19 @@ EPSILON = float(np.float32(1e-5))
 MISMATCH = "the shapes of its weight and of its input do not match"
 """Why a linear operator cannot absorb that no runtime could run."""
 
-LARGEST_AFFINE = 1 << 20
-"""A constant operand with more elements than this is not looked at as an affine."""
-
 
 class Unusual(Exception):
-    """A node in a form that is not covered; it is drawn under a name that nothing travels through."""
+    """A node in a form that is not covered; it gets a name that nothing travels through."""
 
 
-Form = Callable[[Spot, Scene], Node]
+Lowering = Callable[[Spot, Scene], Node]
 
 
-def draw(spot: Spot, scene: Scene) -> Node:
-    """Draw one node; one that lacks what its operator asks for is drawn as unusual."""
-    form = FORMS.get(spot.op) if not spot.results else None
+def lower(spot: Spot, scene: Scene) -> Node:
+    """Lower one node; one that lacks what its operator asks for is unusual."""
+    lowering = LOWERINGS.get(spot.op) if not spot.results else None
     try:
-        return form(spot, scene) if form is not None else _opaque(spot, scene)
+        return lowering(spot, scene) if lowering is not None else _opaque(spot, scene)
     except InputError:
         raise
     except (Unusual, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
@@ -80,10 +111,6 @@ def _known_rank(scene: Scene, value: str) -> int:
     if rank is None:
         raise Unusual
     return rank
-
-
-def _axis(axis: int, rank: int) -> int:
-    return axis + rank if axis < 0 else axis
 
 
 def _integers(spot: Spot, scene: Scene, name: str, place: int) -> list[int] | None:
@@ -122,89 +149,41 @@ def _weight_reason(spot: Spot, scene: Scene, roles: Sequence[tuple[str, int]]) -
     return ""
 
 
-def _pads(options: dict[str, Any], spatial: int) -> list[int]:
-    return list(options.get("pads") or [0] * 2 * spatial)
-
-
-def _conv(spot: Spot, scene: Scene) -> Node:
-    return _convolution(spot, scene, transposed=False)
-
-
-def _conv_transpose(spot: Spot, scene: Scene) -> Node:
-    return _convolution(spot, scene, transposed=True)
-
-
-def _convolution(spot: Spot, scene: Scene, transposed: bool) -> Node:
+def _convolution(spot: Spot, scene: Scene) -> Node:
     reason = _weight_reason(spot, scene, (("weight", 1), ("bias", 2)))
     if reason:
         return _linear(spot, scene.computed(spot), None, reason)
     data, weight, options = _data(spot, scene), scene.constants.dims(spot.inputs[1]), attributes(spot.node)
     if weight is None or len(weight) < 3:
         raise Unusual
-    groups = options.get("group", 1)
+    groups, transposed = options.get("group", 1), spot.op == "ConvTranspose"
     if groups < 1 or weight[0] % groups:
         return _linear(spot, scene.computed(spot), None, MISMATCH)
     channels = weight[1] * groups
     inputs, outputs = (weight[0], channels) if transposed else (channels, weight[0])
     seen = scene.shape(data)
-    suits = seen is None or (len(seen) == len(weight) and not _differ(seen[1], inputs))
-    if not suits:
+    if seen is not None and (len(seen) != len(weight) or _differ(seen[1], inputs)):
         return _linear(spot, scene.computed(spot), None, MISMATCH)
-    partial = _crops(weight, options) if transposed else _pads_with_zeros(weight, options)
-    centre = _centre(weight, options, transposed) if inputs == outputs else None
-    order = "io" if transposed else "oi"
-    return _linear(spot, [data], Linear(order, inputs, outputs, 1, 1, groups, centre, partial))
+    window = _window(weight[2:], options)
+    return _linear(spot, [data], canonical.convolution(window, inputs, outputs, groups, 1, transposed))
+
+
+def _window(kernel: Sequence[int], options: dict[str, Any]) -> Window:
+    """How a kernel of this size slides, by the attributes of its node."""
+    ones, mode = [1] * len(kernel), options.get("auto_pad", "NOTSET")
+    strides, dilations = options.get("strides") or ones, options.get("dilations") or ones
+    pads: tuple[tuple[int, int], ...] | None = ((0, 0),) * len(kernel)
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        pads = Window.same_pads(kernel, strides, dilations, lower=mode == "SAME_LOWER")
+    elif mode == "NOTSET" and options.get("pads"):
+        given = options["pads"]
+        pads = tuple(zip(given[: len(kernel)], given[len(kernel) :], strict=True))
+    moved = any(options.get("output_padding") or ()) or "output_shape" in options
+    return Window(tuple(kernel), tuple(strides), tuple(dilations), pads, moved)
 
 
 def _differ(size: Dim, number: int) -> bool:
     return isinstance(size, int) and size != number
-
-
-def _pads_with_zeros(weight: Shape, options: dict[str, Any]) -> str:
-    spatial = len(weight) - 2
-    mode = options.get("auto_pad", "NOTSET")
-    if mode in ("SAME_UPPER", "SAME_LOWER"):
-        return "it pads with zeros" if any(size > 1 for size in _extent(weight, options)) else ""
-    return "it pads with zeros" if mode != "VALID" and any(_pads(options, spatial)) else ""
-
-
-def _crops(weight: Shape, options: dict[str, Any]) -> str:
-    """Whether some output of a ConvTranspose does not sum every tap."""
-    spatial = len(weight) - 2
-    plain = all(size == 1 for size in weight[2:]) and all(
-        stride == 1 for stride in options.get("strides", ())
-    )
-    moved = (
-        any(_pads(options, spatial)) or any(options.get("output_padding", ())) or "output_shape" in options
-    )
-    same = options.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-    return "" if plain and same and not moved else "some of its outputs sum only a part of its kernel"
-
-
-def _extent(weight: Shape, options: dict[str, Any]) -> list[int]:
-    """How far a kernel reaches along each spatial axis, with its dilation."""
-    kernel = [int(size or 0) for size in weight[2:]]
-    dilations = options.get("dilations") or [1] * len(kernel)
-    return [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
-
-
-def _centre(weight: Shape, options: dict[str, Any], transposed: bool) -> tuple[int, ...] | None:
-    """The tap that reads an output's own position, where outputs are laid out like the input."""
-    kernel, extent = weight[2:], _extent(weight, options)
-    if any(stride != 1 for stride in options.get("strides", ())) or any(
-        int(size or 0) % 2 == 0 for size in kernel
-    ):
-        return None
-    if any(options.get("output_padding", ())) or "output_shape" in options:
-        return None
-    mode = options.get("auto_pad", "NOTSET")
-    if mode == "NOTSET":
-        pads = _pads(options, len(kernel))
-        if pads != [size // 2 for size in extent] * 2:
-            return None
-    elif (mode == "VALID" or transposed) and any(size != 1 for size in extent):
-        return None
-    return tuple(int(size or 0) // 2 for size in kernel)
 
 
 def _gemm(spot: Spot, scene: Scene) -> Node:
@@ -223,8 +202,7 @@ def _gemm(spot: Spot, scene: Scene) -> Node:
     bias = scene.constants.dims(spot.inputs[2]) if _input(spot, 2) else ()
     if (seen is not None and (len(seen) != 2 or _differ(seen[axis], inputs))) or not _suits(bias, outputs):
         return _linear(spot, scene.computed(spot), None, MISMATCH)
-    centre = () if axis == 1 and inputs == outputs else None
-    return _linear(spot, [spot.inputs[0]], Linear(order, inputs, outputs, axis, 1, centre=centre))
+    return _linear(spot, [spot.inputs[0]], canonical.matrix(order, inputs, outputs, axis, 1))
 
 
 def _suits(bias: tuple[int, ...] | None, outputs: int) -> bool:
@@ -254,8 +232,7 @@ def _matmul(spot: Spot, scene: Scene) -> Node:
     seen = scene.shape(data)
     if seen is not None and _differ(seen[axis], inputs):
         return _linear(spot, [data], None, MISMATCH)
-    centre = () if inputs == outputs else None
-    return _linear(spot, [data], Linear(order, inputs, outputs, axis, axis, centre=centre))
+    return _linear(spot, [data], canonical.matrix(order, inputs, outputs, axis, axis))
 
 
 def _gather(spot: Spot, scene: Scene) -> Node:
@@ -266,7 +243,7 @@ def _gather(spot: Spot, scene: Scene) -> Node:
     rank, numbers = _known_rank(scene, table), scene.constants.get(indices)
     if numbers is None or numbers.ndim > 1:
         raise Unusual
-    axis = _axis(axis, rank)
+    axis = wrap(axis, rank)
     size = (scene.shape(table) or ())[axis]
     chosen = np.asarray(numbers, np.int64)
     if (chosen < 0).any():
@@ -281,7 +258,7 @@ def _embedding(spot: Spot, scene: Scene, table: str, indices: str, axis: int) ->
     typed = scene.type(table) in FLOATS and scene.constants.is_workable(table)
     if dims is None or len(dims) != 2 or axis % 2 or rank is None or not typed:
         raise Unusual
-    linear = Linear("io", dims[0], dims[1], 0, rank, sealed="it looks up rows, not values")
+    linear = canonical.embedding(dims[0], dims[1], rank)
     return Node(spot.name, "Embedding", (indices,), tuple(spot.outputs), linear=linear)
 
 
@@ -315,38 +292,13 @@ def _batchnorm_affine(spot: Spot, scene: Scene) -> tuple[Affine | None, str]:
     shape, options = scene.shape(spot.inputs[0]), attributes(spot.node)
     if shape is None or len(shape) < 2:
         return None, "the rank of its input is not known"
-    numbers = [scene.constants.floats(value) for value in spot.inputs[1:5]]
-    if any(array is None for array in numbers):
+    names = ("gamma", "beta", "mean", "var")
+    numbers = {name: scene.constants.floats(v) for name, v in zip(names, spot.inputs[1:5], strict=True)}
+    known = {name: array for name, array in numbers.items() if array is not None}
+    if len(known) < len(names):
         return None, "its numbers cannot be read"
-    gamma, beta, mean, var = (np.asarray(array, np.float64) for array in numbers)
     per_element = scene.opset < 9 and not options.get("spatial", 1)
-    expected = shape[1:] if per_element else shape[1:2]
-    if any(
-        len(a.shape) != len(expected) or any(map(_differ, expected, a.shape)) or a.shape != gamma.shape
-        for a in (gamma, beta, mean, var)
-    ):
-        return (
-            None,
-            f"its scale has the shape {list(gamma.shape)}, which does not suit an input of {list(shape)}",
-        )
-    epsilon = options.get("epsilon", EPSILON)
-    scale, shift = batchnorm(mean, var, gamma, beta, epsilon)
-    broken = _broken(var + epsilon, scale, shift)
-    if broken:
-        return None, broken
-    if per_element:
-        return Affine.of(scale[None], shift[None]), ""
-    return Affine.along(1, len(shape), scale, shift), ""
-
-
-def _broken(var: Array, scale: Array, shift: Array) -> str:
-    bad = np.flatnonzero(~(np.isfinite(scale) & np.isfinite(shift)))
-    if not bad.size:
-        return ""
-    place = int(bad[0])
-    if not var.ravel()[place] > 0:
-        return f"the variance of channel {place} is not positive"
-    return f"the numbers of channel {place} are not finite"
+    return canonical.normalisation(known, options.get("epsilon", EPSILON), shape, per_element)
 
 
 def _with_constant(spot: Spot, scene: Scene) -> Node:
@@ -357,46 +309,17 @@ def _with_constant(spot: Spot, scene: Scene) -> Node:
     if len(inputs) == 2:
         return _node(spot, inputs)
     data, constant = spot.inputs if spot.inputs[0] == inputs[0] else spot.inputs[::-1]
-    operand = _operand(scene, data, constant)
-    first = spot.inputs[0] == data
-    with np.errstate(all="ignore"):
-        pair = _pair(spot.op, operand, first)
-    affine = Affine.of(*pair).collapse()
-    if not affine.is_finite:
-        raise Unusual
-    if affine.is_identity:
-        return Node(spot.name, "Identity", (data,), tuple(spot.outputs))
-    return Node(spot.name, "Affine", (data,), tuple(spot.outputs), affine=affine)
-
-
-def _pair(op: str, operand: Array, first: bool) -> tuple[Any, Any]:
-    if op == "Add":
-        return np.ones_like(operand), operand
-    if op == "Sub":
-        return (np.ones_like(operand), -operand) if first else (-np.ones_like(operand), operand)
-    if op == "Mul":
-        return operand, np.zeros_like(operand)
-    if not first:
-        raise Unusual
-    return 1 / operand, np.zeros_like(operand)
-
-
-def _operand(scene: Scene, data: str, constant: str) -> Array:
-    """A constant operand with the rank of the value that it acts on.
-
-    Raises:
-        Unusual: it would enlarge the value, or might.
-    """
-    shape, dims = scene.shape(data), scene.constants.dims(constant)
-    if shape is None or dims is None or len(dims) > len(shape) or math.prod(dims) > LARGEST_AFFINE:
-        raise Unusual
-    aligned = (1,) * (len(shape) - len(dims)) + dims
-    if any(mine != 1 and mine != size for mine, size in zip(aligned, shape, strict=True)):
+    first, shape = spot.inputs[0] == data, scene.shape(data)
+    if shape is None or (scene.constants.size(constant) or 0) > canonical.LARGEST_AFFINE:
         raise Unusual
     numbers = scene.constants.floats(constant)
-    if numbers is None:
+    affine = None if numbers is None else canonical.affine_of(spot.op, numbers, first)
+    aligned = None if affine is None else canonical.align(affine, shape)
+    if aligned is None:
         raise Unusual
-    return numbers.reshape(aligned)
+    if aligned.is_identity:
+        return Node(spot.name, "Identity", (data,), tuple(spot.outputs))
+    return Node(spot.name, "Affine", (data,), tuple(spot.outputs), affine=aligned)
 
 
 def _neg(spot: Spot, scene: Scene) -> Node:
@@ -479,17 +402,11 @@ def _slice(spot: Spot, scene: Scene) -> Node:
     cut = [slice(None)] * len(shape)
     for place, axis in enumerate(axes if axes is not None else range(len(starts))):
         step = steps[place] if steps else 1
-        cut[axis] = _bounds(starts[place], ends[place], step, shape[axis])
+        bounds = canonical.cut(starts[place], ends[place], step, shape[axis])
+        if bounds is None:
+            raise Unusual
+        cut[axis] = bounds
     return _node(spot, [data], slices=tuple(cut))
-
-
-def _bounds(start: int, end: int, step: int, size: Dim) -> slice:
-    if isinstance(size, int):
-        found = bounded(start, end, step, size)
-        return slice(None) if (found.start, found.stop, found.step) == (0, size, 1) else found
-    if start < 0 or end < 0 or step < 1:
-        raise Unusual
-    return slice(start or None, None if end >= 2**31 - 1 else end, step if step != 1 else None)
 
 
 def _split(spot: Spot, scene: Scene) -> Node:
@@ -497,7 +414,7 @@ def _split(spot: Spot, scene: Scene) -> Node:
     shape = scene.shape(data)
     if shape is None:
         raise Unusual
-    axis = _axis(attributes(spot.node).get("axis", 0), len(shape))
+    axis = wrap(attributes(spot.node).get("axis", 0), len(shape))
     sizes, size, parts = _integers(spot, scene, "split", 1), shape[axis], len(spot.outputs)
     if sizes is None:
         if not isinstance(size, int):
@@ -509,7 +426,7 @@ def _split(spot: Spot, scene: Scene) -> Node:
 
 def _concat(spot: Spot, scene: Scene) -> Node:
     rank = _known_rank(scene, spot.outputs[0])
-    return _node(spot, spot.inputs, axis=_axis(attributes(spot.node).get("axis", 1), rank))
+    return _node(spot, spot.inputs, axis=wrap(attributes(spot.node).get("axis", 1), rank))
 
 
 def _tile(spot: Spot, scene: Scene) -> Node:
@@ -532,18 +449,11 @@ def _pool(spot: Spot, scene: Scene) -> Node:
     data, options = _data(spot, scene), attributes(spot.node)
     if len([name for name in spot.node.output if name]) > 1 or options.get("storage_order", 0):
         raise Unusual
-    kernel = options["kernel_shape"]
-    mode = options.get("auto_pad", "NOTSET")
-    padded = (
-        any(_pads(options, len(kernel)))
-        or mode in ("SAME_UPPER", "SAME_LOWER")
-        or bool(options.get("ceil_mode"))
-    )
-    strides = options.get("strides") or [1] * len(kernel)
-    still = [k == 1 and s == 1 and not padded for k, s in zip(kernel, strides, strict=True)]
-    axes = tuple(axis + 2 for axis, stays in enumerate(still) if not stays)
-    counted = spot.op == "AveragePool" and padded and options.get("count_include_pad", 0)
-    return _node(spot, [data], axes=axes, keepdims=True, partial="it counts zero padding" if counted else "")
+    window = _window(options["kernel_shape"], options)
+    if options.get("ceil_mode"):
+        window = replace(window, pads=None)
+    counted = spot.op == "AveragePool" and bool(options.get("count_include_pad", 0))
+    return _node(spot, [data], **canonical.pooling(window, 2, counted))
 
 
 def _global_pool(spot: Spot, scene: Scene) -> Node:
@@ -562,7 +472,7 @@ def _reduce(spot: Spot, scene: Scene) -> Node:
         if options.get("noop_with_empty_axes", 0):
             return Node(spot.name, "Identity", (data,), tuple(spot.outputs))
         axes = list(range(rank))
-    axes = sorted({_axis(axis, rank) for axis in axes})
+    axes = sorted({wrap(axis, rank) for axis in axes})
     return _node(spot, [data], axes=tuple(axes), keepdims=bool(options.get("keepdims", 1)))
 
 
@@ -586,7 +496,7 @@ def _resized(spot: Spot, scene: Scene, data: str) -> tuple[int, ...]:
     before, after = _known_rank(scene, data), scene.shape(spot.outputs[0])
     shape, options = scene.shape(data) or (), attributes(spot.node)
     chosen = options.get("axes")
-    places = range(before) if chosen is None else [_axis(axis, before) for axis in chosen]
+    places = range(before) if chosen is None else [wrap(axis, before) for axis in chosen]
     scales = _scales(spot, scene, options)
     if scales is not None and len(scales) == len(places) and options.get("keep_aspect_ratio_policy") is None:
         return tuple(axis for axis, scale in zip(places, scales, strict=True) if scale != 1)
@@ -602,7 +512,7 @@ def _cropped(spot: Spot, scene: Scene, rank: int, options: dict[str, Any]) -> li
     if roi is None or roi.size != 2 * len(chosen):
         return list(range(rank))
     ends = zip(chosen, roi[: len(chosen)], roi[len(chosen) :], strict=True)
-    return [_axis(axis, rank) for axis, first, last in ends if (first, last) != (0, 1)]
+    return [wrap(axis, rank) for axis, first, last in ends if (first, last) != (0, 1)]
 
 
 def _scales(spot: Spot, scene: Scene, options: dict[str, Any]) -> list[float] | None:
@@ -617,17 +527,15 @@ def _pad(spot: Spot, scene: Scene) -> Node:
     data, options = _data(spot, scene), attributes(spot.node)
     rank, pads = _known_rank(scene, data), _amounts(spot, scene, options)
     chosen = _integers(spot, scene, "axes", 3)
-    places = list(range(rank)) if chosen is None else [_axis(axis, rank) for axis in chosen]
+    places = list(range(rank)) if chosen is None else [wrap(axis, rank) for axis in chosen]
     if len(pads) != 2 * len(places):
         raise Unusual
-    both = list(zip(pads[: len(places)], pads[len(places) :], strict=True))
-    axes = tuple(axis for axis, pair in zip(places, both, strict=True) if pair != (0, 0))
-    partial = ""
-    if options.get("mode", "constant") == "constant" and any(not isinstance(n, int) or n > 0 for n in pads):
-        partial = "it pads with zeros"
-        if _filling(spot, scene, options) != 0:
-            raise Unusual
-    return _node(spot, [data], axes=axes, partial=partial)
+    pairs = zip(pads[: len(places)], pads[len(places) :], strict=True)
+    constant = options.get("mode", "constant") == "constant"
+    settings = canonical.padding(dict(zip(places, pairs, strict=True)), constant)
+    if settings["partial"] and _filling(spot, scene, options) != 0:
+        raise Unusual
+    return _node(spot, [data], **settings)
 
 
 def _amounts(spot: Spot, scene: Scene, options: dict[str, Any]) -> Shape:
@@ -647,37 +555,5 @@ def _filling(spot: Spot, scene: Scene, options: dict[str, Any]) -> float:
     return float("nan") if array is None or array.size != 1 else float(array.ravel()[0])
 
 
-FORMS: dict[str, Form] = {
-    "Conv": _conv,
-    "ConvTranspose": _conv_transpose,
-    "Gemm": _gemm,
-    "MatMul": _matmul,
-    "Gather": _gather,
-    "BatchNormalization": _batchnorm,
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _with_constant),
-    "Neg": _neg,
-    "Sum": _sum,
-    **dict.fromkeys(("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand"), _plain),
-    **dict.fromkeys(("Relu", "LeakyRelu", "Abs"), _plain),
-    "PRelu": _prelu,
-    "Dropout": _dropout,
-    "Cast": _cast,
-    "CastLike": _cast,
-    "Shape": _measure,
-    "Size": _measure,
-    "Transpose": _transpose,
-    "Slice": _slice,
-    "Split": _split,
-    "Concat": _concat,
-    "Tile": _tile,
-    "DepthToSpace": _depth_to_space,
-    "SpaceToDepth": _depth_to_space,
-    "AveragePool": _pool,
-    "MaxPool": _pool,
-    "GlobalAveragePool": _global_pool,
-    "GlobalMaxPool": _global_pool,
-    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceSum"), _reduce),
-    "Resize": _resize,
-    "Upsample": _resize,
-    "Pad": _pad,
-}
+LOWERINGS = _table()
+"""How each operator is lowered, by its name."""

@@ -1,0 +1,236 @@
+"""Canonical forms: what the table asks about an operator, made of what an operator says about itself.
+
+Both frontends lower a convolution, a matrix product, a pooling or a padding through the functions here, once they have
+read its settings off an ATen call or an ONNX node; so the two cannot come to see one operator differently. Pure:
+numbers in, `Linear`, `Affine` or the settings of a `Node` out.
+
+Not covered: where the numbers are stored, and which inputs are constants. Those are the frontend's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnfold.algebra import Affine, Array, Linear, batchnorm
+from bnfold.graph import Dim, Shape
+
+__all__ = [
+    "Window",
+    "affine_of",
+    "align",
+    "convolution",
+    "cut",
+    "embedding",
+    "matrix",
+    "normalisation",
+    "padding",
+    "pooling",
+    "wrap",
+]
+
+LARGEST_AFFINE = 1 << 20
+"""A constant operand with more elements than this is not looked at as an affine."""
+
+
+def wrap(axis: int, rank: int) -> int:
+    """An axis that may be counted from the end, counted from the front."""
+    return axis + rank if axis < 0 else axis
+
+
+# ---------------------------------------------------------------- linear operators
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How a kernel slides over the spatial axes of a value.
+
+    Attributes:
+        kernel, strides, dilations: one number for each spatial axis.
+        pads: how much is padded before and after, for each spatial axis; None where that depends on the size.
+        output_pads: of a transposed convolution, whether anything else decides on the size of its output.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...] | None
+    output_pads: bool = False
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """How far the kernel reaches along each axis, with its dilation."""
+        return tuple((size - 1) * step + 1 for size, step in zip(self.kernel, self.dilations, strict=True))
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether anything is padded, be it at other sizes."""
+        return self.pads is None or any(any(pair) for pair in self.pads)
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether outputs are laid out like the input, each around its own position."""
+        around = tuple((reach // 2, reach // 2) for reach in self.extent)
+        odd = all(size % 2 for size in self.kernel)
+        return odd and set(self.strides) <= {1} and self.pads == around and not self.output_pads
+
+    @staticmethod
+    def same_pads(
+        kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], lower: bool
+    ) -> tuple[tuple[int, int], ...] | None:
+        """The pads that keep the size (ONNX's `auto_pad`, torch's `padding="same"`); `lower` puts the odd one before.
+
+        None where a stride makes them depend on the size.
+        """
+        total = [(size - 1) * step for size, step in zip(kernel, dilations, strict=True)]
+        if any(stride != 1 for stride, pad in zip(strides, total, strict=True) if pad):
+            return None
+        small = [pad // 2 for pad in total]
+        pairs = zip(small, total, strict=True)
+        return tuple((pad - half, half) if lower else (half, pad - half) for half, pad in pairs)
+
+
+def convolution(
+    window: Window, inputs: int, outputs: int, groups: int = 1, axis: int = 1, transposed: bool = False
+) -> Linear:
+    """A convolution of `inputs` to `outputs` channels along an axis, with a weight as ONNX and torch lay it out."""
+    pointwise = set(window.extent) <= {1}
+    if transposed:
+        whole = pointwise and set(window.strides) <= {1} and not window.is_padded and not window.output_pads
+        partial = "" if whole else "some of its outputs sum only a part of its kernel"
+    else:
+        partial = "it pads with zeros" if window.is_padded else ""
+    centre = tuple(size // 2 for size in window.kernel)
+    return Linear(
+        "io" if transposed else "oi",
+        inputs,
+        outputs,
+        axis,
+        axis,
+        groups,
+        centre if window.keeps_size and inputs == outputs else None,
+        partial,
+    )
+
+
+def matrix(order: str, inputs: int, outputs: int, in_axis: int, out_axis: int, biasless: str = "") -> Linear:
+    """A product by a constant matrix, along one axis of a value, or from one axis to another."""
+    centre = () if inputs == outputs and in_axis == out_axis else None
+    return Linear(order, inputs, outputs, in_axis, out_axis, centre=centre, biasless=biasless)
+
+
+def embedding(rows: int, width: int, rank: int) -> Linear:
+    """A table whose rows are looked up by a value of this rank."""
+    return Linear("io", rows, width, 0, rank, sealed="it looks up rows, by whole numbers")
+
+
+# ---------------------------------------------------------------- affines
+
+
+def affine_of(op: str, numbers: Array, first: bool, alpha: float = 1.0) -> Affine | None:
+    """`x op alpha c` (`first`) or `c op alpha x` as an affine of x, broadcast from the right; None for `c / x`."""
+    with np.errstate(all="ignore"):
+        if op == "Mul":
+            return Affine.of(numbers, 0.0)
+        if op == "Div":
+            return Affine.of(1.0 / numbers, 0.0) if first else None
+        sign = alpha if op == "Add" else -alpha
+        return Affine.of(1.0, sign * numbers) if first else Affine.of(sign, numbers)
+
+
+def align(affine: Affine, shape: Shape) -> Affine | None:
+    """An affine by a constant operand, with the rank of the value that it acts on.
+
+    None where it enlarges that value, or might (a size that is only a name can be 1), where a number in it is not
+    finite, and where it is too much to hold.
+    """
+    missing = len(shape) - affine.rank
+    if missing < 0 or affine.scale.size > LARGEST_AFFINE or not affine.is_finite:
+        return None
+    sizes = (1,) * missing + affine.scale.shape
+    if any(mine not in (1, size) for mine, size in zip(sizes, shape, strict=True)):
+        return None
+    return Affine(affine.scale.reshape(sizes), affine.shift.reshape(sizes)).collapse()
+
+
+def normalisation(
+    statistics: Mapping[str, npt.ArrayLike], eps: float, shape: Sequence[Dim], per_element: bool = False
+) -> tuple[Affine | None, str]:
+    """The affine of a BatchNorm with frozen statistics, or why there is none.
+
+    Args:
+        statistics: `mean` and `var`, and where there are any `gamma` and `beta`, each `(channels,)`.
+        eps: what is added to the variance.
+        shape: of the value that is normalised; channels are its axis 1.
+        per_element: whether there is a number for every element of an example (ONNX before operator set 9).
+    """
+    numbers = {name: np.asarray(array, np.float64) for name, array in statistics.items()}
+    expected = shape[1:] if per_element else shape[1:2]
+    for name, array in numbers.items():
+        broken = np.flatnonzero(~np.isfinite(array))
+        if broken.size:
+            return None, f"its {_NAMES[name]} holds a number that is not finite, for channel {broken[0]}"
+        suits = array.ndim == len(expected) and array.shape == numbers["mean"].shape
+        if not suits or any(map(_differ, expected, array.shape)):
+            sizes = list(array.shape)
+            return (
+                None,
+                f"its {_NAMES[name]} has the shape {sizes}, which does not suit an input of {list(shape)}",
+            )
+    bad = np.flatnonzero(~(numbers["var"] + eps > 0))
+    if bad.size:
+        return None, f"the variance of channel {int(bad[0])} is not positive"
+    scale, shift = batchnorm(**numbers, eps=eps)
+    if not (np.isfinite(scale) & np.isfinite(shift)).all():
+        return None, "a number in it overflows"
+    if per_element:
+        return Affine.of(scale[None], shift[None]), ""
+    return Affine.along(1, len(shape), scale, shift), ""
+
+
+_NAMES = {"mean": "running mean", "var": "running variance", "gamma": "weight", "beta": "bias"}
+
+
+def _differ(size: Dim, number: int) -> bool:
+    return isinstance(size, int) and size != number
+
+
+# ---------------------------------------------------------------- data movement, pooling, padding
+
+
+def cut(start: int | None, end: int | None, step: int, size: Dim) -> slice | None:
+    """A slice with bounds that are not negative, `slice(None)` where it takes all; None where that cannot be told."""
+    if isinstance(size, int):
+        first, last, step = slice(start, end, step).indices(size)
+        if (first, last, step) == (0, size, 1):
+            return slice(None)
+        return slice(first, last if step > 0 or last >= 0 else None, step)
+    if (start or 0) < 0 or (end is not None and end < 0) or step < 1:
+        return None
+    return slice(start or None, end, step if step != 1 else None)
+
+
+def pooling(
+    window: Window, first_axis: int, counts_padding: bool = False, divisor: bool = False
+) -> dict[str, Any]:
+    """The settings of a pooling node over the axes from `first_axis` on."""
+    sizes = zip(window.kernel, window.strides, strict=True)
+    moves = [size != 1 or stride != 1 or window.is_padded for size, stride in sizes]
+    axes = tuple(first_axis + place for place, does in enumerate(moves) if does)
+    partial = "it counts zero padding" if counts_padding and window.is_padded else ""
+    partial = "it divides by another number than it sums" if divisor else partial
+    return {"axes": axes, "keepdims": True, "partial": partial}
+
+
+def padding(pairs: Mapping[int, Sequence[Dim]], zeros: bool) -> dict[str, Any]:
+    """The settings of a Pad node that adds (or crops, where negative) this much before and after each axis.
+
+    An amount that is not a number may be any.
+    """
+    axes = tuple(sorted(axis for axis, pair in pairs.items() if tuple(pair) != (0, 0)))
+    more = any(not isinstance(amount, int) or amount > 0 for pair in pairs.values() for amount in pair)
+    return {"axes": axes, "partial": "it pads with zeros" if zeros and more else ""}
