@@ -80,6 +80,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(isinstance(one, Tensor) and one.is_floating_point() for one in args):  # nearly always
+            return function(*args, **kwargs)
         if function is torch.ops.aten.scalar_tensor.default and kwargs.get("dtype") in _defaults():
             return function(*args, **{**kwargs, "dtype": _wide(kwargs["dtype"])})
         given = tree_leaves((args, kwargs))

@@ -800,7 +800,9 @@ def _followed(recorder: _Recorder) -> Iterator[None]:
         nn.Module.__call__, nn.Module.__getattr__ = follow, look  # type: ignore[method-assign]
         yield
         if recorder.elsewhere is not None:
-            error = RuntimeError("it is called in another thread than the model, where nothing can be followed")
+            error = RuntimeError(
+                "it is called in another thread than the model, where nothing can be followed"
+            )
             error.bnfold_frame = recorder.elsewhere  # type: ignore[attr-defined]
             raise error
     finally:

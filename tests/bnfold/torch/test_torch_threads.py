@@ -260,7 +260,7 @@ class Parallel(nn.Module):
 
 def test_a_model_that_runs_a_part_of_itself_in_another_thread_is_refused_by_name():
     """Who reads what in there is not seen; the convolution must not take what its other reader needs as it is."""
-    with pytest.raises(bnfold.UnreadableModel, match="`head` .* called in another thread than the model"):
+    with pytest.raises(bnfold.UnreadableModel, match=r"`head` .* called in another thread than the model"):
         bnfold.fold(Parallel().eval(), torch.ones(2, 3, 5, 5), verify=False)
 
 
