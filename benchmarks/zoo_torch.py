@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from bnfold.torch import fold, run
-from bnfold.torch.fold import _double
+from bnfold.torch.double import double
 from bnfold.torch.write import widen
 
 Case = tuple[str, Callable[[], nn.Module], Any]
@@ -407,7 +407,7 @@ def compare(model: nn.Module, inputs: Any) -> dict[str, Any]:
     wide = torch.utils._pytree.tree_map_only(
         torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs
     )
-    with _double():
+    with double():
         twin = widen(model)
         folded, _ = fold(twin, wide, verify=False)
         worst, moved = 0.0, 0.0

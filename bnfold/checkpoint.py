@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from bnfold import __version__
 from bnfold.errors import InputError
+from bnfold.exclusive import exclusive
 from bnfold.layers import build_layer, describe_layer, is_integer, is_sizes
 from bnfold.output import replacing
 
@@ -159,7 +160,7 @@ def load(path: str | Path) -> Checkpoint:
     """
     _refuse_strangers(path)
     try:
-        with warnings.catch_warnings():
+        with exclusive(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the restricted unpickler fails in as many ways as a file can be damaged

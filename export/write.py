@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bnfold import __version__
 from bnfold.errors import InputError
+from bnfold.exclusive import exclusive
 from export.layers import OPSET, NoRow, Sketch, draw
 
 __all__ = ["Batch", "write"]
@@ -162,11 +163,11 @@ def _strip(proto: onnx.ModelProto) -> onnx.ModelProto:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's warnings, its log of optional packages and its dumps of a failed trace off the terminal."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+    with exclusive(), warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        level = logging.root.manager.disable
+        try:
+            logging.disable(logging.CRITICAL)
             warnings.simplefilter("ignore")
             yield
-    finally:
-        logging.disable(level)
+        finally:
+            logging.disable(level)

@@ -279,7 +279,7 @@ _ROWS = (
     RELU.vary(
         "dead-relu",
         "relu at rate 1.5",
-        "a third of the second layer is zero for every example, for good",
+        "a third of the second layer is zero for every example, and most of it stays so",
         rate=1.5,
     ),
     ZEROS,

@@ -8,8 +8,7 @@ dtypes and so cannot run in float64) is said in the report's notes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, judge, measure
 from bnfold.errors import NotEquivalent, UnreadableModel
+from bnfold.exclusive import exclusive
 from bnfold.report import Evidence, Report
+from bnfold.torch.double import double
 from bnfold.torch.read import Reading, read
 from bnfold.torch.recording import leaves, put_back
 from bnfold.torch.rehearse import find_fault, read_again, refuse_everything, runs_alike
@@ -30,6 +31,7 @@ from bnfold.travel import Journey, Options, travel
 __all__ = ["fold", "run", "verify"]
 
 
+@exclusive()
 def fold(
     model: nn.Module,
     example_inputs: Any,
@@ -99,6 +101,7 @@ def _is_rehearsed(model: nn.Module, example_inputs: Any, reading: Reading, journ
     return runs_alike(write(twin, reading, journey, inplace=True), example_inputs, reading, journey)
 
 
+@exclusive()
 def verify(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Evidence, ...]:
     """Compare two modules on the same inputs and on perturbed ones, in float64 and in their own dtype.
 
@@ -133,8 +136,7 @@ def _run(model: nn.Module, example_inputs: Any, writes: bool) -> dict[str, np.nd
     """The same, with no care for the parameters of a module that does not write to any."""
     args, kwargs = arrange(example_inputs)
     given = copied(tensor for _, tensor in leaves((args, kwargs)))
-    with undisturbed(), restored(model, writes), torch.no_grad():
-        torch.manual_seed(0)
+    with undisturbed(seed=0), restored(model, writes), torch.no_grad():
         try:
             result = model(*args, **kwargs)
             return {path: np.array(_array(tensor)) for path, tensor in leaves(result)}
@@ -165,17 +167,6 @@ class _Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64:
             self.seen = True
         return result
-
-
-@contextmanager
-def _double() -> Iterator[None]:
-    """New tensors are float64, as the model's are."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class _Comparison:
@@ -212,7 +203,7 @@ class _Comparison:
         try:
             twin = widen(model)
             wide = [torch.utils._pytree.tree_map_only(Tensor, _wide, each) for each in self.inputs]
-            with _double(), _Narrow() as watch:
+            with double(), _Narrow() as watch:
                 before: list[Outputs] = [_run(twin, each, self.writes) for each in wide]
         except Exception as error:  # noqa: BLE001 a dtype that the model fixes by itself
             self.notes.append(f"not compared in float64: the model does not run in it: {first_line(error)}")
@@ -220,7 +211,7 @@ class _Comparison:
         self.narrow = watch.seen
         edit(twin)
         folded = twin if other is None else widen(other)
-        with _double():
+        with double():
             self.exact = (before, self._run_folded(folded, wide))
 
     def _run_folded(self, model: nn.Module, inputs: Sequence[Any]) -> list[Outputs]:

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from bnfold.errors import InputError, UnreadableModel
+from bnfold.exclusive import exclusive
 from bnfold.output import replacing
 from bnfold.report import Report
 from bnfold.torch.fold import fold
@@ -35,7 +36,7 @@ aten = torch.ops.aten
 @contextmanager
 def _without_own_advice() -> Iterator[None]:
     """Torch loads and copies programs by what torch itself calls deprecated; that is no news to anybody here."""
-    with warnings.catch_warnings():
+    with exclusive(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
         yield
 

@@ -34,6 +34,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from threading import get_ident
 from types import FrameType
 from typing import Any
 
@@ -269,6 +270,7 @@ class _Recorder:
         self.borrowed: dict[tuple[str, str], str] = {}
         self.frame = self.root = Frame(None, None, None)
         self.current: Call | None = None
+        self.elsewhere: str | None = None
         self.pending: list[Tensor] = []
         self.leaks = False
         self.hidden = 0
@@ -776,20 +778,32 @@ def _unheld(kept: list[Tensor | None], alive: list[Tensor | None]) -> set[int]:
 
 @contextmanager
 def _followed(recorder: _Recorder) -> Iterator[None]:
-    """Let every module call, and every fetch of a tensor from a module, pass by the recorder."""
-    call, fetch = nn.Module.__call__, nn.Module.__getattr__
+    """Let every module call, and every fetch of a tensor from a module, pass by the recorder.
+
+    The methods are those of the whole process (see `exclusive`): what other threads call and fetch is passed on.
+    """
+    call, fetch, here = nn.Module.__call__, nn.Module.__getattr__, get_ident()
 
     def follow(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if get_ident() != here:
+            recorder.elsewhere = recorder.paths.get(id(module), recorder.elsewhere)
+            return call(module, *args, **kwargs)
         return recorder.run_module(call, module, args, kwargs)
 
     def look(module: nn.Module, attribute: str) -> Any:
         found = fetch(module, attribute)
-        if isinstance(found, Tensor):
+        if isinstance(found, Tensor) and get_ident() == here:
             recorder.fetch(module, attribute)
         return found
 
-    nn.Module.__call__, nn.Module.__getattr__ = follow, look  # type: ignore[method-assign]
     try:
+        nn.Module.__call__, nn.Module.__getattr__ = follow, look  # type: ignore[method-assign]
         yield
+        if recorder.elsewhere is not None:
+            error = RuntimeError(
+                "it is called in another thread than the model, where nothing can be followed"
+            )
+            error.bnfold_frame = recorder.elsewhere  # type: ignore[attr-defined]
+            raise error
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = call, fetch  # type: ignore[method-assign]

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.errors import UnreadableModel
+from bnfold.exclusive import exclusive
 from bnfold.torch.recording import (
     Recording,
     leaves,
@@ -84,16 +86,52 @@ def _is_keywords(thing: Any) -> bool:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leave every global random state as it was."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 the model may use it
-    with torch.random.fork_rng(devices):
+def undisturbed(seed: int | None = None) -> Iterator[None]:
+    """Leave every global random state as it was; nobody else runs a model meanwhile (see `exclusive`).
+
+    Args:
+        seed: of the numbers that are drawn. The global generators are seeded when an operation asks for the first
+            number, so that what draws none leaves them to other threads.
+    """
+    with exclusive():
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+        state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 the model may use it
+        draws = _Draws(seed)
         try:
-            yield
+            with draws:
+                yield
         finally:
             random.setstate(state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+            if draws.seen or draws.is_seeded_anew():
+                torch.set_rng_state(states[0])
+                for device, one in zip(devices, states[1], strict=True):
+                    torch.cuda.set_rng_state(one, device)
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches whether this thread draws random numbers, and seeds the first, unless the model does that itself."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Never: skipping it would import the compiler, which takes seconds."""
+        return False
+
+    def __init__(self, seed: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seed, self.seen, self.before = seed, False, torch.initial_seed()
+
+    def is_seeded_anew(self) -> bool:
+        """Whether somebody has called `torch.manual_seed` or its like."""
+        return torch.initial_seed() != self.before
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.seen and torch.Tag.nondeterministic_seeded in function.tags:
+            self.seen = True
+            if self.seed is not None and not self.is_seeded_anew():
+                torch.manual_seed(self.seed)
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -115,12 +153,9 @@ def restored(model: nn.Module, whole: bool = False, touched: list[str] | None = 
         for module, attributes, containers in kept:
             if touched is not None:
                 touched += _touched(vars(module), attributes, containers)
-            vars(module).clear()
-            vars(module).update(attributes)
+            _refill(vars(module), attributes)
             for name, content in containers.items():
-                container = attributes[name]
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
+                _refill(attributes[name], content)
         for parameter, memory in memories:
             if parameter.data_ptr() != memory.data_ptr():
                 parameter.data = memory
@@ -143,6 +178,20 @@ def is_same(tensor: Tensor, content: Tensor) -> bool:
     if torch.equal(tensor, content):
         return True
     return bool(((tensor == content) | ((tensor != tensor) & (content != content))).all())
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container its content back; one that has it is left alone, since another thread may be looking."""
+    if _listed(container) != _listed(content):
+        container.clear()
+        container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _listed(container: Any) -> list[Any]:
+    """What a container holds, by identity and in order."""
+    if isinstance(container, dict):
+        return [(id(key), id(thing)) for key, thing in container.items()]
+    return [id(thing) for thing in container]
 
 
 def _touched(now: Mapping[str, Any], before: Mapping[str, Any], containers: Mapping[str, Any]) -> list[str]:

@@ -82,10 +82,12 @@ def test_fast_running_statistics_are_further_from_the_calibrated_ones(material, 
     assert float(slow[0]) > 0  # 600 steps at 0.001: about half of the way from where they began
 
 
-def test_dead_relus_stay_dead(material):
+def test_most_dead_relus_stay_dead(material):
+    """25 to 46 % were killed in ten seeds and six roundings, and 0.82 to 0.99 of them stayed: lower layers move."""
     before, killed, later = (float(row["dead, second layer"][:-1]) for row in rows("relus", material))
     assert before == 0
-    assert later > 0.8 * killed > 15
+    assert killed > 10
+    assert later > 0.5 * killed
 
 
 def test_the_loss_from_zeros_is_the_unigram_loss_and_the_divergence(material, short):

@@ -42,10 +42,15 @@ def trained(
 def test_training_beats_the_letters_frequencies_on_names_it_has_not_seen(
     recipe: str, steps: int, material: Material
 ) -> None:
+    """By 0.2 and more over six seeds, for either recipe."""
     net, losses = trained(material, recipe, steps=steps)
     assert len(losses) == steps
     assert losses[0] == pytest.approx(data.uniform_loss(27), abs=0.1)
-    assert measure(net, material.dev) < 2.6
+    seen, unseen = (
+        data.contexts(names, material.vocabulary, 3)[1]
+        for names in (material.names.train, material.names.dev)
+    )
+    assert measure(net, material.dev) < data.unigram_loss(seen, unseen) - 0.1
 
 
 def test_the_same_seed_gives_the_same_net_bit_for_bit(material: Material) -> None:
