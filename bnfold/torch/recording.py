@@ -183,6 +183,7 @@ class Recording:
         fake: whether it ran without numbers.
         branches: whether numbers that depend on the inputs left the tensors.
         unsteady: what was known before of code that does not always run alike.
+        draws: whether the pass drew from a global random state.
     """
 
     calls: list[Call]
@@ -195,6 +196,7 @@ class Recording:
     fake: bool
     branches: bool
     unsteady: frozenset[str] = frozenset()
+    draws: bool = False
 
 
 def put_back(tensor: Tensor, content: Tensor) -> None:

@@ -31,11 +31,11 @@ __all__ = [
     "is_meta",
     "is_same",
     "quiet",
-    "rebatched",
     "record_pass",
     "record_shapes",
     "record_somehow",
     "restored",
+    "seeded",
     "undisturbed",
     "unreadable",
 ]
@@ -171,10 +171,31 @@ def record_pass(
     fake: bool,
     unsteady: frozenset[str] = frozenset(),
     touched: list[str] | None = None,
+    seed: int = 0,
 ) -> Recording:
-    """Record one pass of a model as it is, on real or on fake tensors."""
+    """Record one pass of a model as it is, on real or on fake tensors, from a random state that a number stands for."""
     with undisturbed(), restored(model, touched=touched), quiet():
-        return record(model, args, kwargs, fake, unsteady)
+        before = seeded(seed)
+        recording = record(model, args, kwargs, fake, unsteady)
+        recording.draws = not _same_states(before, _random_states())
+        return recording
+
+
+def seeded(seed: int) -> tuple[Any, ...]:
+    """Put every global random state where a number says; returns the states."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 the model may use it
+    return _random_states()
+
+
+def _random_states() -> tuple[Any, ...]:
+    _, keys, place, *rest = np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state(), random.getstate(), (keys.tobytes(), place, *rest)
+
+
+def _same_states(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    return torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
 
 def record_somehow(
@@ -240,20 +261,3 @@ def unreadable(model: nn.Module, error: BaseException) -> UnreadableModel:
         f"{place} could not be run on the example inputs: {type(error).__name__}: {first_line(error)}"
     )
 
-
-def rebatched(args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    """The same inputs with another size along axis 0; of inputs that differ there, those of one size after another."""
-    sizes = [tensor.shape[0] for _, tensor in leaves((args, kwargs)) if tensor.dim()]
-    for size in list(dict.fromkeys(sizes))[:3]:
-        wide = 2 if size > 2 else size + 1
-
-        def stretch(tensor: Tensor, size: int = size, wide: int = wide) -> Tensor:
-            if not tensor.dim() or tensor.shape[0] != size:
-                return tensor
-            return tensor[torch.arange(wide, device=tensor.device) % size]
-
-        if size:
-            stretched = torch.utils._pytree.tree_map_only(Tensor, stretch, (args, kwargs))
-            wanted = [wide if each == size else each for each in sizes]
-            if [tensor.shape[0] for _, tensor in leaves(stretched) if tensor.dim()] == wanted:
-                yield stretched
