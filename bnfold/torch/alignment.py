@@ -98,7 +98,7 @@ class Alignment:
         self.mine, self.theirs = _Script(mine), _Script(theirs)
         self.calls: dict[int, Call] = {}
         self.values: dict[str, Value] = {}
-        self.frames: set[int] = set()
+        self.frames: dict[int, Frame] = {}
         if len(mine.inputs) == len(theirs.inputs):
             for ours, other in zip(mine.inputs.values(), theirs.inputs.values(), strict=True):
                 self.values[ours.name] = other
@@ -106,7 +106,7 @@ class Alignment:
             self._match(self.mine.root, self.theirs.root)
 
     def _match(self, mine: Frame, theirs: Frame) -> None:
-        self.frames |= {id(mine), id(theirs)}
+        self.frames |= {id(mine): theirs, id(theirs): mine}
         here, there = self.mine.lines.get(id(mine), []), self.theirs.lines.get(id(theirs), [])
         for one, other in _pairs(here, there, self.mine, self.theirs):
             if isinstance(one, Frame) and isinstance(other, Frame):
@@ -135,9 +135,18 @@ class Alignment:
             reads, theirs = list(_computed(call)), list(_computed(other))
             if [self.values.get(value.name) for value in reads] == theirs:
                 continue
-            yield from (Parting(value.name, _wiring(call, value)) for value in reads)
+            frame = self._wiring(call)
             back = (self._back.get(value.name) for value in theirs)
-            yield from (Parting(name, call.frame) for name in back if name is not None)
+            names = (*(value.name for value in reads), *(name for name in back if name is not None))
+            yield from (Parting(name, frame) for name in names)
+
+    def _wiring(self, call: Call) -> Frame:
+        """The module call whose code hands a call what it reads: the innermost that is given the same in both passes."""
+        for frame in call.frame.line():
+            other = self.frames.get(id(frame))
+            if other is not None and [self.values.get(v.name) for v in frame.given] == list(other.given):
+                return frame
+        return call.frame
 
     def _read_otherwise(self) -> Iterator[Parting]:
         """Corresponding values whose readers do not correspond."""
@@ -188,14 +197,6 @@ def _stored(value: Value) -> Iterator[str]:
     elif value.call is not None and not value.data:
         for part in value.call.reads.values():
             yield from _stored(part)
-
-
-def _wiring(call: Call, value: Value) -> Frame:
-    """The module call whose code hands a value to a call."""
-    frame = call.frame
-    while frame.parent is not None and any(value is each for each in frame.given):
-        frame = frame.parent
-    return frame
 
 
 def _pairs(

@@ -25,7 +25,7 @@ from bnfold.torch.idle import Idle
 from bnfold.torch.read import Reading, read
 from bnfold.torch.recording import leaves, put_back
 from bnfold.torch.rehearse import find_fault, read_again, refuse_everything, runs_alike
-from bnfold.torch.running import arrange, copied, copy_structure, first_line, is_same, restored, undisturbed
+from bnfold.torch.running import arrange, copied, copy_structure, first_line, is_same, restored, seeded, undisturbed
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
 
@@ -155,7 +155,7 @@ def _run(model: nn.Module, example_inputs: Any, writes: bool) -> dict[str, np.nd
     args, kwargs = arrange(example_inputs)
     given = copied(tensor for _, tensor in leaves((args, kwargs)))
     with undisturbed(), restored(model, writes), torch.no_grad():
-        torch.manual_seed(0)
+        seeded(0)
         try:
             result = model(*args, **kwargs)
             return {path: np.array(_array(tensor)) for path, tensor in leaves(result)}
@@ -300,7 +300,7 @@ def _nudged(example_inputs: Any, unit: float) -> Any:
     generator = torch.Generator().manual_seed(1)
 
     def nudge(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.layout is not torch.strided:
             return tensor
         signs = torch.randint(2, tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
         return tensor.detach() * (1 + 2 * unit * signs).to(tensor.device, tensor.dtype)
@@ -326,7 +326,7 @@ def _perturbed(example_inputs: Any) -> list[Any]:
 
     def shake(tensor: Tensor) -> Tensor:
         nonlocal floats
-        if not tensor.is_floating_point() or tensor.device.type == "meta":
+        if not tensor.is_floating_point() or tensor.device.type == "meta" or tensor.layout is not torch.strided:
             return tensor
         floats += 1
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)

@@ -5,8 +5,8 @@ a pass in training mode runs what was idle, and evaluation never does. Otherwise
 
 - without linear operators of its own (`(self.bn_clean if clean else self.bn_adv)(self.conv(x))`) may stand in the
   place of what ran, so nothing is trusted that passes through the code around it;
-- with linear operators of its own is a head, that may read whatever the code around it computes; a fold that rests on
-  its not running says so.
+- with linear operators of its own is a head, that may read whatever the code around it computes, and one whose name
+  the code around it never says is probably left over. A fold that rests on their not running says so.
 
 Not covered: other code without any BatchNorm in it, which nothing gives away.
 """
@@ -14,8 +14,10 @@ Not covered: other code without any BatchNorm in it, which nothing gives away.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -32,7 +34,7 @@ class Idle:
     Attributes:
         path: its qualified name; nothing in it ran.
         holder: the innermost module around it that did.
-        head: whether it has linear operators of its own.
+        head: whether it has linear operators of its own, or nobody says its name.
     """
 
     path: str
@@ -69,7 +71,38 @@ def _idle(model: nn.Module, norms: Iterable[str], ran: Collection[str]) -> Itera
         seen.add(idle[-1])
         holder = next((path for path in line if path in ran), "")
         tensors = model.get_submodule(idle[-1]).parameters()
-        yield Idle(idle[-1], holder, any(tensor.dim() > 1 for tensor in tensors))
+        head = any(tensor.dim() > 1 for tensor in tensors) or not _is_named(model, holder, idle[-1])
+        yield Idle(idle[-1], holder, head)
+
+
+def _is_named(model: nn.Module, holder: str, path: str) -> bool:
+    """Whether the code of the module around a part, or of those around that, says its name or takes names as they come."""
+    inside = path[len(holder) :].lstrip(".").split(".")
+    around = (model.get_submodule(each) for each in (holder, *_around(holder)))
+    said = {word for module in around for word in _words_of(module)}
+    return bool(said & {*inside, *_ANY_NAME})
+
+
+_ANY_NAME = ("getattr", "_modules", "children", "named_children", "get_submodule")
+
+
+def _words_of(module: nn.Module) -> Iterator[str]:
+    """The names and strings in the functions of a module's classes, and in those that it holds."""
+    classes = [each for each in type(module).__mro__ if each.__module__ != nn.Module.__module__]
+    held = [thing for each in classes for name, thing in vars(each).items() if name != "__init__"]
+    for thing in (*held, *vars(module).values()):
+        code = getattr(inspect.unwrap(thing), "__code__", None) if callable(thing) else None
+        if isinstance(code, CodeType):
+            yield from _words_in(code)
+
+
+def _words_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _words_in(constant)
 
 
 def _trains(model: nn.Module) -> bool:

@@ -1025,7 +1025,7 @@ def _pad(draft: Draft, call: Call, x: Value, pad: Any, mode: str, value: Any) ->
         cuts = {axis: slice(-a, x.shape[axis] + b) for axis, (a, b) in pairs.items() if a or b}
         if mode != "constant" or isinstance(call.frame.module, torch.nn.modules.padding._ConstantPadNd):
             return _take(draft, x, call.made[0], cuts)
-        crop = tuple(_settled(cuts.get(axis, slice(None)), size) for axis, size in enumerate(x.shape))
+        crop = pad, tuple(_settled(cuts.get(axis, slice(None)), n) for axis, n in enumerate(x.shape))
     elif mode == "constant" and value:
         return False
     partial = "it pads with zeros" if mode == "constant" else ""

@@ -96,14 +96,18 @@ class _Settler:
         for item in self.draft.items:
             crop = item.attributes.pop("crop", None)
             if crop is not None and id(item) in self.asked:
-                item.op, item.attributes = "Slice", {"slices": crop}
+                item.op, item.attributes = "Slice", {"slices": crop[1]}
 
     # -- code that does something else
 
     def part(self, trial: Trial, alignment: Alignment) -> None:
-        """Let what another pass uses otherwise be read by one more node; let its parameters stay."""
+        """Let what another pass uses otherwise be read by one more node; let its parameters stay.
+
+        The modules of torch.nn do the same with and without a batch axis, in other calls.
+        """
         for parting in alignment.partings:
-            if parting.value not in self.parted:
+            known = not trial.ranked and type(parting.frame.module).__module__.startswith("torch.nn.")
+            if parting.value not in self.parted and not known:
                 self.parted.add(parting.value)
                 self.draft.items.append(self._reader(parting.value, parting.frame, trial))
         if alignment.apart:
@@ -158,6 +162,7 @@ def _give_up(item: Item) -> None:
         item.refuse("it does something else for inputs of another size")
     else:
         item.become_opaque(item.call.label)
+        item.attributes = {}
 
 
 def _same_settings(mine: Item, theirs: Item, moved: set[int]) -> bool:
@@ -187,10 +192,10 @@ def _settle_setting(mine: Item, theirs: Item, key: str, moved: set[int]) -> bool
         mine.attributes[key] = tuple(sorted({*one, *(other or ())}))
     elif key == "slices" and other is not None:
         return all(a == b or axis in moved for axis, (a, b) in enumerate(zip(one, other, strict=True)))
-    elif key == "crop" and one != other:
-        mine.attributes[key] = None
+    elif key == "crop":
+        mine.attributes[key] = one if one is not None and other is not None and one[0] == other[0] else None
     elif mine.attributes.get("axis") in moved and key in ("indices", "sizes"):
         return np.ndim(one) > 0
-    elif key != "crop":
+    else:
         return bool(np.array_equal(one, other))
     return True

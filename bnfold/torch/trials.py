@@ -97,6 +97,7 @@ class _Desk:
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self.trials = Trials()
         self.batch: Sizes = {}
+        self.sized, self.untaken = False, ""
 
     # -- sizes
 
@@ -104,28 +105,38 @@ class _Desk:
         """Another batch and smaller inputs at once where that works; else one after the other."""
         batches, spaces = list(_batch_axes(self.tensors)), list(_space_axes(self.tensors))
         batch, space = next(iter(batches), {}), next(iter(spaces), {})
-        both = bool(batch and space) and self._resize({**_other_batch(batch), **_half(space)})
-        if both is True:
+        both = self._resize({**_other_batch(batch), **_half(space)}) if batch and space else None
+        halved = both is not None
+        if both:
             self.batch = _other_batch(batch)
         else:
-            self._try_batch(batch, both)
-            both = self._try_half(space)
-        self._try_odd(space, bool(both))
+            combined, self.trials.made = self.trials.made, []
+            self._try_batch(batch)
+            halved = self._try_half(space) is not None if halved or not self.batch else False
+            self.trials.made += combined
+        self._try_odd(space, halved)
         for other in batches[1:]:
-            self._try_batch(other, False)
+            self._try_batch(other)
         for other in spaces[1:]:
             self._try_odd(other, self._try_half(other) is not None)
+        if self.untaken and not self.sized:
+            self.trials.notes.append(f"not read at another size: the model does not take {self.untaken}")
 
-    def _try_batch(self, axes: Sizes, combined: bool | None) -> None:
-        """One, and a batch that is neither one nor the example's where a batch of one parts or is not taken."""
+    def _try_batch(self, axes: Sizes) -> None:
+        """One, and a batch that is neither one nor the example's where a batch of one parts or is not taken.
+
+        Where none is taken, the same along all axes of that size, as of the nodes of a graph and its adjacency.
+        """
         if not axes:
             return
-        for sizes in (_other_batch(axes), _third_batch(axes)):
-            same = self._resize(sizes)
+        size = next(iter(axes.values()))
+        wide = {(at, axis): size for at, t in enumerate(self.tensors) for axis in range(t.dim()) if t.shape[axis] == size}
+        for sizes in (_other_batch(axes), _third_batch(axes), _third_batch(wide if len(wide) > len(axes) else {})):
+            same = self._resize(sizes, f"a batch of {next(iter(sizes.values()), 0)}")
             if same:
                 self.batch = self.batch or sizes
                 return
-        if not any(trial.words for trial in self.trials.made):
+        if not self.trials.made:
             self.trials.notes.append("not read with another batch size: the model does not take one")
 
     def _try_half(self, axes: Sizes) -> bool | None:
@@ -139,17 +150,20 @@ class _Desk:
         taken = self._resize({**self.batch, **odd}) is not None
         if not taken and halved:
             taken = self._resize({**self.batch, **{p: size + size // 2 for p, size in axes.items()}}) is not None
-        if not taken and not halved:
-            shapes = _words(self._resized(odd))
-            self.trials.notes.append(f"not read at another size: the model does not run on inputs of {shapes}")
+        if taken or halved:
+            self.sized = True
+        elif not self.untaken:
+            self.untaken = _words(self._resized(odd))
 
-    def _resize(self, sizes: Sizes) -> bool | None:
+    def _resize(self, sizes: Sizes, words: str = "") -> bool | None:
         """Whether a pass with other sizes does the same; None where it cannot be made."""
+        if not sizes:
+            return None
         try:
             tensors = self._resized(sizes)
         except Exception:  # noqa: BLE001 a tensor of a kind that cannot be cut
             return None
-        return self._try(tensors, _words(tensors))
+        return self._try(tensors, words or _words(tensors))
 
     def _resized(self, sizes: Sizes) -> list[Tensor]:
         made = []
@@ -161,10 +175,13 @@ class _Desk:
     # -- other trials
 
     def try_ranks(self) -> None:
-        """Inputs without their batch axis, and with one more."""
-        if any(tensor.dim() >= 2 for tensor in self.tensors):
-            self._try([t[0] if t.dim() >= 2 and len(t) else t for t in self.tensors], "no batch axis", False)
-            self._try([t[None] if t.dim() >= 2 else t for t in self.tensors], "one more axis", False)
+        """Inputs without their batch axis; with one more where they may be lacking it."""
+        ranks = [tensor.dim() for tensor in self.tensors if tensor.dim() > 1]
+        if not ranks or any(tensor.layout is not torch.strided for tensor in self.tensors):
+            return
+        self._try([t[0] if t.dim() > 1 and len(t) else t for t in self.tensors], "no batch axis", False)
+        if max(ranks) < 4:
+            self._try([t[None] if t.dim() > 1 else t for t in self.tensors], "one more axis", False)
 
     def try_flags(self, model: nn.Module) -> None:
         """The other value of each bool that the model is given, or has a default for."""
@@ -230,7 +247,7 @@ def _half(axes: Sizes) -> Sizes:
 def _resized(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
     """A tensor cut, or repeated from its start, along some axes."""
     layout = tensor.layout
-    dense = tensor if layout is torch.strided else tensor.to_dense()
+    dense = tensor if layout is torch.strided else tensor.detach().to_dense()
     for axis, size in sizes.items():
         places = torch.arange(size, device=dense.device) % dense.shape[axis]
         dense = dense.index_select(axis, places)

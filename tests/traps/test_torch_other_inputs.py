@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 
 import pytest
 import torch
@@ -214,7 +215,7 @@ def test_only_what_the_two_ways_share_is_kept():
 
 def test_the_reason_names_the_code_and_the_input():
     report = check(net(more_than_one), images(2), {"bn": "kept"})
-    assert "Net, given 1x3x" in report.verdicts[0].reason
+    assert "Net, given a batch of 1" in report.verdicts[0].reason
 
 
 def test_a_module_whose_own_code_looks_at_the_batch_is_no_batchnorm():
@@ -530,6 +531,14 @@ class GraphLayer(nn.Module):
     def forward(self, x, adjacency=None):
         adjacency = self.adjacency if adjacency is None else adjacency
         return torch.spmm(adjacency, self.last(self.bn(self.linear(x)).relu()))
+
+
+@pytest.fixture(autouse=True)
+def beta():
+    """Torch warns once of each layout that it calls new."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def adjacency(count):
