@@ -141,7 +141,7 @@ class Alignment:
             yield from (Parting(name, frame) for name in names)
 
     def _wiring(self, call: Call) -> Frame:
-        """The module call whose code hands a call what it reads: the innermost that is given the same in both passes."""
+        """The module call whose code hands a call what it reads: the innermost that is given the same in both."""
         for frame in call.frame.line():
             other = self.frames.get(id(frame))
             if other is not None and [self.values.get(v.name) for v in frame.given] == list(other.given):

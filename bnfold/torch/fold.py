@@ -25,7 +25,16 @@ from bnfold.torch.idle import Idle
 from bnfold.torch.read import Reading, read
 from bnfold.torch.recording import leaves, put_back
 from bnfold.torch.rehearse import find_fault, read_again, refuse_everything, runs_alike
-from bnfold.torch.running import arrange, copied, copy_structure, first_line, is_same, restored, seeded, undisturbed
+from bnfold.torch.running import (
+    arrange,
+    copied,
+    copy_structure,
+    first_line,
+    is_same,
+    restored,
+    seeded,
+    undisturbed,
+)
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
 
@@ -326,7 +335,11 @@ def _perturbed(example_inputs: Any) -> list[Any]:
 
     def shake(tensor: Tensor) -> Tensor:
         nonlocal floats
-        if not tensor.is_floating_point() or tensor.device.type == "meta" or tensor.layout is not torch.strided:
+        if (
+            not tensor.is_floating_point()
+            or tensor.device.type == "meta"
+            or tensor.layout is not torch.strided
+        ):
             return tensor
         floats += 1
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)

@@ -76,7 +76,7 @@ def _idle(model: nn.Module, norms: Iterable[str], ran: Collection[str]) -> Itera
 
 
 def _is_named(model: nn.Module, holder: str, path: str) -> bool:
-    """Whether the code of the module around a part, or of those around that, says its name or takes names as they come."""
+    """Whether the code of the modules around a part says its name, or takes names as they come."""
     inside = path[len(holder) :].lstrip(".").split(".")
     around = (model.get_submodule(each) for each in (holder, *_around(holder)))
     said = {word for module in around for word in _words_of(module)}

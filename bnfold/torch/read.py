@@ -20,7 +20,6 @@ that is read in any other way belongs to whoever reads it, and stays.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,9 +157,7 @@ def _try_otherwise(twin: nn.Module, args: Any, kwargs: Any, recording: Recording
     return run_trials(twin, args, kwargs, run, parts, recording.draws)
 
 
-def _find_idle(
-    twin: nn.Module, args: Any, kwargs: Any, recordings: Sequence[Recording]
-) -> tuple[Idle, ...]:
+def _find_idle(twin: nn.Module, args: Any, kwargs: Any, recordings: Sequence[Recording]) -> tuple[Idle, ...]:
     """The parts with BatchNorms that ran in no pass, and whose tensors none has read."""
     calls = (call for recording in recordings for call in recording.calls)
     read = {slot.module for call in calls for v in call.reads.values() for slot in v.slots}

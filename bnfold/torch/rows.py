@@ -1031,5 +1031,5 @@ def _pad(draft: Draft, call: Call, x: Value, pad: Any, mode: str, value: Any) ->
     partial = "it pads with zeros" if mode == "constant" else ""
     axes = tuple(sorted(axis for axis, pair in pairs.items() if any(pair) or crop is not None))
     name = "pad" if mode == "constant" and value else "Pad"
-    draft.node(name, [x], call.made[:1], axes=axes, partial=partial, **({} if crop is None else {"crop": crop}))
+    draft.node(name, [x], call.made[:1], axes=axes, partial=partial, crop=crop)
     return True

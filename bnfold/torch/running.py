@@ -196,8 +196,13 @@ def seeded(seed: int) -> tuple[Any, ...]:
 
 
 def _random_states() -> tuple[Any, ...]:
-    _, keys, place, *rest = np.random.get_state()  # noqa: NPY002
-    return torch.get_rng_state(), random.getstate(), (keys.tobytes(), place, *rest)
+    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    return (
+        torch.get_rng_state(),
+        random.getstate(),
+        str(numpy_state["state"]["pos"]),
+        numpy_state["state"]["key"].tobytes(),
+    )
 
 
 def _same_states(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
@@ -266,4 +271,3 @@ def unreadable(model: nn.Module, error: BaseException) -> UnreadableModel:
     return UnreadableModel(
         f"{place} could not be run on the example inputs: {type(error).__name__}: {first_line(error)}"
     )
-

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -69,15 +70,13 @@ class _Settler:
                 self._compare_item(mine, their, found)
 
     def _compare_item(self, mine: Item, theirs: Item, found: dict[str, tuple[int, ...]]) -> None:
-        shapes = self.draft.shapes
-        before = [shapes[name] for name in (*mine.inputs, *mine.outputs) if name in shapes and name in found]
-        after = [found[name] for name in (*mine.inputs, *mine.outputs) if name in shapes and name in found]
-        moved = {axis for a, b in zip(before[:1], after, strict=False) for axis in _moved(a, b)}
-        if any(len(a) != len(b) for a, b in zip(before, after, strict=True)):
+        names = [n for n in (*mine.inputs, *mine.outputs) if n in self.draft.shapes and n in found]
+        pairs = [(self.draft.shapes[name], found[name]) for name in names]
+        moved = set(_moved(*pairs[0])) if pairs else set()
+        if any(len(a) != len(b) for a, b in pairs) or not _same_settings(mine, theirs, moved):
             _give_up(mine)
-        elif not _same_settings(mine, theirs, moved):
-            _give_up(mine)
-        if "crop" in mine.attributes and all((before[0][a] - after[0][a]) % 2 for a in mine.attributes["axes"]):
+        padded = mine.attributes.get("axes", ()) if "crop" in mine.attributes else ()
+        if padded and all((pairs[0][0][axis] - pairs[0][1][axis]) % 2 for axis in padded):
             self.asked.add(id(mine))
 
     def shapes(self) -> dict[str, Shape]:
@@ -184,8 +183,9 @@ _FORM = ("order", "inputs", "outputs", "in_axis", "out_axis", "groups", "sealed"
 
 
 def _settle_setting(mine: Item, theirs: Item, key: str, moved: set[int]) -> bool:
-    """Whether a setting is the same; one that only weakens what an item promises, or is about axes of other sizes, may differ."""
-    one, other = mine.attributes[key], theirs.attributes.get(key)
+    """Whether a setting is the same, weakens what an item promises, or is about axes of other sizes."""
+    one: Any = mine.attributes[key]
+    other: Any = theirs.attributes.get(key)
     if key == "partial":
         mine.attributes[key] = one or other
     elif key == "axes" and mine.op == "Pad":

@@ -130,8 +130,17 @@ class _Desk:
         if not axes:
             return
         size = next(iter(axes.values()))
-        wide = {(at, axis): size for at, t in enumerate(self.tensors) for axis in range(t.dim()) if t.shape[axis] == size}
-        for sizes in (_other_batch(axes), _third_batch(axes), _third_batch(wide if len(wide) > len(axes) else {})):
+        wide = {
+            (at, axis): size
+            for at, t in enumerate(self.tensors)
+            for axis in range(t.dim())
+            if t.shape[axis] == size
+        }
+        for sizes in (
+            _other_batch(axes),
+            _third_batch(axes),
+            _third_batch(wide if len(wide) > len(axes) else {}),
+        ):
             same = self._resize(sizes, f"a batch of {next(iter(sizes.values()), 0)}")
             if same:
                 self.batch = self.batch or sizes
@@ -149,7 +158,9 @@ class _Desk:
         odd = {place: size + 1 + 2 * (place[1] % 2) for place, size in axes.items()}
         taken = self._resize({**self.batch, **odd}) is not None
         if not taken and halved:
-            taken = self._resize({**self.batch, **{p: size + size // 2 for p, size in axes.items()}}) is not None
+            taken = (
+                self._resize({**self.batch, **{p: size + size // 2 for p, size in axes.items()}}) is not None
+            )
         if taken or halved:
             self.sized = True
         elif not self.untaken:
@@ -217,7 +228,9 @@ def _batch_axes(tensors: list[Tensor]) -> Iterator[Sizes]:
 
 def _space_axes(tensors: list[Tensor]) -> Iterator[Sizes]:
     """The axes of images together; else those of sequences, by size, from the last to the second."""
-    images = {(at, axis): t.shape[axis] for at, t in enumerate(tensors) if t.dim() > 3 for axis in range(2, t.dim())}
+    images = {
+        (at, axis): t.shape[axis] for at, t in enumerate(tensors) if t.dim() > 3 for axis in range(2, t.dim())
+    }
     if images:
         yield images
         return
@@ -271,5 +284,5 @@ def _flags(model: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[str, Any,
         value = bound.arguments.get(name)
         if isinstance(value, bool) or (value is None and "bool" in str(parameter.annotation)):
             arguments = {**bound.arguments, name: not value}
-            turned = inspect.BoundArguments(signature, arguments)  # type: ignore[arg-type]
+            turned = inspect.BoundArguments(signature, arguments)
             yield f"{name}={not value}", turned.args, turned.kwargs

@@ -63,7 +63,7 @@ def fold(model, example):
 
 
 def check(model, example, outcomes, others=(), because=""):
-    """Fold with verification off; assert the outcome of each BatchNorm, and that the outputs agree on all other inputs."""
+    """Fold with verification off; assert the outcome of each BatchNorm, and that the outputs agree on other inputs."""
     folded, report = fold(model, example)
     assert {verdict.name: verdict.outcome for verdict in report.verdicts} == outcomes, str(report)
     for verdict in report.verdicts:
@@ -170,7 +170,9 @@ def padded_convolution(net, x):
     return F.conv2d(net.bn(x.repeat(1, 3, 1, 1)[:, :8]), net.last.weight, padding=x.shape[-1] % 2)
 
 
-@pytest.mark.parametrize("forward", [larger_than, odd_sizes, not_square, scaled_by_the_size], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "forward", [larger_than, odd_sizes, not_square, scaled_by_the_size], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("example", [1, 2])
 def test_code_that_does_something_else_at_another_size_keeps_its_batchnorm(forward, example):
     check(net(forward), images(example), {"bn": "kept"}, [*BATCHES, *SIZES])
@@ -327,7 +329,12 @@ def test_a_pad_of_nothing_that_no_other_size_was_asked_about_is_a_pad():
     def forward(net, x):
         return net.head(net.last(F.pad(net.bn(x), (0, x.shape[-1] % 8, 0, 0))).flatten(1))
 
-    layers = {"conv": nn.Identity(), "bn": nn.BatchNorm2d(3), "last": nn.Conv2d(3, 4, 3), "head": nn.Linear(144, 2)}
+    layers = {
+        "conv": nn.Identity(),
+        "bn": nn.BatchNorm2d(3),
+        "last": nn.Conv2d(3, 4, 3),
+        "head": nn.Linear(144, 2),
+    }
     check(net(forward, **layers), images(2), {"bn": "scale folded"}, BATCHES)
 
 
@@ -391,7 +398,9 @@ def test_what_an_attribute_chooses_stays():
     assert deviation(model, folded, images(2)) < BOUND
 
 
-@pytest.mark.parametrize("container", [nn.ModuleList, lambda norms: nn.ModuleDict(dict(zip("abc", norms, strict=True)))])
+@pytest.mark.parametrize(
+    "container", [nn.ModuleList, lambda norms: nn.ModuleDict(dict(zip("abc", norms, strict=True)))]
+)
 def test_what_an_index_chooses_stays(container):
     class Domains(nn.Module):
         def __init__(self):
@@ -446,7 +455,9 @@ class Auxiliary(nn.Module):
 
 def test_a_head_that_runs_in_training_only_costs_nothing():
     model = randomise(Auxiliary(lambda net: net.training))
-    report = check(model, images(2), {"stem.1": "folded", "rest.1": "folded", "aux.1": "kept"}, BATCHES, "did not run")
+    report = check(
+        model, images(2), {"stem.1": "folded", "rest.1": "folded", "aux.1": "kept"}, BATCHES, "did not run"
+    )
     assert not report.limits
 
 
@@ -464,7 +475,7 @@ def test_a_fold_that_rests_on_a_head_that_did_not_run_says_so_first():
         y = net.conv(x)
         return (net.bn(y), net.aux(y)) if getattr(net, "both", False) else net.bn(y)
 
-    folded, report = fold(net(forward, aux=conv_norm(8, 4)), images(2))
+    _, report = fold(net(forward, aux=conv_norm(8, 4)), images(2))
     assert [verdict.outcome for verdict in report.verdicts] == ["folded", "kept"], str(report)
     assert "`aux` does not run" in str(report).splitlines()[0]
     assert any("`aux`" in limit for limit in report.to_dict()["limits"])
@@ -562,4 +573,5 @@ def test_a_sparse_buffer_folds_what_is_right(layout):
     x = torch.randn(6, 4)
     with torch.no_grad():
         assert torch.allclose(model(x), folded(x), atol=1e-5)
-    assert folded.adjacency.layout == layout and folded.adjacency is not model.adjacency
+    assert folded.adjacency.layout == layout
+    assert folded.adjacency is not model.adjacency
