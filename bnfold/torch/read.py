@@ -138,10 +138,20 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
     if causes:
         recording = record_pass(twin, args, kwargs, recording.fake, recording.unsteady | causes.keys())
     draft = Draft(recording, Evaluator())
+    draft.items += _at_the_doors(recording)
     aligned = [(trial, Alignment(recording, trial.recording)) for trial in trials.made]
     reader = _Reader(twin, draft, settle(draft, aligned, model), causes)
     heads = tuple(each for each in idle if each.head)
     return replace(reader.read(), notes=tuple(dict.fromkeys(trials.notes)), heads=heads)
+
+
+def _at_the_doors(recording: Recording) -> Iterator[Item]:
+    """Readers of what modules whose code may run otherwise are given and return: it may go another way."""
+    for frame in recording.frames:
+        if frame.path in recording.unsteady:
+            for value in (*frame.given, *frame.made):
+                if not value.slots and not value.constant:
+                    yield Item("If", [value.name], [], Call(-1, "If", (), {}, frame))
 
 
 def _try_otherwise(twin: nn.Module, args: Any, kwargs: Any, recording: Recording) -> Trials:
@@ -853,7 +863,7 @@ def _obstacle(frame: Frame) -> str:
         return "its class has a `__call__` of its own"
     if not frame.plain:
         return "it is called with more than one argument, or returns more than one tensor"
-    return "its code branches on numbers that it computes" if frame.branches else ""
+    return "its code does not always do the same" if frame.branches else ""
 
 
 def _more(within: Sequence[Item]) -> str:

@@ -23,7 +23,7 @@ after it might have been other code. From there on nothing is trusted that passe
 was under way, nor any value that was alive: an opaque call "reads" it. What runs whole inside another module's
 forward stays as it is.
 
-Not covered: a branch on a shape is followed as the example goes.
+Not covered: a branch on a shape is followed as the example goes; further passes look for it (see `trials`).
 """
 
 from __future__ import annotations

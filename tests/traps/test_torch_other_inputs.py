@@ -419,6 +419,23 @@ def test_what_an_index_chooses_stays(container):
         assert deviation(model, folded, images(2)) < BOUND
 
 
+def test_what_a_module_chooses_of_batchnorms_alone_stays():
+    class Domains(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bns, self.at = nn.ModuleList([nn.BatchNorm2d(8) for _ in range(2)]), 0
+
+        def forward(self, x):
+            return self.bns[self.at](x)
+
+    parts = nn.Conv2d(3, 8, 3), Domains(), nn.Conv2d(8, 4, 3)
+    model = randomise(nn.Sequential(*parts))
+    folded, report = fold(model, images(2))
+    assert [verdict.outcome for verdict in report.verdicts] == ["kept", "kept"], str(report)
+    model[1].at = folded[1].at = 1
+    assert deviation(model, folded, images(2)) < BOUND
+
+
 def test_a_flag_that_only_returns_more_keeps_only_what_it_returns():
     class Features(nn.Module):
         def __init__(self):
