@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import lcm, prod
 from typing import Protocol
 
 import numpy as np
@@ -254,13 +254,42 @@ def _regroup(node: Node, affine: Affine, source: Shape, target: Shape) -> Affine
     """Carry an affine through a reshape: within each group of axes that is regrouped, write it out and reshape it."""
     wide: list[int] = []
     narrow: list[int] = []
+    alike: list[int] = []
     for here, there in groups(source, target):
-        varies = any(affine.scale.shape[axis] != 1 for axis in here)
-        wide += [_size(node, source[axis]) if varies else 1 for axis in here]
-        narrow += [_size(node, target[axis]) if varies else 1 for axis in there]
+        given, made = [source[axis] for axis in here], [target[axis] for axis in there]
+        if all(affine.scale.shape[axis] == 1 for axis in here):
+            given, made = [1] * len(here), [1] * len(there)
+        elif 0 < _known(given) < len(given) and 0 < _known(made) < len(made):
+            lead = _known(given), _known(made)
+            if any(affine.scale.shape[axis] != 1 for axis in here[lead[0] :]):
+                raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+            given, made = _blocks(given, made, lead)
+            alike += there[lead[1] :]
+        wide += [_size(node, size) for size in given]
+        narrow += [_size(node, size) for size in made]
     if prod(wide) != prod(narrow):
         raise Refuse(f"the shapes around `{node.name}` ({node.op}) do not agree")
-    return affine.map(lambda array: np.broadcast_to(array, wide).reshape(narrow))
+    moved = affine.map(lambda array: np.broadcast_to(array, wide).reshape(narrow))
+    if any(axis in alike for axis in moved.axes):
+        raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+    return moved
+
+
+def _known(sizes: Sequence[Dim]) -> int:
+    """How many sizes are known before the first that is not."""
+    return next((place for place, size in enumerate(sizes) if not isinstance(size, int)), len(sizes))
+
+
+def _blocks(given: list[Dim], made: list[Dim], lead: tuple[int, int]) -> tuple[list[Dim], list[Dim]]:
+    """Stand-ins for two lists of sizes of one product, of which only the leading ones are known.
+
+    What is the same all along the others is the same on each of as many blocks as the least common multiple counts.
+    """
+    heads = given[: lead[0]], made[: lead[1]]
+    products = [prod(size for size in head if isinstance(size, int)) for head in heads]
+    counts = [lcm(*products) // product for product in products]
+    tails = [1] * (len(given) - lead[0] - 1), [1] * (len(made) - lead[1] - 1)
+    return [*heads[0], counts[0], *tails[0]], [*heads[1], counts[1], *tails[1]]
 
 
 def groups(source: Shape, target: Shape) -> list[tuple[range, range]]:
@@ -374,7 +403,10 @@ def _take_down(node: Node, around: Surroundings, given: Flow) -> Answer:
 
 def _take_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     axis, indices = node.attributes["axis"], np.asarray(node.attributes["indices"])
-    size = _size(node, _shape(node, around, node.inputs[0])[axis])
+    known = _shape(node, around, node.inputs[0])[axis]
+    if not isinstance(known, int) and indices.ndim == 1 and axis not in _only(wanted).axes:
+        return [_only(wanted)]
+    size = _size(node, known)
 
     def spread(array: Array) -> Array:
         array = array if indices.ndim else np.expand_dims(array, axis)

@@ -66,12 +66,14 @@ class Report:
         evidence: the comparisons that were made; empty where none was.
         notes: what else there is to say, each one sentence ("unverified: ...").
         parameters: how many floating-point numbers the model holds, statistics included, before and after.
+        limits: what the verdicts rest on that no comparison shows, each one sentence; printed first.
     """
 
     verdicts: tuple[Verdict, ...]
     evidence: tuple[Evidence, ...] = ()
     notes: tuple[str, ...] = ()
     parameters: tuple[int, int] | None = field(default=None)
+    limits: tuple[str, ...] = ()
 
     @property
     def verified(self) -> bool:
@@ -114,7 +116,8 @@ class Report:
         """The parts of the report for a `rich` console."""
         from rich.markup import escape
 
-        parts: list[Any] = [_verdict_table(self.verdicts)] if self.verdicts else []
+        parts: list[Any] = [escape(limit) for limit in self.limits]
+        parts += [_verdict_table(self.verdicts)] if self.verdicts else []
         parts += [_evidence_table(self.evidence)] if self.evidence else []
         parts += [escape(note) for note in self.notes]
         if self.parameters is not None:

@@ -9,6 +9,7 @@ dtypes and so cannot run in float64) is said in the report's notes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,19 @@ from bnfold.errors import NotEquivalent, UnreadableModel
 from bnfold.exclusive import exclusive
 from bnfold.report import Evidence, Report
 from bnfold.torch.double import double
+from bnfold.torch.idle import Idle
 from bnfold.torch.read import Reading, read
 from bnfold.torch.recording import leaves, put_back
 from bnfold.torch.rehearse import find_fault, read_again, refuse_everything, runs_alike
-from bnfold.torch.running import arrange, copied, copy_structure, first_line, is_same, restored, undisturbed
+from bnfold.torch.running import (
+    arrange,
+    copied,
+    copy_structure,
+    first_line,
+    is_same,
+    restored,
+    undisturbed,
+)
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
 
@@ -71,7 +81,14 @@ def fold(
         if comparison is None
         else comparison.judge(folded, unfolded=None if inplace else model)
     )
-    return folded, Report(journey.verdicts, tuple(evidence), tuple(notes), (size, _count(folded)))
+    limits = tuple(_rests_on(head) for head in reading.heads)
+    sizes = (size, _count(folded))
+    return folded, Report(journey.verdicts, tuple(evidence), (*notes, *reading.notes), sizes, limits)
+
+
+def _rests_on(head: Idle) -> str:
+    """What is said first of a fold that a part of the model which did not run could find out."""
+    return f"this fold holds only as long as `{head.path}` does not run: it did not on the example inputs"
 
 
 def plan(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Journey]:
@@ -80,14 +97,26 @@ def plan(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Readi
     Raises:
         UnreadableModel: the module cannot be run on the example inputs, or not copied.
     """
-    reading = read(model, example_inputs)
-    journey = travel(reading.graph, options, check_fit(model, reading))
+    reading, journey = _read_and_decide(model, example_inputs, options)
     for repair in (read_again, find_fault, refuse_everything):
         if not reading.steps or _is_rehearsed(model, example_inputs, reading, journey):
             break
         reading = repair(model, example_inputs, reading)
         journey = travel(reading.graph, options, check_fit(model, reading))
     return reading, journey
+
+
+def _read_and_decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Journey]:
+    """Where heads that did not run cost a fold, it is made all the same, and rests on their not running."""
+    reading = read(model, example_inputs)
+    journey = travel(reading.graph, options, check_fit(model, reading))
+    if not reading.heads or all(verdict.outcome == "folded" for verdict in journey.verdicts):
+        return replace(reading, heads=()), journey
+    other = read(model, example_inputs, headless=True)
+    farther = travel(other.graph, options, check_fit(model, other))
+    if farther.verdicts == journey.verdicts:
+        return replace(reading, heads=()), journey
+    return other, farther
 
 
 def _is_rehearsed(model: nn.Module, example_inputs: Any, reading: Reading, journey: Journey) -> bool:
@@ -270,7 +299,7 @@ def _nudged(example_inputs: Any, unit: float) -> Any:
     generator = torch.Generator().manual_seed(1)
 
     def nudge(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.layout is not torch.strided:
             return tensor
         signs = torch.randint(2, tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
         return tensor.detach() * (1 + 2 * unit * signs).to(tensor.device, tensor.dtype)
@@ -296,7 +325,11 @@ def _perturbed(example_inputs: Any) -> list[Any]:
 
     def shake(tensor: Tensor) -> Tensor:
         nonlocal floats
-        if not tensor.is_floating_point() or tensor.device.type == "meta":
+        if (
+            not tensor.is_floating_point()
+            or tensor.device.type == "meta"
+            or tensor.layout is not torch.strided
+        ):
             return tensor
         floats += 1
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)

@@ -2,8 +2,10 @@
 
     record the calls -> draw each by its row -> find the BatchNorms -> settle who shares a parameter with whom -> Graph
 
-**Sizes.** The pass is recorded again with another batch size. A size that differs between the two becomes a symbol, a
-setting that differs makes its node opaque: nothing is decided that holds for the example's batch size alone.
+**Other inputs.** The pass is recorded again with another batch size, at other sizes, with the other value of each flag
+(`trials`). A size that differs becomes a symbol, a setting that differs makes its node opaque, a value that another
+pass uses in another way has one more reader (`sizes`): nothing is decided that holds for the example alone. A
+BatchNorm that did not run tells of code that no pass has seen (`idle`).
 
 **BatchNorms** are found by what runs, not by class. A module call whose whole work is one affine map of its input is a
 BatchNorm if its numbers come from its buffers: `nn.BatchNorm*`, frozen and hand-written ones alike. One that goes on
@@ -18,7 +20,6 @@ that is read in any other way belongs to whoever reads it, and stays.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +30,10 @@ from torch import Tensor, nn
 from bnfold.algebra import Affine
 from bnfold.errors import UnreadableModel
 from bnfold.graph import Graph, Node, Shape
+from bnfold.torch.alignment import Alignment
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import Draft, Item, LinearPlace, NormPlace
+from bnfold.torch.idle import Idle, find_idle
 from bnfold.torch.modules import TAILS
 from bnfold.torch.recording import (
     Call,
@@ -48,12 +51,13 @@ from bnfold.torch.running import (
     copied,
     copy_structure,
     quiet,
-    rebatched,
     record_pass,
     record_somehow,
     restored,
     undisturbed,
 )
+from bnfold.torch.sizes import settle
+from bnfold.torch.trials import Trials, run_trials, two_or_more
 
 __all__ = ["LinearPlace", "NormPlace", "Reading", "arrange", "copy_structure", "read"]
 
@@ -90,6 +94,8 @@ class Reading:
         branches: whether numbers that depend on the inputs left the tensors.
         writes: whether it changed tensors that the module holds, or might have on other inputs.
         dtypes: the float dtypes that it computes in.
+        notes: what other inputs it could not be read with.
+        heads: parts that did not run and could read what the folds change; see `read`.
     """
 
     graph: Graph
@@ -100,14 +106,17 @@ class Reading:
     branches: bool = False
     dtypes: frozenset[torch.dtype] = frozenset()
     writes: bool = True
+    notes: tuple[str, ...] = ()
+    heads: tuple[Idle, ...] = ()
 
 
-def read(model: nn.Module, example_inputs: Any) -> Reading:
+def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Reading:
     """Draw what a module computes from some inputs. The module is left exactly as it is.
 
     Args:
         model: any module, in any mode; what is in training mode is drawn as such.
         example_inputs: see `arrange`.
+        headless: take it that heads which did not run never do (see `idle`).
 
     Raises:
         UnreadableModel: it cannot be run on these inputs, or not copied; the message names the module in the way.
@@ -123,10 +132,52 @@ def read(model: nn.Module, example_inputs: Any) -> Reading:
     recording = record_somehow(twin, args, kwargs, touched)
     if (touched or recording.changed_slots) and (paths := _unsteady(twin, args, kwargs, recording.fake)):
         recording = record_pass(twin, args, kwargs, recording.fake, paths)
-    evaluator = Evaluator()
-    draft = Draft(recording, evaluator)
-    shapes = _settle_sizes(draft, _others(twin, args, kwargs, recording))
-    return _Reader(twin, draft, shapes).read()
+    trials = _try_otherwise(twin, args, kwargs, recording)
+    idle = _find_idle(twin, args, kwargs, (recording, *(trial.recording for trial in trials.made)))
+    causes = {each.holder: each.path for each in idle if not (headless and each.head)}
+    if causes:
+        recording = record_pass(twin, args, kwargs, recording.fake, recording.unsteady | causes.keys())
+    draft = Draft(recording, Evaluator())
+    draft.items += _at_the_doors(recording)
+    aligned = [(trial, Alignment(recording, trial.recording)) for trial in trials.made]
+    reader = _Reader(twin, draft, settle(draft, aligned, model), causes)
+    heads = tuple(each for each in idle if each.head)
+    return replace(reader.read(), notes=tuple(dict.fromkeys(trials.notes)), heads=heads)
+
+
+def _at_the_doors(recording: Recording) -> Iterator[Item]:
+    """Readers of what modules whose code may run otherwise are given and return: it may go another way."""
+    for frame in recording.frames:
+        if frame.path in recording.unsteady:
+            for value in (*frame.given, *frame.made):
+                if not value.slots and not value.constant:
+                    yield Item("If", [value.name], [], Call(-1, "If", (), {}, frame))
+
+
+def _try_otherwise(twin: nn.Module, args: Any, kwargs: Any, recording: Recording) -> Trials:
+    """The passes on other inputs that could be made."""
+
+    def run(args: Any, kwargs: Any, seed: int) -> Recording:
+        return record_pass(twin, args, kwargs, recording.fake, recording.unsteady, seed=seed)
+
+    def parts(other: Recording) -> bool:
+        alignment = Alignment(recording, other)
+        return bool(alignment.partings or alignment.apart)
+
+    return run_trials(twin, args, kwargs, run, parts, recording.draws)
+
+
+def _find_idle(twin: nn.Module, args: Any, kwargs: Any, recordings: Sequence[Recording]) -> tuple[Idle, ...]:
+    """The parts with BatchNorms that ran in no pass, and whose tensors none has read."""
+    calls = (call for recording in recordings for call in recording.calls)
+    read = {slot.module for call in calls for v in call.reads.values() for slot in v.slots}
+    ran = {frame.path for recording in recordings for frame in recording.frames if frame.path is not None}
+    norms = [path for path, module in twin.named_modules() if path and _is_idle_norm(module)]
+    return find_idle(twin, norms, ran | read, *two_or_more(args, kwargs))
+
+
+def _is_idle_norm(module: nn.Module) -> bool:
+    return _calls_itself_batchnorm(module) and not isinstance(module, torch.jit.ScriptModule)
 
 
 def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple[Step, ...]:
@@ -186,61 +237,17 @@ def _events(recording: Recording, paths: Mapping[int, str]) -> dict[str, list[An
 _UNSEEN = ("If", "Hook", "Alias", "Outside")
 
 
-def _others(twin: nn.Module, args: Any, kwargs: Any, recording: Recording) -> Iterator[Draft]:
-    """The same pass with other batch sizes, where it can be made."""
-    for other in rebatched(args, kwargs):
-        with suppress(Exception):  # a batch size that the model does not take
-            yield Draft(record_pass(twin, *other, recording.fake, recording.unsteady), Evaluator())
-
-
-def _settle_sizes(draft: Draft, others: Iterator[Draft]) -> dict[str, Shape]:
-    """Shapes with a symbol for each size that goes with the batch; settings that do, make a node opaque."""
-    shapes: dict[str, Shape] = dict(draft.shapes)
-    other = next((other for other in others if _alike(draft, other)), None)
-    if other is None:
-        return shapes
-    for mine, theirs in zip(draft.items, other.items, strict=True):
-        for name, twin_name in zip(
-            (*mine.inputs, *mine.outputs), (*theirs.inputs, *theirs.outputs), strict=True
-        ):
-            if name in draft.shapes and twin_name in other.shapes:
-                shapes[name] = _symbolic(draft.shapes[name], other.shapes[twin_name])
-        if not _same_settings(mine, theirs):
-            mine.become_opaque(mine.call.label)
-    return shapes
-
-
-def _alike(draft: Draft, other: Draft) -> bool:
-    return [(i.op, len(i.inputs), len(i.outputs)) for i in draft.items] == [
-        (i.op, len(i.inputs), len(i.outputs)) for i in other.items
-    ]
-
-
-def _symbolic(mine: tuple[int, ...], theirs: tuple[int, ...]) -> Shape:
-    if len(mine) != len(theirs):
-        return (None,) * len(mine)
-    return tuple(a if a == b else f"{a}|{b}" for a, b in zip(mine, theirs, strict=True))
-
-
-def _same_settings(mine: Item, theirs: Item) -> bool:
-    if (mine.affine is None) != (theirs.affine is None):
-        return False
-    if (
-        mine.affine is not None
-        and theirs.affine is not None
-        and mine.affine.scale.shape != theirs.affine.scale.shape
-    ):
-        return False
-    if mine.partial != theirs.partial:
-        return False
-    return all(np.array_equal(mine.attributes[key], theirs.attributes[key]) for key in mine.attributes)
-
-
 class _Reader:
     """From a draft to a reading."""
 
-    def __init__(self, model: nn.Module, draft: Draft, shapes: dict[str, Shape]) -> None:
-        self.model, self.draft, self.shapes = model, draft, shapes
+    def __init__(
+        self,
+        model: nn.Module,
+        draft: Draft,
+        shapes: dict[str, Shape],
+        causes: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model, self.draft, self.shapes, self.causes = model, draft, shapes, causes or {}
         self.recording = draft.recording
         self.items = draft.items
         self.modules = dict(model.named_modules())
@@ -535,7 +542,8 @@ class _Reader:
         if item.op == "Hook":
             return f"a hook on {path}"
         if item.op == "If":
-            return f"a branch in {path or type(self.model).__name__}"
+            beside = f", where {self.causes[path]} did not run" if path in self.causes else ""
+            return f"a branch in {path or type(self.model).__name__}{beside}"
         if item.weight is not None and any(slot.module == path for slot in item.weight.slots):
             return path or item.call.label
         if path and alone[path] == 1:
@@ -857,7 +865,7 @@ def _obstacle(frame: Frame) -> str:
         return "its class has a `__call__` of its own"
     if not frame.plain:
         return "it is called with more than one argument, or returns more than one tensor"
-    return "its code branches on numbers that it computes" if frame.branches else ""
+    return "its code does not always do the same" if frame.branches else ""
 
 
 def _more(within: Sequence[Item]) -> str:

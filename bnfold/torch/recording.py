@@ -23,7 +23,7 @@ after it might have been other code. From there on nothing is trusted that passe
 was under way, nor any value that was alive: an opaque call "reads" it. What runs whole inside another module's
 forward stays as it is.
 
-Not covered: a branch on a shape is followed as the example goes.
+Not covered: a branch on a shape is followed as the example goes; further passes look for it (see `trials`).
 """
 
 from __future__ import annotations
@@ -184,6 +184,7 @@ class Recording:
         fake: whether it ran without numbers.
         branches: whether numbers that depend on the inputs left the tensors.
         unsteady: what was known before of code that does not always run alike.
+        draws: whether the pass drew from a global random state.
     """
 
     calls: list[Call]
@@ -196,6 +197,7 @@ class Recording:
     fake: bool
     branches: bool
     unsteady: frozenset[str] = frozenset()
+    draws: bool = False
 
 
 def put_back(tensor: Tensor, content: Tensor) -> None:

@@ -1021,12 +1021,16 @@ def _pad(draft: Draft, call: Call, x: Value, pad: Any, mode: str, value: Any) ->
     if not _computed(x) or not _plain(pad) or not _plain(value):
         return False
     pairs = {x.rank - 1 - i: pad[2 * i : 2 * i + 2] for i in range(len(pad) // 2)}
-    axes = tuple(sorted(axis for axis, pair in pairs.items() if any(pair)))
+    crop = None
     if all(amount <= 0 for amount in pad):
         cuts = {axis: slice(-a, x.shape[axis] + b) for axis, (a, b) in pairs.items() if a or b}
-        return _take(draft, x, call.made[0], cuts)
-    if mode == "constant" and value:
+        if mode != "constant" or isinstance(call.frame.module, torch.nn.modules.padding._ConstantPadNd):
+            return _take(draft, x, call.made[0], cuts)
+        crop = pad, tuple(_settled(cuts.get(axis, slice(None)), n) for axis, n in enumerate(x.shape))
+    elif mode == "constant" and value:
         return False
     partial = "it pads with zeros" if mode == "constant" else ""
-    draft.node("Pad", [x], call.made[:1], axes=axes, partial=partial)
+    axes = tuple(sorted(axis for axis, pair in pairs.items() if any(pair) or crop is not None))
+    name = "pad" if mode == "constant" and value else "Pad"
+    draft.node(name, [x], call.made[:1], axes=axes, partial=partial, crop=crop)
     return True

@@ -57,7 +57,7 @@ def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
                 if nn.parameter.is_lazy(tensor):
                     make: Any = type(tensor)
                     memo.setdefault(id(tensor), make(tensor.requires_grad, tensor.device, tensor.dtype))
-                elif not tensor.is_leaf:
+                elif not tensor.is_leaf or tensor.layout is not torch.strided:
                     memo.setdefault(id(tensor), tensor.detach().clone())
     return copy.deepcopy(model, memo)
 
@@ -82,7 +82,7 @@ def widen(model: nn.Module) -> nn.Module:
 
 def _widened(tensor: Tensor) -> Tensor:
     wide = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
-    wide = wide.clone() if wide.data_ptr() == tensor.data_ptr() else wide
+    wide = wide.clone() if wide.dtype == tensor.dtype else wide
     return nn.Parameter(wide, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide
 
 

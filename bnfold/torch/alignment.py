@@ -1,0 +1,213 @@
+"""Hold two recorded passes of one module against each other: where does its code do something else?
+
+    what each module call did itself, in order -> what corresponds to what -> where the two part
+
+Two passes correspond module call by module call: what the code of one did itself (the calls it made, the modules it
+ran) is matched in order with what it did in the other pass, by what was called and on which parameters. From there,
+
+- a value **parts** where it is not read by the same calls in both passes, or is an output in one of them only;
+- a parameter is **used apart** where a call of the other pass that corresponds to nothing reads it.
+
+Between values that do not part, the two passes compute by the same graph, whatever they do elsewhere: an affine map
+that stays within those, and ends in parameters that are not used apart, moves in both of them or in neither.
+
+Not covered: what no pass that was made has done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cached_property
+from typing import Any
+
+from bnfold.torch.recording import Call, Frame, Recording, Value
+
+__all__ = ["Alignment", "Parting"]
+
+_SILENT = ("If", "Hook")
+"""Calls that stand for somebody who looks, and compute nothing."""
+
+
+@dataclass(frozen=True)
+class Parting:
+    """A value that two passes use in different ways, and the module in whose code they do."""
+
+    value: str
+    frame: Frame
+
+
+class _Script:
+    """What the code of each module call did itself, in order."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.described: dict[int, Any] = {}
+        self.calls = [call for call in recording.calls if not call.constant and call.label not in _SILENT]
+        lines: dict[int, list[tuple[float, Call | Frame]]] = {}
+        for at, call in enumerate(recording.calls):
+            if not call.constant and call.label not in _SILENT:
+                lines.setdefault(id(call.frame), []).append((at, call))
+        for frame in recording.frames:
+            lines.setdefault(id(frame.parent), []).append((frame.start - 0.5, frame))
+        ordered = {place: sorted(line, key=lambda each: each[0]) for place, line in lines.items()}
+        self.lines = {place: [each for _, each in line] for place, line in ordered.items()}
+
+    @cached_property
+    def root(self) -> Frame | None:
+        """The frame around the model."""
+        frames = (call.frame for call in self.recording.calls)
+        first = next(iter(self.recording.frames), None) or next(frames, None)
+        return None if first is None else list(first.line())[-1]
+
+    @cached_property
+    def readers(self) -> dict[str, set[int]]:
+        """Who reads each computed value: calls by identity; 0 is the caller of the model."""
+        readers: dict[str, set[int]] = {value.name: {0} for value in self.recording.outputs.values()}
+        for call in self.calls:
+            for value in _computed(call):
+                readers.setdefault(value.name, set()).add(id(call))
+        return readers
+
+    def sign(self, event: Call | Frame) -> Any:
+        """What an event is, as far as it can be told apart from others."""
+        if isinstance(event, Frame):
+            return id(event.module) if event.path is not None else type(event.module)
+        stored = tuple(self._describe(v) for v in event.reads.values() if v.slots or v.constant)
+        return event.label, len(event.made), stored
+
+    def _describe(self, value: Value) -> Any:
+        """A constant, by the parameters that it is made of and what is called on them."""
+        if id(value) not in self.described:
+            reads = value.call.reads.values() if value.call is not None and not value.slots else ()
+            made = value.slots[0].name if value.slots else value.call.label if value.call is not None else ""
+            self.described[id(value)] = (made, *map(self._describe, reads))
+        return self.described[id(value)]
+
+
+class Alignment:
+    """What corresponds to what in two passes.
+
+    Attributes:
+        calls: the calls of the other pass, by the identity of the call of this one.
+        values: the computed values of the other pass, by the name of the value of this one.
+    """
+
+    def __init__(self, mine: Recording, theirs: Recording) -> None:
+        self.mine, self.theirs = _Script(mine), _Script(theirs)
+        self.calls: dict[int, Call] = {}
+        self.values: dict[str, Value] = {}
+        self.frames: dict[int, Frame] = {}
+        if len(mine.inputs) == len(theirs.inputs):
+            for ours, other in zip(mine.inputs.values(), theirs.inputs.values(), strict=True):
+                self.values[ours.name] = other
+        if self.mine.root is not None and self.theirs.root is not None:
+            self._match(self.mine.root, self.theirs.root)
+
+    def _match(self, mine: Frame, theirs: Frame) -> None:
+        self.frames |= {id(mine): theirs, id(theirs): mine}
+        here, there = self.mine.lines.get(id(mine), []), self.theirs.lines.get(id(theirs), [])
+        for one, other in _pairs(here, there, self.mine, self.theirs):
+            if isinstance(one, Frame) and isinstance(other, Frame):
+                self._match(one, other)
+            elif isinstance(one, Call) and isinstance(other, Call):
+                self.calls[id(one)] = other
+                for ours, their in zip(_results(one), _results(other), strict=False):
+                    self.values[ours.name] = their
+
+    @cached_property
+    def _back(self) -> dict[str, str]:
+        return {theirs.name: name for name, theirs in self.values.items()}
+
+    @cached_property
+    def partings(self) -> tuple[Parting, ...]:
+        """The values of this pass that the other one uses in another way, each once."""
+        found = {each.value: each for each in (*self._rewired(), *self._read_otherwise())}
+        return tuple(found.values())
+
+    def _rewired(self) -> Iterator[Parting]:
+        """What corresponding calls read that does not correspond."""
+        for call in self.mine.calls:
+            other = self.calls.get(id(call))
+            if other is None:
+                continue
+            reads, theirs = list(_computed(call)), list(_computed(other))
+            if [self.values.get(value.name) for value in reads] == theirs:
+                continue
+            frame = self._wiring(call)
+            back = (self._back.get(value.name) for value in theirs)
+            names = (*(value.name for value in reads), *(name for name in back if name is not None))
+            yield from (Parting(name, frame) for name in names)
+
+    def _wiring(self, call: Call) -> Frame:
+        """The module call whose code hands a call what it reads: the innermost that is given the same in both."""
+        for frame in call.frame.line():
+            other = self.frames.get(id(frame))
+            if other is not None and [self.values.get(v.name) for v in frame.given] == list(other.given):
+                return frame
+        return call.frame
+
+    def _read_otherwise(self) -> Iterator[Parting]:
+        """Corresponding values whose readers do not correspond."""
+        mine, theirs = self.mine.readers, self.theirs.readers
+        by_identity = {id(call): call for script in (self.mine, self.theirs) for call in script.calls}
+        for name, value in self.values.items():
+            here = mine.get(name, set())
+            there = theirs.get(value.name, set())
+            matched = {0: 0} | {each: id(self.calls[each]) for each in here if each in self.calls}
+            stray = [each for each in here if matched.get(each) not in there]
+            stray += sorted(there - {matched.get(each) for each in here})
+            if stray:
+                calls = [by_identity[each] for each in stray if each in by_identity]
+                yield Parting(name, self._parted(calls[0].frame if calls else value.frame))
+
+    def _parted(self, frame: Frame | None) -> Frame:
+        """The innermost module call around this one that happens in both passes."""
+        line = list(frame.line()) if frame is not None else []
+        found = next((each for each in line if id(each) in self.frames), self.mine.root)
+        assert found is not None
+        return found
+
+    @cached_property
+    def apart(self) -> dict[str, Frame]:
+        """The parameters and buffers that calls of the other pass alone read, by name, and the module that parts."""
+        matched = {id(call) for call in self.calls.values()}
+        found: dict[str, Frame] = {}
+        for call in self.theirs.calls:
+            if id(call) not in matched:
+                for value in call.reads.values():
+                    found.update(dict.fromkeys(_stored(value), self._parted(call.frame)))
+        return found
+
+
+def _computed(call: Call) -> Iterator[Value]:
+    return (value for value in call.reads.values() if not value.constant and not value.slots)
+
+
+def _results(call: Call) -> list[Value]:
+    """What a call made and changed, in order."""
+    return [value for value in (*call.made, *call.written) if not value.slots]
+
+
+def _stored(value: Value) -> Iterator[str]:
+    """The names of the parameters and buffers that a value which reads no input is made of."""
+    if value.slots:
+        yield from (slot.name for slot in value.slots)
+    elif value.call is not None and not value.data:
+        for part in value.call.reads.values():
+            yield from _stored(part)
+
+
+def _pairs(
+    here: list[Call | Frame], there: list[Call | Frame], mine: _Script, theirs: _Script
+) -> Iterator[tuple[Call | Frame, Call | Frame]]:
+    """What corresponds in two lines of events: all, one by one, or the longest stretches that are alike."""
+    signs, others = [mine.sign(each) for each in here], [theirs.sign(each) for each in there]
+    if signs == others:
+        yield from zip(here, there, strict=True)
+        return
+    numbers: dict[Any, int] = {}
+    one, other = ([numbers.setdefault(sign, len(numbers)) for sign in line] for line in (signs, others))
+    for start, begin, length in SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks():
+        yield from zip(here[start : start + length], there[begin : begin + length], strict=True)
