@@ -1,7 +1,7 @@
 """The PyTorch frontend: any `nn.Module`, as it is, folded into a module of the same class.
 
-    recording    one forward pass, call by call              constants   a model's constants again, in float64
-    functions    what is known of torch's functions          rows        how each function is drawn as a node
+    capture      one forward pass, call by call              constants   a model's constants again, in float64
+    functions    what is known of torch's functions          lower       how each function is drawn as a node
     read         calls -> Graph, and where numbers are kept  write       the difference of two Graphs -> module
     running      a model run without leaving a trace         draft       calls drawn as nodes, not bound to storage
     rehearse     the folded model's calls, against the plan  fold        read, travel, write, compare

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bnfold.algebra import Array
+from bnfold.torch.capture import Call, Like, Listed, Value
 from bnfold.torch.functions import variants
-from bnfold.torch.recording import Call, Like, Listed, Value
 
 __all__ = ["Evaluator", "numbers", "slots_of"]
 

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from bnfold.algebra import Affine, Array, Linear, batchnorm
-from bnfold.torch.constants import Evaluator
-from bnfold.torch.recording import (
+from bnfold.torch.capture import (
     Call,
     Recording,
     Slot,
     Value,
 )
-from bnfold.torch.rows import draw
+from bnfold.torch.constants import Evaluator
+from bnfold.torch.lower import draw
 
 __all__ = ["Draft", "Item", "LinearPlace", "NormPlace"]
 

@@ -29,10 +29,7 @@ from torch import Tensor, nn
 from bnfold.algebra import Affine
 from bnfold.errors import UnreadableModel
 from bnfold.graph import Graph, Node, Shape
-from bnfold.torch.constants import Evaluator, slots_of
-from bnfold.torch.draft import Draft, Item, LinearPlace, NormPlace
-from bnfold.torch.modules import TAILS
-from bnfold.torch.recording import (
+from bnfold.torch.capture import (
     Call,
     Frame,
     Recording,
@@ -43,6 +40,9 @@ from bnfold.torch.recording import (
     put_back,
     record,
 )
+from bnfold.torch.constants import Evaluator, slots_of
+from bnfold.torch.draft import Draft, Item, LinearPlace, NormPlace
+from bnfold.torch.modules import TAILS
 from bnfold.torch.running import (
     arrange,
     copied,

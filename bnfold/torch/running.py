@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.errors import UnreadableModel
-from bnfold.torch.recording import (
+from bnfold.torch.capture import (
     Recording,
     leaves,
     put_back,

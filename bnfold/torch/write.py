@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from bnfold.algebra import Affine, Array, round_to_odd
 from bnfold.graph import Node
+from bnfold.torch.capture import computes_weight, leaves
 from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace, NormPlace
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail
 from bnfold.torch.read import Reading
-from bnfold.torch.recording import computes_weight, leaves
 from bnfold.torch.running import copy_structure
 from bnfold.travel import Journey
 

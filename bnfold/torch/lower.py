@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 from bnfold.algebra import Affine, Array, Linear
+from bnfold.torch.capture import Call, Listed, Value
 from bnfold.torch.functions import getter, variants
-from bnfold.torch.recording import Call, Listed, Value
 
 __all__ = ["ROWS", "Draft", "draw"]
 

@@ -3,7 +3,7 @@
 Three modes look at the same pass, and each sees what the others cannot:
 
 - a `TorchFunctionMode` sees the calls as the model writes them (`conv2d`, `batch_norm`, `cat`), which is what the
-  table in `rows` speaks about, and follows any Python;
+  table in `lower` speaks about, and follows any Python;
 - a `TorchDispatchMode` sees every operation that reads or changes a tensor, so that nothing is read unseen by
   scripted code, custom autograd functions or kernels called from elsewhere: what happens outside a call of the first
   kind becomes a call of its own, and what happens inside one is added to what it read;
