@@ -1,384 +1,111 @@
-"""Record what one forward pass computes from what: every call, with the values that it read, made and changed.
+"""Capture what one forward pass computes from what: every operator, with the values that it read, made and changed.
 
-Three modes look at the same pass, and each sees what the others cannot:
+The model is run, and a `TorchDispatchMode` below autograd sees every operator that reads or changes a tensor, whoever
+calls it: Python, scripted code, custom autograd functions. There, `conv2d` and `batch_norm` are still whole, and a
+parameter is the object that the model holds. A composite operator that `lower` has a lowering for (or that is kept for
+its tail or its name) is one call; another one is captured as its parts.
 
-- a `TorchFunctionMode` sees the calls as the model writes them (`conv2d`, `batch_norm`, `cat`), which is what the
-  table in `lower` speaks about, and follows any Python;
-- a `TorchDispatchMode` sees every operation that reads or changes a tensor, so that nothing is read unseen by
-  scripted code, custom autograd functions or kernels called from elsewhere: what happens outside a call of the first
-  kind becomes a call of its own, and what happens inside one is added to what it read;
-- `FakeTensorMode`, where it is asked for, computes shapes alone: right for what is too large to run, or has no
-  numbers. A pass with real tensors takes a third of the time on common models (it costs a fake tensor 100 times what
-  the arithmetic of a small image costs) and follows models that need numbers.
+A `TorchFunctionMode` beside it watches for what no operator shows: what reads or changes memory by itself (`numpy`,
+`tolist`, `x.data = y`), and a model that differentiates. That cannot be done below autograd: `Differentiates` asks for
+another pass, in which autograd takes composite operators apart while gradients are on, and their parts are captured.
 
-**Values.** A value is a tensor as it was when it was made. What is changed in place gets a new name; a tensor whose
-memory was changed by way of another one (a view) is read by way of an opaque call that reads both. Values are held
-weakly: what is still alive when the pass is over can be read by somebody, and counts as an output.
-
-**Constants.** A call of a pure function on constants (parameters, buffers, numbers) makes a constant, which
-`constants.evaluate` can compute again in float64.
+`FakeTensorMode`, where it is asked for, computes shapes alone: right for what is too large to run, or has no numbers. A
+pass with real tensors takes a third of the time on common models (it costs a fake tensor 100 times what the arithmetic
+of a small image costs) and follows models that need numbers.
 
 **Branches.** Where a number that depends on the inputs leaves the tensors (`item`, `bool`, NumPy), the code that runs
 after it might have been other code. From there on nothing is trusted that passes through a module whose own forward
 was under way, nor any value that was alive: an opaque call "reads" it. What runs whole inside another module's
 forward stays as it is.
 
-Not covered: a branch on a shape is followed as the example goes.
+**Autocast** casts what an operator reads. That is taken for a part of the operator: the cast tensor is the same value.
+
+Not covered: a branch on a shape is followed as the example goes; higher-order operators (`torch.cond`) raise.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfold.torch.functions import LIKE, METADATA, PURE, name_of
+from bnfold.torch.aten import is_composite, is_metadata, is_pure, name_of, reads_shape, tells, written
+from bnfold.torch.internals import BelowAutograd, in_autocast, is_fake, make_fake_mode, without_functions
+from bnfold.torch.lower import LOWERINGS
+from bnfold.torch.memory import Memory
+from bnfold.torch.modules import TAILS
+from bnfold.torch.tensors import leaves, returned
+from bnfold.torch.trace import Call, Frame, Like, Trace, Value
 
-__all__ = ["Call", "Frame", "Like", "Listed", "Recording", "Slot", "Value", "leaves", "put_back", "record"]
+__all__ = ["Differentiates", "capture", "computes_weight"]
+
+_WHOLE = {"lstm", "gru", "rnn_tanh", "rnn_relu", "layer_norm", "group_norm", "scaled_dot_product_attention"}
+_BY_SIZE = {"einsum", "tensordot"}
+KEPT = frozenset({*LOWERINGS, *TAILS, *_WHOLE, *_BY_SIZE})
+"""Composite operators that are captured as one call: with a lowering or a stand-in for a tail, better known by their
+name than by their parts, or of other parts where a size is 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class Like:
-    """Stands in a call's arguments for a tensor of which only the shape and dtype are read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Listed(tuple):  # type: ignore[type-arg]
-    """Stands in a call's arguments for a list, which selects otherwise than a tuple."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A place of a module that holds a tensor: `module` is its path, `kind` parameter, buffer or attribute."""
-
-    module: str
-    attribute: str
-    kind: str
-
-    @property
-    def name(self) -> str:
-        """As in a state dict."""
-        return f"{self.module}.{self.attribute}" if self.module else self.attribute
+class Differentiates(BaseException):
+    """The model differentiates by itself; no error, so that its code does not catch it."""
 
 
 @dataclass(eq=False, slots=True)
-class Value:
-    """A tensor as it was when it was made.
+class _Sealed:
+    """A call whose operators are its own business, but for what they read and change: compiled code."""
 
-    Attributes:
-        shape, dtype: of the tensor.
-        call: who made it; None for an input, a slot, or a tensor from outside of what was recorded.
-        slots: the places that hold it, for a parameter, buffer or attribute; its numbers are in `tensor`.
-        constant: whether its numbers can be computed again from slots and numbers.
-        data: whether its numbers may depend on the inputs.
-        name: of a value that somebody computes or gives; unique.
-        frame: the module call in whose own code it was made.
-        memory: a number for the memory that it lies in; two values of one number may change together.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    call: Call | None = None
-    slots: tuple[Slot, ...] = ()
-    tensor: Tensor | None = None
-    constant: bool = False
-    data: bool = True
-    name: str = ""
-    frame: Frame | None = None
-    memory: int = 0
-
-    @property
-    def rank(self) -> int:
-        """How many axes it has."""
-        return len(self.shape)
+    call: Call
+    changed: list[Tensor]
+    told: bool = False
 
 
-@dataclass(eq=False, slots=True)
-class Frame:
-    """One call of a module.
+class _Calls:
+    """The calls of one pass, and the frame of the module in whose code it is."""
 
-    Attributes:
-        module: the module itself; None for the frame around the model.
-        path: its qualified name, None where the model does not hold it.
-        given, made: the values among its arguments and results.
-        start, stop: the calls made while it ran.
-        branches: whether a number left the tensors while it ran.
-        plain: whether it was given one tensor and nothing else, and returned one tensor.
-    """
-
-    module: nn.Module | None
-    path: str | None
-    parent: Frame | None
-    start: int = 0
-    stop: int = 0
-    given: tuple[Value, ...] = ()
-    made: tuple[Value, ...] = ()
-    branches: bool = False
-    plain: bool = False
-
-    def line(self) -> Iterator[Frame]:
-        """This frame and those around it, from the inside."""
-        frame: Frame | None = self
-        while frame is not None:
-            yield frame
-            frame = frame.parent
-
-
-@dataclass(eq=False, slots=True)
-class Call:
-    """One call: `args` and `kwargs` with `Value` in the place of each tensor.
-
-    Attributes:
-        function: what was called; a string for what is no function ("If", "Hook", "Alias").
-        reads: every value that it read, each once.
-        made: the values of the tensors that it returned, in order.
-        changed: pairs of values, before and after, of what it changed in place.
-        written: stand for the memory that it changed, where somebody reads that by way of another tensor.
-        frame: the module call in whose code it stands.
-    """
-
-    index: int
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    frame: Frame
-    reads: dict[int, Value] = field(default_factory=dict)
-    made: list[Value] = field(default_factory=list)
-    changed: list[tuple[Value, Value]] = field(default_factory=list)
-    written: list[Value] = field(default_factory=list)
-    constant: bool = False
-
-    @property
-    def label(self) -> str:
-        """What was called, in one word."""
-        return name_of(self.function)
-
-
-@dataclass(eq=False)
-class Recording:
-    """One forward pass.
-
-    Attributes:
-        calls: in order.
-        frames: module calls, in the order in which they ended (inner ones first).
-        inputs: the values that the caller gave, by path.
-        outputs: the values that the caller gets, by path, or that stayed alive.
-        slots: every tensor that the model holds, by identity.
-        changed_slots: tensors of the model that the pass changed in place, by identity.
-        borrowed: `(module path, attribute)` of tensors that were fetched from outside of their module's own call.
-        fake: whether it ran without numbers.
-        branches: whether numbers that depend on the inputs left the tensors.
-        unsteady: what was known before of code that does not always run alike.
-    """
-
-    calls: list[Call]
-    frames: list[Frame]
-    inputs: dict[str, Value]
-    outputs: dict[str, Value]
-    slots: dict[int, Value]
-    changed_slots: set[int]
-    borrowed: dict[tuple[str, str], str]
-    fake: bool
-    branches: bool
-    unsteady: frozenset[str] = frozenset()
-
-
-def put_back(tensor: Tensor, content: Tensor) -> None:
-    """Give a tensor its earlier numbers, or its earlier memory where it lies in another one."""
-    if tensor.shape == content.shape and tensor.dtype == content.dtype:
-        tensor.copy_(content)
-    else:
-        tensor.data = content
-
-
-def leaves(thing: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested tuples, lists, dicts, dataclasses and objects, with a path to each."""
-    seen = set() if seen is None else seen
-    if isinstance(thing, Tensor):
-        yield path, thing
-        return
-    if (
-        thing is None
-        or isinstance(thing, str | bytes | int | float | complex | type | nn.Module)
-        or id(thing) in seen
-    ):
-        return
-    seen.add(id(thing))
-    for key, part in _parts(thing):
-        yield from leaves(part, f"{path}.{key}" if path else str(key), seen)
-
-
-def _parts(thing: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(thing, dict):
-        return list(thing.items())
-    if isinstance(thing, tuple) and hasattr(thing, "_fields"):
-        return list(zip(thing._fields, thing, strict=True))
-    if isinstance(thing, list | tuple | set | frozenset):
-        return list(enumerate(thing))
-    if is_dataclass(thing) and not isinstance(thing, type):
-        return [(f.name, getattr(thing, f.name, None)) for f in fields(thing)]
-    return list(getattr(thing, "__dict__", {}).items())
-
-
-@dataclass(eq=False, slots=True)
-class _Store:
-    """One piece of memory: how often it was changed, and the values that lie in it."""
-
-    reference: StorageWeakRef
-    number: int
-    generation: int = 0
-    values: list[Value] = field(default_factory=list)
-
-
-@dataclass(eq=False, slots=True)
-class _Entry:
-    tensor: weakref.ref[Tensor]
-    value: Value
-    store: _Store | None
-    generation: int
-
-
-class _Recorder:
-    """The state of one recording."""
-
-    def __init__(self, model: nn.Module, fake: Any, unsteady: frozenset[str]) -> None:
-        self.fake, self.unsteady = fake, unsteady
-        self.calls: list[Call] = []
-        self.frames: list[Frame] = []
-        self.entries: dict[int, _Entry] = {}
-        self.stores: dict[int, _Store] = {}
-        self.paths = {id(module): path for path, module in model.named_modules()}
-        self.slots = {id(value.tensor): value for value in slot_values(model)}
-        self.changed_slots: set[int] = set()
-        self.given: dict[int, Tensor] = {}
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self.borrowed: dict[tuple[str, str], str] = {}
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.list: list[Call] = []
         self.frame = self.root = Frame(None, None, None)
-        self.current: Call | None = None
-        self.pending: list[Tensor] = []
-        self.leaks = False
-        self.hidden = 0
-        self.count = 0
-        for value in self.slots.values():
-            assert value.tensor is not None
-            self.enter(value.tensor, value)
+        self.sealed: _Sealed | None = None
+        self.unseen = False
 
     # -- values
 
-    def enter(self, tensor: Tensor, value: Value) -> Value:
-        """Note which value a tensor is from now on."""
-        store = self.store(tensor)
-        generation = 0
-        if store is not None:
-            store.values.append(value)
-            generation, value.memory = store.generation, store.number
-        self.entries[id(tensor)] = _Entry(weakref.ref(tensor), value, store, generation)
-        return value
-
-    def store(self, tensor: Tensor) -> _Store | None:
-        """The memory that a tensor lies in; None where it has none of its own to show (sparse, wrapped)."""
-        try:
-            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        except (RuntimeError, NotImplementedError, AttributeError):
-            return None
-        return self.stores.setdefault(reference.cdata, _Store(reference, len(self.stores) + 1))
-
-    def save(self, tensor: Tensor) -> None:
-        """Keep the numbers of every parameter, buffer and input that lies in a memory about to be changed."""
-        store = self.store(tensor)
-        for value in store.values if store is not None and self.fake is None else ():
-            held = value.tensor if value.slots else self.given.get(id(value))
-            if held is not None and id(held) not in self.saved:
-                self.saved[id(held)] = held, held.detach().clone()
-
-    def restore(self) -> None:
-        """Put back what was saved."""
-        with torch.no_grad():
-            for tensor, content in self.saved.values():
-                put_back(tensor, content)
-
-    def known(self, tensor: Tensor) -> _Entry | None:
-        entry = self.entries.get(id(tensor))
-        return entry if entry is not None and entry.tensor() is tensor else None
-
     def value(self, tensor: Tensor) -> Value:
         """The value that a tensor is now; an opaque call makes it where that was not seen."""
-        entry = self.known(tensor)
-        if entry is not None and (entry.store is None or entry.generation == entry.store.generation):
-            return self._slot_now(entry.value)
-        if entry is not None and entry.store is not None:
-            return self._opaque("Alias", tensor, [entry.value, *entry.store.values])
-        store = self.store(tensor)
-        if store is not None and store.values:
-            return self._opaque("Alias", tensor, store.values)
-        return self._opaque("Outside", tensor, [])
-
-    def _slot_now(self, value: Value) -> Value:
-        if value.constant and value.tensor is not None and id(value.tensor) in self.changed_slots:
-            value.constant = False
-        return value
-
-    def _opaque(self, label: str, tensor: Tensor, reads: Iterable[Value]) -> Value:
-        call = self.begin(label, (), {})
-        call.reads = {id(value): value for value in reads}
-        value = self.new(tensor, call, constant=False, data=label == "Outside" or any(v.data for v in reads))
-        self.calls.append(call)
-        return value
-
-    def new(self, tensor: Tensor, call: Call | None, constant: bool, data: bool) -> Value:
-        """A new value for a tensor, made by a call."""
-        self.count += 1
-        shape = tuple(int(size) for size in tensor.shape)
-        value = Value(
-            shape, tensor.dtype, call, constant=constant, data=data, name=f"v{self.count}", frame=self.frame
-        )
-        if call is not None:
-            call.made.append(value)
-        return self.enter(tensor, value)
-
-    # -- calls
-
-    def begin(self, function: Any, args: Any, kwargs: Any) -> Call:
-        call = Call(0, function, (), {}, self.frame)
-        place = LIKE.get(function) if isinstance(args, tuple) else None
-        if place is not None and len(args) > place and isinstance(args[place], Tensor):
-            like = Like(tuple(args[place].shape), args[place].dtype)
-            args = (*args[:place], like, *args[place + 1 :])
-        call.args, call.kwargs = self.freeze(args, call), self.freeze(kwargs, call)
-        return call
-
-    def freeze(self, thing: Any, call: Call) -> Any:
-        """The same arguments with values in the place of tensors, which are noted as read."""
-        if isinstance(thing, Tensor):
-            value = self.value(thing)
-            self.read(call, value)
+        if (value := self.memory.now(tensor)) is not None:
             return value
-        if isinstance(thing, slice):
-            return slice(*(self.freeze(part, call) for part in (thing.start, thing.stop, thing.step)))
-        if isinstance(thing, list | tuple):
-            return (Listed if isinstance(thing, list) else tuple)(self.freeze(part, call) for part in thing)
-        if isinstance(thing, dict):
-            return {key: self.freeze(part, call) for key, part in thing.items()}
-        if not isinstance(
-            thing, str | int | float | bool | complex | torch.dtype | torch.device | Like | type(None)
-        ):
-            for _, tensor in leaves(thing):
-                self.read(call, self.value(tensor))
-        return thing
+        reads = {id(value): value for value in self.memory.beneath(tensor)}
+        call = Call(len(self.list), "Alias" if reads else "Outside", (), {}, self.frame, reads)
+        self.list.append(call)
+        data = not reads or any(value.data for value in reads.values())
+        call.made.append(self.memory.new(tensor, call, constant=False, data=data))
+        return call.made[0]
+
+    def look(self, thing: Any) -> tuple[Value, ...]:
+        """The values of the tensors in nested things."""
+        with self.looking():
+            return tuple(self.value(tensor) for _, tensor in leaves(thing))
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Ask something of tensors without capturing that."""
+        before, self.unseen = self.unseen, True
+        try:
+            with without_functions():
+                yield
+        finally:
+            self.unseen = before
 
     def read(self, call: Call, value: Value) -> None:
         """Note that a call reads a value; a value that passes through a branching forward is read by that, too."""
@@ -394,121 +121,260 @@ class _Recorder:
         """An opaque call that reads some values and makes none."""
         reads = {id(value): value for value in values if not value.slots}
         if reads:
-            self.calls.append(Call(len(self.calls), label, (), {}, frame, reads))
+            self.list.append(Call(len(self.list), label, (), {}, frame, reads))
 
     def branch(self) -> None:
         """A number has left the tensors: whatever is alive may be read by code that did not run."""
         for frame in self.frame.line():
             frame.branches = True
-        alive = [e.value for e in self.entries.values() if e.tensor() is not None and e.value.data]
-        self.observe("If", alive, self.frame)
+        self.observe("If", [value for _, value in self.memory.alive() if value.data], self.frame)
 
-    def finish(self, call: Call, result: Any) -> None:
-        """Note what a call returned and changed."""
-        call.index = len(self.calls)
-        self.calls.append(call)
-        reads = list(call.reads.values())
-        pure = call.function in PURE and not self.pending
-        call.constant = pure and all(value.constant for value in reads)
+    # -- calls
+
+    def begin(self, function: Any, args: Any, kwargs: Any) -> Call:
+        """A call with values in the place of tensors."""
+        call = Call(0, function, (), {}, self.frame)
+        if reads_shape(function) and args and isinstance(args[0], Tensor):
+            args = (Like(tuple(args[0].shape), args[0].dtype), *args[1:])
+        call.args, call.kwargs = self._freeze(args, call), self._freeze(kwargs, call)
+        return call
+
+    def _freeze(self, thing: Any, call: Call) -> Any:
+        if isinstance(thing, Tensor):
+            value = self.value(thing)
+            self.read(call, value)
+            return value
+        if isinstance(thing, list | tuple):
+            return tuple(self._freeze(part, call) for part in thing)
+        if isinstance(thing, dict):
+            return {key: self._freeze(part, call) for key, part in thing.items()}
+        return thing
+
+    def finish(self, call: Call, result: Any, changed: Sequence[Tensor] = (), told: bool = False) -> None:
+        """Note what a call returned and changed, and whether it gave numbers away."""
+        call.index = len(self.list)
+        self.list.append(call)
+        reads = call.reads.values()
+        call.constant = is_pure(call.function) and all(value.constant for value in reads)
         data = any(value.data for value in reads)
-        changed, self.pending = self.pending, []
-        before = [(tensor, entry.value) for tensor in changed if (entry := self.known(tensor)) is not None]
-        for tensor in changed:
-            self._change(tensor, call, data)
-        for tensor, old in before:
-            if not old.slots:
-                call.changed.append((old, self.new(tensor, call, False, data or old.data)))
-        found = 0
-        for tensor in _returned(result):
-            found += 1
-            entry = self.known(tensor)
-            if entry is not None and (entry.value.slots or entry.value in call.made):
-                if entry.value not in call.made:
-                    call.made.append(entry.value)
-                continue
-            self.new(tensor, call, call.constant, data)
-        if data and (self.leaks or (not found and result is not None)):
+        self._note_changes(call, changed, data)
+        found = list(returned(result))
+        for tensor in found:
+            value = self.memory.noted(tensor)
+            if value is None or not (value.slots or value in call.made):
+                value = self.memory.new(tensor, call, call.constant, data)
+            if value not in call.made:
+                call.made.append(value)
+        if data and (told or (not found and result is not None)):
             self.branch()
-        self.leaks = False
 
-    def _change(self, tensor: Tensor, call: Call, data: bool) -> None:
-        """Everything that lies in this memory has changed, by what the call has read."""
-        store = self.store(tensor)
-        if store is None or not store.values:
-            return
-        store.generation += 1
-        self.count += 1
-        written = Value(
-            tuple(tensor.shape), tensor.dtype, call, data=data, name=f"v{self.count}", frame=self.frame
-        )
-        written.memory = store.number
-        call.written.append(written)
-        for value in store.values:
-            if value.slots and value.tensor is not None:
-                self.changed_slots.add(id(value.tensor))
-        store.values.append(written)
+    def _note_changes(self, call: Call, changed: Sequence[Tensor], data: bool) -> None:
+        before = [(tensor, self.memory.noted(tensor)) for tensor in changed]
+        for tensor in changed:
+            self.memory.change(tensor, call, data)
+        for tensor, old in before:
+            if old is not None and old.slots:
+                self.memory.changed.add(id(tensor))
+            elif old is not None:
+                call.made.append(self.memory.new(tensor, call, False, data or old.data))
+                call.changed.append((old, call.made[-1]))
 
-    # -- module calls
-
-    def run_module(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Call a module, as a frame."""
-        if self.current is not None or self.hidden:
-            return call(module, *args, **kwargs)
-        frame = Frame(module, self.paths.get(id(module)), self.frame, len(self.calls))
-        frame.branches = frame.path in self.unsteady
-        with _unseen(self):
-            frame.given = tuple(self.value(tensor) for _, tensor in leaves((args, kwargs)))
-            frame.start = len(self.calls)
-        before, self.frame = self.frame, frame
+    def seal(
+        self, label: str, run: Callable[[], Any], reads: Iterable[Tensor], changed: Iterable[Tensor] = ()
+    ) -> Any:
+        """Run something as one opaque call that reads these tensors, and whatever its operators read."""
+        call = Call(0, label, (), {}, self.frame)
+        with self.looking():
+            for tensor in reads:
+                self.read(call, self.value(tensor))
+            for tensor in changed:
+                self.memory.save(tensor)
+        sealed = self.sealed = _Sealed(call, list(changed))
         try:
-            if isinstance(module, torch.jit.ScriptModule):
-                result = self._run_whole(call, module, args, kwargs)
-            else:
-                result = call(module, *args, **kwargs)
+            result = run()
+        finally:
+            self.sealed = None
+        with self.looking():
+            self.finish(call, result, sealed.changed, sealed.told)
+        return result
+
+
+class _Modules:
+    """The module calls of one pass."""
+
+    def __init__(self, model: nn.Module, calls: _Calls, unsteady: frozenset[str]) -> None:
+        self.calls, self.unsteady = calls, unsteady
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.frames: list[Frame] = []
+        self.borrowed: dict[tuple[str, str], str] = {}
+
+    def run(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call a module, as a frame."""
+        calls = self.calls
+        if calls.sealed is not None or calls.unseen:
+            return call(module, *args, **kwargs)
+        frame = Frame(module, self.paths.get(id(module)), calls.frame)
+        frame.branches = frame.path in self.unsteady
+        frame.given = calls.look((args, kwargs))
+        frame.start = len(calls.list)
+        calls.frame = frame
+        try:
+            result = self._run(call, module, args, kwargs)
         except BaseException as error:
             vars(error).setdefault("bnfold_frame", frame.path or "")
             raise
         finally:
-            self.frame = before
-        frame.stop = len(self.calls)
-        with _unseen(self):
-            frame.made = tuple(self.value(tensor) for _, tensor in leaves(result))
+            calls.frame = frame.parent or calls.root
+        frame.stop = len(calls.list)
+        frame.made = calls.look(result)
         frame.plain = isinstance(result, Tensor) and len(frame.given) == len(args) + len(kwargs) == 1
         self.frames.append(frame)
         if observed := _observers(module):
-            values = [*frame.given, *(frame.made if observed == "hook" else ())]
-            self.observe("Hook", values, frame)
+            calls.observe("Hook", [*frame.given, *(frame.made if observed == "hook" else ())], frame)
         return result
 
-    def _run_whole(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run compiled code as one opaque call that reads everything it is given and holds."""
-        one = self.begin("ScriptModule", args, kwargs)
-        for tensor in (*module.parameters(), *module.buffers()):
-            if (entry := self.known(tensor)) is not None:
-                one.reads[id(entry.value)] = entry.value
-        self.current, self.hidden = one, self.hidden + 1
-        try:
-            result = call(module, *args, **kwargs)
-        finally:
-            self.current, self.hidden = None, self.hidden - 1
-        self.finish(one, result)
-        return result
+    def _run(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call a module; compiled code as one opaque call that reads everything it is given and holds."""
+        if not isinstance(module, torch.jit.ScriptModule):
+            return call(module, *args, **kwargs)
+        held = (*module.parameters(), *module.buffers())
+        reads = [tensor for _, tensor in leaves((args, kwargs))]
+        reads += [tensor for tensor in held if self.calls.memory.noted(tensor) is not None]
+        return self.calls.seal("ScriptModule", lambda: call(module, *args, **kwargs), reads)
 
     def fetch(self, module: nn.Module, attribute: str) -> None:
         """Note that code of another module fetches a tensor of this one."""
-        path = self.paths.get(id(module))
-        if path is None or all(frame.module is not module for frame in self.frame.line()):
-            self.borrowed.setdefault((path or "", attribute), self.frame.path or "")
+        path, frame = self.paths.get(id(module)), self.calls.frame
+        if path is None or all(each.module is not module for each in frame.line()):
+            self.borrowed.setdefault((path or "", attribute), frame.path or "")
 
 
-def _returned(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, list | tuple):
-        for part in result:
-            yield from _returned(part)
-    elif isinstance(result, dict):
-        yield from _returned(list(result.values()))
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Never: skipping it would import the compiler, which takes seconds."""
+        return False
+
+    def __init__(self, calls: _Calls, surroundings: _Surroundings, fake: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls, self.surroundings, self.fake = calls, surroundings, fake
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        calls, kwargs = self.calls, kwargs or {}
+        if calls.unseen or is_metadata(operator) or operator is torch.ops.aten.detach_.default:
+            return operator(*args, **kwargs)
+        if calls.sealed is not None:
+            return self._run_part(calls.sealed, operator, args, kwargs)
+        if is_composite(operator):
+            if self.surroundings.is_cast(operator, args):
+                return self._run_cast(operator, args, kwargs)
+            if name_of(operator) not in KEPT:
+                with self:
+                    return operator.decompose(*args, **kwargs)
+        if operator is torch.ops.aten.lift_fresh.default and not calls.memory.beneath(args[0]):
+            return self._lift(operator, args[0])
+        return self._run_call(operator, args, kwargs)
+
+    def _run_call(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        call = self.calls.begin(operator, args, kwargs)
+        told = tells(operator, args)
+        result, changed = self._run(operator, args, kwargs)
+        self.calls.finish(call, result, changed, told)
+        return result
+
+    def _run_part(self, sealed: _Sealed, operator: Any, args: Any, kwargs: Any) -> Any:
+        for _, tensor in leaves((args, kwargs)):
+            value = self.calls.memory.noted(tensor)
+            if value is not None and id(value) not in sealed.call.reads:
+                self.calls.read(sealed.call, value)
+        sealed.told |= tells(operator, args)
+        result, changed = self._run(operator, args, kwargs)
+        known = {id(tensor) for tensor in sealed.changed}
+        sealed.changed += [tensor for tensor in changed if id(tensor) not in known]
+        return result
+
+    def _run(self, operator: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """The result and what was changed; without numbers, what is the model's own is changed in a copy."""
+        memory, fake = self.calls.memory, self.fake
+        changed = [tensor for tensor in written(operator, args, kwargs) if memory.store(tensor) is not None]
+        for tensor in changed:
+            memory.save(tensor)
+        if real := {id(tensor) for tensor in changed if fake is not None and not is_fake(tensor)}:
+
+            def swap(tensor: Tensor) -> Any:
+                return fake.from_tensor(tensor) if id(tensor) in real else tensor
+
+            args, kwargs = torch.utils._pytree.tree_map_only(Tensor, swap, (args, kwargs))
+        return operator(*args, **kwargs), changed
+
+    def _run_cast(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        """A cast that autocast makes: what comes out stands for what went in."""
+        value, result = self.calls.value(args[0]), operator(*args, **kwargs)
+        if result is not args[0]:
+            self.calls.memory.enter_alias(result, value)
+        return result
+
+    def _lift(self, operator: Any, tensor: Tensor) -> Any:
+        """A tensor made of Python's numbers: a constant, where the code around has not got them from the inputs."""
+        result = operator(tensor)
+        if not self.calls.frame.branches:
+            self.calls.memory.enter_numbers(result, tensor.clone() if self.fake is None else tensor)
+        return result
+
+
+class _Surroundings(TorchFunctionMode):
+    """Sees what no operator shows."""
+
+    def __init__(self, calls: _Calls, below: BelowAutograd) -> None:
+        super().__init__()
+        self.calls, self.below = calls, below
+        self.autocast = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.autocast = in_autocast()
+        if function in _DIFFERENTIATING or (function in _ASKING and torch.is_grad_enabled()):
+            self._differentiate(function)
+        if function == _SET_GRAD:
+            function(*args, **kwargs)
+            return self.below.settle()
+        if function not in _REACHING or self.calls.sealed is not None or self.calls.unseen:
+            return function(*args, **kwargs)
+        changed = args[:1] if function in _OVERWRITING else ()
+        reads = [tensor for _, tensor in leaves((args, kwargs))]
+        return self.calls.seal(_REACHING[function], lambda: function(*args, **kwargs), reads, changed)
+
+    def _differentiate(self, function: Any) -> None:
+        """Ask for a pass with autograd, unless this is one."""
+        if not self.below.differentiates:
+            raise Differentiates
+        if function == _MAKE_DUAL:
+            self.below.dual = True
+            self.below.settle()
+
+    def is_cast(self, operator: Any, args: Any) -> bool:
+        """Whether autocast makes this cast, which is on around the operator that it wraps, and off inside."""
+        cast = operator is torch.ops.aten.to.dtype and self.autocast and not in_autocast()
+        return cast and args[0].is_floating_point() and args[1].is_floating_point
+
+
+_TORCH: Any = torch
+_TENSOR: Any = Tensor
+
+_SET_GRAD = torch._C._set_grad_enabled
+_MAKE_DUAL = _TORCH._VF._make_dual
+_DIFFERENTIATING = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, _MAKE_DUAL}
+_ASKING = {_TENSOR.requires_grad.__get__, _TENSOR.grad_fn.__get__}
+
+_OVERWRITING = {_TENSOR.data.__set__: "data", Tensor.apply_: "apply_", Tensor.map_: "map_"}
+_READING = (
+    *("numpy", "tolist", "storage", "untyped_storage", "_typed_storage"),
+    *("__array__", "__dlpack__", "__deepcopy__", "__reduce_ex__"),
+)
+_REACHING = {**_OVERWRITING, **{getattr(Tensor, name): name.strip("_") for name in _READING}}
+"""Functions that reach the memory of a tensor by no operator, with a name for the call; some write into it."""
 
 
 def _observers(module: nn.Module) -> str:
@@ -530,214 +396,81 @@ def computes_weight(hook: Any) -> bool:
 _WEIGHT_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
 
 
-def slot_values(model: nn.Module) -> Iterator[Value]:
-    """Every tensor that the model's modules hold, with all the places that hold it."""
-    places: dict[int, tuple[Tensor, list[Slot]]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        for kind, found in (
-            ("parameter", module._parameters),
-            ("buffer", module._buffers),
-            ("attribute", vars(module)),
-        ):
-            for attribute, tensor in list(found.items()):
-                if isinstance(tensor, Tensor):
-                    places.setdefault(id(tensor), (tensor, []))[1].append(Slot(path, attribute, kind))
-    for tensor, slots in places.values():
-        value = Value(
-            tuple(tensor.shape), tensor.dtype, None, tuple(slots), tensor, constant=True, data=False
-        )
-        value.name = slots[0].name
-        yield value
-
-
-class _Functions(TorchFunctionMode):
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        recorder, kwargs = self.recorder, kwargs or {}
-        if recorder.current is not None or recorder.hidden or function in METADATA:
-            return function(*args, **kwargs)
-        if function is Tensor.__iter__:
-            return iter(self.__torch_function__(torch.unbind, types, (args[0], 0)))
-        with _unseen(recorder):
-            call = recorder.begin(function, args, kwargs)
-        recorder.current = call
-        try:
-            result = function(*args, **kwargs)
-        finally:
-            recorder.current = None
-        with _unseen(recorder):
-            recorder.finish(call, result)
-        return result
-
-
-class _Dispatches(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Never: skipping it would import the compiler, which takes seconds."""
-        return False
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.recorder = recorder
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        recorder, kwargs = self.recorder, kwargs or {}
-        if function is torch.ops.prim.device.default or (recorder.hidden and recorder.current is None):
-            return function(*args, **kwargs)
-        outer = recorder.current
-        with _unseen(recorder):
-            call = recorder.begin(function, args, kwargs) if outer is None else outer
-            if outer is not None:
-                self._read_more(outer, args, kwargs)
-            changed = [
-                tensor for tensor in _written(function, args, kwargs) if recorder.store(tensor) is not None
-            ]
-            for tensor in changed:
-                recorder.save(tensor)
-        recorder.leaks |= _tells(function, args)
-        recorder.current = call
-        try:
-            result = self._run(function, args, kwargs, changed)
-        finally:
-            recorder.current = outer
-        recorder.pending += [tensor for tensor in changed if not _among(tensor, recorder.pending)]
-        if outer is None:
-            with _unseen(recorder):
-                recorder.finish(call, result)
-        return result
-
-    def _read_more(self, call: Call, args: Any, kwargs: Any) -> None:
-        if LIKE.get(call.function) == 0:
-            return
-        for _, tensor in leaves((args, kwargs)):
-            entry = self.recorder.known(tensor)
-            if entry is not None and id(entry.value) not in call.reads:
-                self.recorder.read(call, entry.value)
-
-    def _run(self, function: Any, args: Any, kwargs: Any, changed: list[Tensor]) -> Any:
-        """Run one operation; what it changes of the model itself is changed in a copy."""
-        fake = self.recorder.fake
-        real = [tensor for tensor in changed if fake is not None and not _is_fake(tensor)]
-        if not real:
-            return function(*args, **kwargs)
-
-        def swap(one: Tensor) -> Any:
-            return fake.from_tensor(one) if _among(one, real) else one
-
-        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, swap, (args, kwargs))
-        return function(*args, **kwargs)
-
-
-def _tells(function: Any, args: Any) -> bool:
-    """Whether an operation gives away numbers, as a number or in the shape of its result."""
-    if torch.Tag.data_dependent_output in function.tags:
-        return True
-    masks = (tensor for _, tensor in leaves(args[1:]) if tensor.dtype in (torch.bool, torch.uint8))
-    indexing = function.overloadpacket is torch.ops.aten.index
-    return torch.Tag.dynamic_output_shape in function.tags and (not indexing or any(True for _ in masks))
-
-
-def _among(tensor: Any, tensors: Iterable[Tensor]) -> bool:
-    return any(tensor is other for other in tensors)
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    from torch._subclasses import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
-
-
-def _written(function: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments that an operation changes, by its schema."""
-    schema = function._schema
-    if not schema.is_mutable:
-        return
-    for place, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[place] if place < len(args) else kwargs.get(argument.name)
-            yield from _returned(given)
-
-
-@contextmanager
-def _unseen(recorder: _Recorder) -> Iterator[None]:
-    """Look at tensors without recording that."""
-    recorder.hidden += 1
-    try:
-        with torch._C.DisableTorchFunction():
-            yield
-    finally:
-        recorder.hidden -= 1
-
-
-def record(
+def capture(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     fake: bool = False,
     unsteady: frozenset[str] = frozenset(),
     lasting: bool = False,
-) -> Recording:
-    """Run a model once and record it. The model is run as it is: give a copy where that must not be touched.
+    differentiates: bool = False,
+) -> Trace:
+    """Run a model once and capture it. The model is run as it is: give a copy where that must not be touched.
 
     Args:
         args, kwargs: what its forward is given.
         fake: compute shapes alone.
         unsteady: paths of modules whose own code is known to run otherwise at other times; taken for branches.
         lasting: leave what it changes in tensors as it is.
+        differentiates: the model is known to differentiate by itself.
 
     Raises:
+        Differentiates: it does, and that was not known.
         Exception: whatever the model raises, with `bnfold_frame` set to the path of the module in whose code it was.
     """
-    from torch._subclasses import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    mode = make_fake_mode() if fake else None
     if mode is not None:
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-    recorder = _Recorder(model, mode, unsteady)
-    inputs = {}
-    given = dict(leaves((args, kwargs) if kwargs else args))
-    for path, tensor in given.items():
-        path = path if len(given) > 1 else ""
-        value = recorder.known(tensor)
-        inputs[path] = value.value if value is not None else _enter_input(recorder, path, tensor)
+    memory = Memory(model, saves=mode is None)
+    calls = _Calls(memory)
+    modules = _Modules(model, calls, unsteady)
+    inputs = _enter_inputs(calls, args, kwargs)
     with ExitStack() as stack:
         if not lasting:
-            stack.callback(recorder.restore)
-        stack.enter_context(torch.no_grad())
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_followed(recorder))
-        if mode is not None:
-            stack.enter_context(mode)
-        stack.enter_context(_Dispatches(recorder))
-        stack.enter_context(_Functions(recorder))
+            stack.callback(memory.restore)
+        stack.callback(torch.clear_autocast_cache)
+        _enter_modes(stack, calls, modules, mode, differentiates)
         result = model(*args, **kwargs)
-    outputs = {path: recorder.value(tensor) for path, tensor in leaves(result)}
-    _add_survivors(recorder, outputs, set(_computed_weights(model)))
-    return Recording(
-        recorder.calls,
-        recorder.frames,
+    outputs = {path: calls.value(tensor) for path, tensor in leaves(result)}
+    _add_survivors(memory, outputs, set(_computed_weights(model)))
+    return Trace(
+        calls.list,
+        modules.frames,
         inputs,
         outputs,
-        recorder.slots,
-        recorder.changed_slots,
-        recorder.borrowed,
+        memory.slots,
+        memory.changed,
+        modules.borrowed,
         fake,
-        recorder.root.branches,
+        calls.root.branches,
         unsteady,
+        differentiates,
     )
 
 
-def _enter_input(recorder: _Recorder, path: str, tensor: Tensor) -> Value:
-    value = Value(tuple(tensor.shape), tensor.dtype, name=f"input {path}" if path else "input")
-    value.frame = recorder.root
-    recorder.given[id(value)] = tensor
-    return recorder.enter(tensor, value)
+def _enter_inputs(calls: _Calls, args: Any, kwargs: Any) -> dict[str, Value]:
+    """The values that the caller gives, by path."""
+    given = dict(leaves((args, kwargs) if kwargs else args))
+    paths = given if len(given) > 1 else [""]
+    return {
+        path: calls.memory.enter_input(tensor, f"input {path}" if path else "input", calls.root)
+        for path, tensor in zip(paths, given.values(), strict=False)
+    }
+
+
+def _enter_modes(stack: ExitStack, calls: _Calls, modules: _Modules, fake: Any, differentiates: bool) -> None:
+    torch.clear_autocast_cache()
+    stack.enter_context(torch.no_grad())
+    if "torch._dynamo" in sys.modules:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    stack.enter_context(_followed(modules))
+    if fake is not None:
+        stack.enter_context(fake)
+    below = stack.enter_context(BelowAutograd(differentiates))
+    surroundings = _Surroundings(calls, below)
+    stack.enter_context(_Operators(calls, surroundings, fake))
+    below.settle()
+    stack.enter_context(surroundings)
 
 
 def _computed_weights(model: nn.Module) -> Iterator[int]:
@@ -747,26 +480,25 @@ def _computed_weights(model: nn.Module) -> Iterator[int]:
             yield from (id(tensor) for tensor in vars(module).values() if isinstance(tensor, Tensor))
 
 
-def _add_survivors(recorder: _Recorder, outputs: dict[str, Value], ignored: set[int]) -> None:
+def _add_survivors(memory: Memory, outputs: dict[str, Value], ignored: set[int]) -> None:
     """Whatever is still alive when the pass is over may be read: in a cache, in an object that was returned."""
     known = {id(value) for value in outputs.values()}
 
-    def alive() -> list[_Entry]:
-        living = (e for e in recorder.entries.values() if e.value.call is not None and e.tensor() is not None)
-        values = (e for e in living if id(e.tensor()) not in ignored)
-        return [entry for entry in values if id(entry.value) not in known]
+    def alive() -> list[tuple[Tensor, Value]]:
+        made = ((tensor, value) for tensor, value in memory.alive() if value.call is not None)
+        return [pair for pair in made if id(pair[0]) not in ignored and id(pair[1]) not in known]
 
     if alive():
         gc.collect()
-    unheld = _unheld([entry.tensor() for entry in alive()], [e.tensor() for e in recorder.entries.values()])
-    kept = [entry.value for entry in alive() if id(entry.tensor()) not in unheld]
+    unheld = _unheld([tensor for tensor, _ in alive()], [tensor for tensor, _ in memory.alive()])
+    kept = [value for tensor, value in alive() if id(tensor) not in unheld]
     outputs.update({f"kept alive {value.name}": value for value in kept})
 
 
-def _unheld(kept: list[Tensor | None], alive: list[Tensor | None]) -> set[int]:
+def _unheld(kept: list[Tensor], alive: list[Tensor]) -> set[int]:
     """Those of the kept tensors that no Python code holds: they live on as what another tensor is a view of."""
-    viewed = {id(tensor._base) for tensor in alive if tensor is not None}
-    tensors = [tensor for tensor in kept if tensor is not None and id(tensor) in viewed]
+    viewed = {id(tensor._base) for tensor in alive}
+    tensors = [tensor for tensor in kept if id(tensor) in viewed]
     found = gc.get_referrers(*tensors) if tensors else ()
     mine = {id(kept), id(alive), id(tensors)}
     holders = [holder for holder in found if id(holder) not in mine and not isinstance(holder, FrameType)]
@@ -775,17 +507,17 @@ def _unheld(kept: list[Tensor | None], alive: list[Tensor | None]) -> set[int]:
 
 
 @contextmanager
-def _followed(recorder: _Recorder) -> Iterator[None]:
-    """Let every module call, and every fetch of a tensor from a module, pass by the recorder."""
+def _followed(modules: _Modules) -> Iterator[None]:
+    """Let every module call, and every fetch of a tensor from a module, pass by `modules`."""
     call, fetch = nn.Module.__call__, nn.Module.__getattr__
 
     def follow(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return recorder.run_module(call, module, args, kwargs)
+        return modules.run(call, module, args, kwargs)
 
     def look(module: nn.Module, attribute: str) -> Any:
         found = fetch(module, attribute)
         if isinstance(found, Tensor):
-            recorder.fetch(module, attribute)
+            modules.fetch(module, attribute)
         return found
 
     nn.Module.__call__, nn.Module.__getattr__ = follow, look  # type: ignore[method-assign]

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, judge, measure
 from bnfold.errors import NotEquivalent, UnreadableModel
 from bnfold.report import Evidence, Report
-from bnfold.torch.capture import leaves, put_back
 from bnfold.torch.read import Reading, read
 from bnfold.torch.rehearse import find_fault, read_again, refuse_everything, runs_alike
 from bnfold.torch.running import arrange, copied, copy_structure, first_line, is_same, restored, undisturbed
+from bnfold.torch.tensors import leaves, put_back
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
 

@@ -1,8 +1,8 @@
 """Read a module: draw what one forward pass computes as a `Graph`, with a note of where each number is stored.
 
-    record the calls -> draw each by its row -> find the BatchNorms -> settle who shares a parameter with whom -> Graph
+    capture the calls -> lower each to nodes -> find the BatchNorms -> settle who shares a parameter with whom -> Graph
 
-**Sizes.** The pass is recorded again with another batch size. A size that differs between the two becomes a symbol, a
+**Sizes.** The pass is captured again with another batch size. A size that differs between the two becomes a symbol, a
 setting that differs makes its node opaque: nothing is decided that holds for the example's batch size alone.
 
 **BatchNorms** are found by what runs, not by class. A module call whose whole work is one affine map of its input is a
@@ -29,17 +29,7 @@ from torch import Tensor, nn
 from bnfold.algebra import Affine
 from bnfold.errors import UnreadableModel
 from bnfold.graph import Graph, Node, Shape
-from bnfold.torch.capture import (
-    Call,
-    Frame,
-    Recording,
-    Slot,
-    Value,
-    computes_weight,
-    leaves,
-    put_back,
-    record,
-)
+from bnfold.torch.capture import capture, computes_weight
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import Draft, Item, LinearPlace, NormPlace
 from bnfold.torch.modules import TAILS
@@ -54,6 +44,8 @@ from bnfold.torch.running import (
     restored,
     undisturbed,
 )
+from bnfold.torch.tensors import Slot, leaves, put_back
+from bnfold.torch.trace import Call, Frame, Trace, Value
 
 __all__ = ["LinearPlace", "NormPlace", "Reading", "arrange", "copy_structure", "read"]
 
@@ -121,7 +113,7 @@ def read(model: nn.Module, example_inputs: Any) -> Reading:
         twin = model
     touched: list[str] = []
     recording = record_somehow(twin, args, kwargs, touched)
-    if (touched or recording.changed_slots) and (paths := _unsteady(twin, args, kwargs, recording.fake)):
+    if (touched or recording.changed_slots) and (paths := _unsteady(twin, args, kwargs, recording)):
         recording = record_pass(twin, args, kwargs, recording.fake, paths)
     evaluator = Evaluator()
     draft = Draft(recording, evaluator)
@@ -143,16 +135,17 @@ def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple
     return tuple(reader.steps({place.path for place in reading.norms.values()}))
 
 
-def _unsteady(twin: nn.Module, args: Any, kwargs: Any, fake: bool) -> frozenset[str]:
+def _unsteady(twin: nn.Module, args: Any, kwargs: Any, recording: Trace) -> frozenset[str]:
     """The modules whose own code runs otherwise in a second pass, because of what the first one left behind."""
     paths = {id(module): path for path, module in twin.named_modules()}
     given = copied(tensor for _, tensor in leaves((args, kwargs)))
+    known: Any = {"fake": recording.fake, "lasting": True, "differentiates": recording.differentiates}
     try:
         with undisturbed(), restored(twin, whole=True), quiet():
-            first = _events(record(twin, args, kwargs, fake, lasting=True), paths)
+            first = _events(capture(twin, args, kwargs, **known), paths)
             for tensor, content in given:
                 put_back(tensor, content)
-            second = _events(record(twin, args, kwargs, fake, lasting=True), paths)
+            second = _events(capture(twin, args, kwargs, **known), paths)
     except Exception:  # noqa: BLE001 a pass that can be made once only
         return frozenset(paths.values())
     finally:
@@ -162,7 +155,7 @@ def _unsteady(twin: nn.Module, args: Any, kwargs: Any, fake: bool) -> frozenset[
     return frozenset(path for path in first | second if first.get(path) != second.get(path))
 
 
-def _events(recording: Recording, paths: Mapping[int, str]) -> dict[str, list[Any]]:
+def _events(recording: Trace, paths: Mapping[int, str]) -> dict[str, list[Any]]:
     """What the code of each module did itself, in order: what it called, and on what of its own."""
     events: dict[str, list[tuple[float, Any]]] = {}
     makers: dict[int, tuple[str, int, int]] = {}
@@ -186,7 +179,7 @@ def _events(recording: Recording, paths: Mapping[int, str]) -> dict[str, list[An
 _UNSEEN = ("If", "Hook", "Alias", "Outside")
 
 
-def _others(twin: nn.Module, args: Any, kwargs: Any, recording: Recording) -> Iterator[Draft]:
+def _others(twin: nn.Module, args: Any, kwargs: Any, recording: Trace) -> Iterator[Draft]:
     """The same pass with other batch sizes, where it can be made."""
     for other in rebatched(args, kwargs):
         with suppress(Exception):  # a batch size that the model does not take
@@ -817,7 +810,7 @@ _SHARING = frozenset(
 )
 """Operators whose output may lie in the memory of their input, or will, once they are gone."""
 
-_COPYING = frozenset(("add", "radd", "sub", "mul", "rmul", "div", "truediv", "clone"))
+_COPYING = frozenset(("add", "sub", "rsub", "mul", "div", "clone"))
 """What makes a tensor of its own even where it changes nothing, as in `0 + x`."""
 
 
@@ -867,7 +860,7 @@ def _is_bias(item: Item, linear: Item) -> bool:
     """Whether an item adds a stored vector to the product of a matrix."""
     assert linear.linear is not None
     values = [v for v in item.call.reads.values() if v.slots]
-    added = item.op in ("Affine", "Identity") and item.call.label in ("add", "iadd", "radd")
+    added = item.op in ("Affine", "Identity") and item.call.label == "add"
     if not added or len(values) != 1 or len(item.call.args) != 2 or item.call.kwargs:
         return False
     bias, outputs = values[0], linear.linear.outputs
@@ -963,22 +956,8 @@ def _roots(value: Value) -> dict[int, Value]:
     return found
 
 
-_SWAPS = ("transpose", "permute", "swapaxes")
-_TURNS = {"t", "T", "mT", "numpy_T"}
-_PLAIN_STEPS = {
-    "detach",
-    "data",
-    "contiguous",
-    "to",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "cuda",
-    "cpu",
-    "clone",
-}
+_SWAPS = ("transpose", "permute")
+_PLAIN_STEPS = ("detach", "alias", "contiguous", "clone", "_to_copy")
 
 
 def _origin(weight: Value) -> tuple[Value, bool]:
@@ -987,7 +966,7 @@ def _origin(weight: Value) -> tuple[Value, bool]:
     value = weight
     while not value.slots and value.constant and value.call is not None and len(value.call.reads) == 1:
         label, args = value.call.label, value.call.args
-        if value.rank == 2 and (label in _TURNS or (label in _SWAPS and _is_turn(args[1:]))):
+        if value.rank == 2 and (label == "t" or (label in _SWAPS and _is_turn(args[1:]))):
             transposed = not transposed
         elif label not in _PLAIN_STEPS:
             break

@@ -7,7 +7,7 @@ import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.errors import UnreadableModel
-from bnfold.torch.capture import (
-    Recording,
-    leaves,
-    put_back,
-    record,
-    slot_values,
-)
+from bnfold.torch.capture import Differentiates, capture
+from bnfold.torch.tensors import held, leaves, put_back
+from bnfold.torch.trace import Trace
 
 __all__ = [
     "arrange",
@@ -108,7 +104,7 @@ def restored(model: nn.Module, whole: bool = False, touched: list[str] | None = 
     tensors = [
         (tensor, tensor.detach().clone()) for tensor in model.buffers() if not nn.parameter.is_lazy(tensor)
     ]
-    tensors += copied(value.tensor for value in slot_values(model)) if whole else []
+    tensors += copied(tensor for tensor, _ in held(model)) if whole else []
     try:
         yield
     finally:
@@ -171,15 +167,17 @@ def record_pass(
     fake: bool,
     unsteady: frozenset[str] = frozenset(),
     touched: list[str] | None = None,
-) -> Recording:
-    """Record one pass of a model as it is, on real or on fake tensors."""
+) -> Trace:
+    """Record one pass of a model as it is, on real or on fake tensors; another one where it differentiates."""
+    with suppress(Differentiates), undisturbed(), restored(model, touched=touched), quiet():
+        return capture(model, args, kwargs, fake, unsteady)
     with undisturbed(), restored(model, touched=touched), quiet():
-        return record(model, args, kwargs, fake, unsteady)
+        return capture(model, args, kwargs, fake, unsteady, differentiates=True)
 
 
 def record_somehow(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], touched: list[str]
-) -> Recording:
+) -> Trace:
     """Record with real tensors; with shapes alone where there are no numbers, or no memory or kernel for them.
 
     Fake tensors are not the first choice: they take longer, and what a model caches outside of its modules (in an
@@ -202,7 +200,7 @@ def record_somehow(
 
 def record_shapes(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception, touched: list[str]
-) -> Recording:
+) -> Trace:
     """Record what cannot be run here; where that fails as well, the first problem is the one to report."""
     try:
         return record_pass(model, args, kwargs, True, touched=touched)
