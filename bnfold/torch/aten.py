@@ -22,9 +22,12 @@ __all__ = ["is_composite", "is_metadata", "is_pure", "name_of", "reads_shape", "
 
 @cache
 def name_of(function: Any) -> str:
-    """An operator in one word, without the mark of its in-place form; one that is not torch's with its namespace."""
+    """An operator in one word, without the mark of its in-place form; one that is not torch's with its namespace.
+
+    Any other function by its name, and a word as it is.
+    """
     if not isinstance(function, OpOverload):
-        return str(function)
+        return str(getattr(function, "__name__", function))
     name = str(function.overloadpacket.__name__)
     name = name if name.endswith("__") else name.removesuffix("_")
     return name if function.namespace == "aten" else f"{function.namespace}.{name}"

@@ -28,7 +28,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -40,14 +40,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.torch.aten import is_composite, is_metadata, is_pure, name_of, reads_shape, tells, written
-from bnfold.torch.internals import BelowAutograd, in_autocast, is_fake, make_fake_mode, without_functions
+from bnfold.torch.internals import (
+    BelowAutograd,
+    autocast_devices,
+    is_fake,
+    make_fake_mode,
+    with_autocast,
+    without_functions,
+)
 from bnfold.torch.lower import LOWERINGS
 from bnfold.torch.memory import Memory
 from bnfold.torch.modules import TAILS
 from bnfold.torch.tensors import leaves, returned
 from bnfold.torch.trace import Call, Frame, Like, Trace, Value
 
-__all__ = ["Differentiates", "capture", "computes_weight"]
+__all__ = ["KEPT", "Differentiates", "capture", "computes_weight"]
 
 _WHOLE = {"lstm", "gru", "rnn_tanh", "rnn_relu", "layer_norm", "group_norm", "scaled_dot_product_attention"}
 _BY_SIZE = {"einsum", "tensordot"}
@@ -271,7 +278,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.surroundings.is_cast(operator, args):
                 return self._run_cast(operator, args, kwargs)
             if name_of(operator) not in KEPT:
-                with self:
+                with self.surroundings.autocast(operator), self:
                     return operator.decompose(*args, **kwargs)
         if operator is torch.ops.aten.lift_fresh.default and not calls.memory.beneath(args[0]):
             return self._lift(operator, args[0])
@@ -307,7 +314,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return fake.from_tensor(tensor) if id(tensor) in real else tensor
 
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, swap, (args, kwargs))
-        return operator(*args, **kwargs), changed
+        with self.surroundings.autocast(operator):
+            return operator(*args, **kwargs), changed
 
     def _run_cast(self, operator: Any, args: Any, kwargs: Any) -> Any:
         """A cast that autocast makes: what comes out stands for what went in."""
@@ -330,11 +338,13 @@ class _Surroundings(TorchFunctionMode):
     def __init__(self, calls: _Calls, below: BelowAutograd) -> None:
         super().__init__()
         self.calls, self.below = calls, below
-        self.autocast = False
+        self.devices: tuple[str, ...] = ()
+        self.casts = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.autocast = in_autocast()
+        self.devices = autocast_devices()
+        self.casts = bool(self.devices) and name_of(function) not in _CASTS
         if function in _DIFFERENTIATING or (function in _ASKING and torch.is_grad_enabled()):
             self._differentiate(function)
         if function == _SET_GRAD:
@@ -355,9 +365,13 @@ class _Surroundings(TorchFunctionMode):
             self.below.settle()
 
     def is_cast(self, operator: Any, args: Any) -> bool:
-        """Whether autocast makes this cast, which is on around the operator that it wraps, and off inside."""
-        cast = operator is torch.ops.aten.to.dtype and self.autocast and not in_autocast()
+        """Whether this is a cast from float to float that autocast makes, for a function that is none itself."""
+        cast = self.casts and operator is torch.ops.aten.to.dtype
         return cast and args[0].is_floating_point() and args[1].is_floating_point
+
+    def autocast(self, operator: Any) -> AbstractContextManager[None]:
+        """Autocast as it is around the function that is called."""
+        return with_autocast(self.devices, operator.name()) if self.devices else nullcontext()
 
 
 _TORCH: Any = torch
@@ -367,6 +381,9 @@ _SET_GRAD = torch._C._set_grad_enabled
 _MAKE_DUAL = _TORCH._VF._make_dual
 _DIFFERENTIATING = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, _MAKE_DUAL}
 _ASKING = {_TENSOR.requires_grad.__get__, _TENSOR.grad_fn.__get__}
+
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_copy"}
+"""Functions that cast where the model says so."""
 
 _OVERWRITING = {_TENSOR.data.__set__: "data", Tensor.apply_: "apply_", Tensor.map_: "map_"}
 _READING = (

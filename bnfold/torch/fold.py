@@ -27,7 +27,7 @@ from bnfold.torch.tensors import leaves, put_back
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
 
-__all__ = ["fold", "run", "verify"]
+__all__ = ["fold", "plan", "run", "verify"]
 
 
 def fold(

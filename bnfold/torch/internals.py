@@ -6,8 +6,9 @@ Dispatch, for `capture` and `aten`:
   apart, so that `conv2d`, `linear` and `batch_norm` are seen whole;
 - `torch._C.DisableTorchFunction`: no `TorchFunctionMode` sees what we ask of a tensor ourselves;
 - `torch._C._dispatch_has_kernel_for_dispatch_key`, `OpOverload._can_decompose`, `OpOverload.decompose`: whether an
-  operator is composite (`CompositeImplicitAutograd`), and its parts;
-- `torch._C._is_any_autocast_enabled`: off inside the kernels with which autocast wraps an operator, on around them;
+  operator is composite (`CompositeImplicitAutograd`), and its parts; whether autocast wraps it (`AutocastCPU`,
+  `AutocastCUDA`);
+- `torch._C._is_any_autocast_enabled`, which says no inside a dispatch mode;
 - `torch._C._set_grad_enabled` and `torch._VF._make_dual`, as a `TorchFunctionMode` sees them where a model
   differentiates by itself;
 - `torch._ops.OpOverload`, with `_schema`, `tags`, `namespace` and `overloadpacket`;
@@ -29,7 +30,9 @@ Trees: `torch.utils._pytree` (`tree_map_only`, `tree_structure`, `tree_unflatten
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,10 +40,11 @@ from torch import Tensor
 
 __all__ = [
     "BelowAutograd",
+    "autocast_devices",
     "has_composite_kernel",
-    "in_autocast",
     "is_fake",
     "make_fake_mode",
+    "with_autocast",
     "without_functions",
 ]
 
@@ -75,9 +79,32 @@ def has_composite_kernel(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
-def in_autocast() -> bool:
-    """Whether autocast is on; inside the kernel with which it wraps an operator, it is off."""
-    return torch._C._is_any_autocast_enabled()
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def autocast_devices() -> tuple[str, ...]:
+    """The kinds of device on which autocast is on."""
+    if not torch._C._is_any_autocast_enabled():
+        return ()
+    return tuple(device for device in _AUTOCAST if torch.is_autocast_enabled(device))
+
+
+@contextmanager
+def with_autocast(devices: tuple[str, ...], name: str) -> Iterator[None]:
+    """Run an operator inside a dispatch mode as outside of it: with autocast on, unless autocast wraps it already."""
+    devices = tuple(device for device in devices if not _is_wrapped(name, device))
+    for device in devices:
+        torch.set_autocast_enabled(device, True)
+    try:
+        yield
+    finally:
+        for device in devices:
+            torch.set_autocast_enabled(device, False)
+
+
+@cache
+def _is_wrapped(name: str, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, _AUTOCAST[device])
 
 
 def make_fake_mode() -> Any:

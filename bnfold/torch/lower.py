@@ -18,7 +18,7 @@ import torch
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.torch.trace import Call, Value
 
-__all__ = ["LOWERINGS", "Draft", "lower"]
+__all__ = ["LOWERINGS", "Draft", "Lowering", "Opaque", "Statistics", "lower", "lowering"]
 
 
 class Draft(Protocol):

@@ -47,7 +47,7 @@ from bnfold.torch.running import (
 from bnfold.torch.tensors import Slot, leaves, put_back
 from bnfold.torch.trace import Call, Frame, Trace, Value
 
-__all__ = ["LinearPlace", "NormPlace", "Reading", "arrange", "copy_structure", "read"]
+__all__ = ["LinearPlace", "NormPlace", "Reading", "Step", "arrange", "copy_structure", "draw_steps", "read"]
 
 
 @dataclass(frozen=True, eq=False)
