@@ -293,7 +293,7 @@ def test_a_tensor_that_other_code_fetches_from_a_module_is_borrowed():
     assert traced(lambda net, x: net.linear(x)).borrowed == {}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_compiled_code_is_one_call_that_reads_and_changes_what_its_operators_do():
     class Code(nn.Module):
         def __init__(self):
