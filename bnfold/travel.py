@@ -25,7 +25,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import chain, islice
 
 import numpy as np
@@ -659,18 +659,25 @@ class _Wishes:
             return False
         return reader.affine is not None and reader.affine.equals(wish)
 
-    def _need(self, reader: Node, rank: int) -> Affine:
+    def _need(self, reader: Node, rank: int, patience: int = 64) -> Affine:
+        """What a reader needs of a value: that what it selects stays; after so many selectors in a row, all of it."""
         row = TABLE.get(reader.op)
-        known = all(self.driver.shape(value) is not None for value in reader.outputs if value)
-        if row is None or not row.selects or not known:
+        shapes = [self.driver.shape(value) for value in reader.outputs if value]
+        if row is None or not row.selects or None in shapes or not patience:
             return Affine.identity(rank)
-        kept = [
-            Affine.identity(len(self.driver.shape(v) or ())) if v else _anything(rank) for v in reader.outputs
-        ]
+        kept = [self._needed(v, patience - 1) if v else _anything(rank) for v in reader.outputs]
         answer = row.up(reader, self.driver, kept)
         assert not isinstance(answer, Linear | Affine)
         assert answer[0] is not None
         return answer[0]
+
+    def _needed(self, value: str, patience: int) -> Affine:
+        """What the readers of a value that a selector makes need of it: that what they read stays."""
+        rank = len(self.driver.shape(value) or ())
+        needs = [self._need(reader, rank, patience) for reader in self.driver.readers(value)]
+        if self.driver.is_output(value):
+            needs.append(Affine.identity(rank))
+        return reduce(lambda a, b: a.merge(b) or Affine.identity(rank), needs, _anything(rank))
 
 
 def _anything(rank: int) -> Affine:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnfold.report import Report
 from bnfold.torch import fold, run
-from bnfold.torch.recording import leaves
+from bnfold.torch.tensors import leaves
 
 __all__ = ["agree", "check", "has_norm", "randomise"]
 

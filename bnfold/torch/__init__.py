@@ -1,7 +1,9 @@
 """The PyTorch frontend: any `nn.Module`, as it is, folded into a module of the same class.
 
-    recording    one forward pass, call by call              constants   a model's constants again, in float64
-    functions    what is known of torch's functions          rows        how each function is drawn as a node
+    capture      one forward pass, operator by operator      trace       what that gives: calls, values, frames
+    aten         what an operator's schema says of it        memory      which value a tensor is, and where it lies
+    internals    the private parts of torch that are used    tensors     the tensors in nested things
+    lower        how each operator is drawn as a node        constants   a model's constants again, in float64
     read         calls -> Graph, and where numbers are kept  write       the difference of two Graphs -> module
     running      a model run without leaving a trace         draft       calls drawn as nodes, not bound to storage
     rehearse     the folded model's calls, against the plan  fold        read, travel, write, compare

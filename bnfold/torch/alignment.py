@@ -8,6 +8,9 @@ ran) is matched in order with what it did in the other pass, by what was called 
 - a value **parts** where it is not read by the same calls in both passes, or is an output in one of them only;
 - a parameter is **used apart** where a call of the other pass that corresponds to nothing reads it.
 
+A slice that takes all of an axis is an alias, or no call at all, so one that happens in one pass only, along an axis
+whose size differs between the two, is looked through: whoever reads what it takes reads what it is taken of.
+
 Between values that do not part, the two passes compute by the same graph, whatever they do elsewhere: an affine map
 that stays within those, and ends in parameters that are not used apart, moves in both of them or in neither.
 
@@ -16,13 +19,13 @@ Not covered: what no pass that was made has done.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any
 
-from bnfold.torch.recording import Call, Frame, Recording, Value
+from bnfold.torch.trace import Call, Frame, Trace, Value
 
 __all__ = ["Alignment", "Parting"]
 
@@ -41,13 +44,15 @@ class Parting:
 class _Script:
     """What the code of each module call did itself, in order."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Trace, slices: Iterable[Call] = ()) -> None:
         self.recording = recording
         self.described: dict[int, Any] = {}
-        self.calls = [call for call in recording.calls if not call.constant and call.label not in _SILENT]
+        self.origins = {call.made[0].name: _source(call) for call in slices}
+        silent = {id(call) for call in slices}
+        self.calls = [call for call in recording.calls if _computes(call) and id(call) not in silent]
         lines: dict[int, list[tuple[float, Call | Frame]]] = {}
         for at, call in enumerate(recording.calls):
-            if not call.constant and call.label not in _SILENT:
+            if _computes(call) and id(call) not in silent:
                 lines.setdefault(id(call.frame), []).append((at, call))
         for frame in recording.frames:
             lines.setdefault(id(frame.parent), []).append((frame.start - 0.5, frame))
@@ -64,11 +69,22 @@ class _Script:
     @cached_property
     def readers(self) -> dict[str, set[int]]:
         """Who reads each computed value: calls by identity; 0 is the caller of the model."""
-        readers: dict[str, set[int]] = {value.name: {0} for value in self.recording.outputs.values()}
+        outputs = self.recording.outputs.values()
+        readers: dict[str, set[int]] = {self.origin(value).name: {0} for value in outputs}
         for call in self.calls:
-            for value in _computed(call):
+            for value in self.reads(call):
                 readers.setdefault(value.name, set()).add(id(call))
         return readers
+
+    def origin(self, value: Value) -> Value:
+        """What a value is taken of, by slices that are looked through."""
+        while value.name in self.origins:
+            value = self.origins[value.name]
+        return value
+
+    def reads(self, call: Call) -> list[Value]:
+        """The computed values that a call reads."""
+        return [self.origin(value) for value in _computed(call)]
 
     def sign(self, event: Call | Frame) -> Any:
         """What an event is, as far as it can be told apart from others."""
@@ -94,8 +110,10 @@ class Alignment:
         values: the computed values of the other pass, by the name of the value of this one.
     """
 
-    def __init__(self, mine: Recording, theirs: Recording) -> None:
-        self.mine, self.theirs = _Script(mine), _Script(theirs)
+    def __init__(
+        self, mine: Trace, theirs: Trace, slices: tuple[Iterable[Call], Iterable[Call]] = ((), ())
+    ) -> None:
+        self.mine, self.theirs = _Script(mine, slices[0]), _Script(theirs, slices[1])
         self.calls: dict[int, Call] = {}
         self.values: dict[str, Value] = {}
         self.frames: dict[int, Frame] = {}
@@ -104,6 +122,35 @@ class Alignment:
                 self.values[ours.name] = other
         if self.mine.root is not None and self.theirs.root is not None:
             self._match(self.mine.root, self.theirs.root)
+
+    @staticmethod
+    def of(mine: Trace, theirs: Trace) -> Alignment:
+        """Two passes, but for slices that are no calls in one of them."""
+        alignment = Alignment(mine, theirs)
+        slices = tuple(alignment._lone_slices())
+        theirs_too = tuple(alignment._turned()._lone_slices())
+        return Alignment(mine, theirs, (slices, theirs_too)) if slices or theirs_too else alignment
+
+    def _turned(self) -> Alignment:
+        return Alignment(self.theirs.recording, self.mine.recording)
+
+    def _lone_slices(self) -> Iterator[Call]:
+        """The slices of this pass that correspond to none, along axes whose sizes differ."""
+        known = dict(self.values)
+        for call in self.mine.calls:
+            if call.label not in ("slice", "alias") or id(call) in self.calls:
+                continue
+            source, other = _source(call), known.get(_source(call).name)
+            if other is not None and (call.label == "alias" or _differ(call, source, other)):
+                known[call.made[0].name] = other
+                yield call
+
+    def taken(self) -> Iterator[tuple[str, Value]]:
+        """What slices that are looked through take in this pass, with what that is in the other one."""
+        for name in self.mine.origins:
+            value = self.values.get(self.mine.origin(self.mine.origins[name]).name)
+            if value is not None:
+                yield name, value
 
     def _match(self, mine: Frame, theirs: Frame) -> None:
         self.frames |= {id(mine): theirs, id(theirs): mine}
@@ -132,7 +179,7 @@ class Alignment:
             other = self.calls.get(id(call))
             if other is None:
                 continue
-            reads, theirs = list(_computed(call)), list(_computed(other))
+            reads, theirs = self.mine.reads(call), self.theirs.reads(other)
             if [self.values.get(value.name) for value in reads] == theirs:
                 continue
             frame = self._wiring(call)
@@ -144,7 +191,10 @@ class Alignment:
         """The module call whose code hands a call what it reads: the innermost that is given the same in both."""
         for frame in call.frame.line():
             other = self.frames.get(id(frame))
-            if other is not None and [self.values.get(v.name) for v in frame.given] == list(other.given):
+            if other is None:
+                continue
+            given = [self.values.get(self.mine.origin(v).name) for v in frame.given]
+            if given == [self.theirs.origin(v) for v in other.given]:
                 return frame
         return call.frame
 
@@ -179,6 +229,21 @@ class Alignment:
                 for value in call.reads.values():
                     found.update(dict.fromkeys(_stored(value), self._parted(call.frame)))
         return found
+
+
+def _computes(call: Call) -> bool:
+    return not call.constant and call.label not in _SILENT
+
+
+def _differ(call: Call, source: Value, other: Value) -> bool:
+    """Whether a slice is taken along an axis whose size another pass has otherwise."""
+    axis = int(call.args[1]) if len(call.args) > 1 else 0
+    return other.rank == source.rank and other.shape[axis] != source.shape[axis]
+
+
+def _source(call: Call) -> Value:
+    source: Value = call.args[0]
+    return source
 
 
 def _computed(call: Call) -> Iterator[Value]:

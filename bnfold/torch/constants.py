@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bnfold.algebra import Array
-from bnfold.torch.functions import variants
-from bnfold.torch.recording import Call, Like, Listed, Value
+from bnfold.torch.tensors import returned
+from bnfold.torch.trace import Call, Like, Value
 
 __all__ = ["Evaluator", "numbers", "slots_of"]
 
@@ -39,11 +39,6 @@ def numbers(tensor: Tensor) -> Tensor:
         return torch.ones(tensor.shape, dtype=torch.float64 if tensor.is_floating_point() else tensor.dtype)
     tensor = tensor.cpu()
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
-
-
-_CASTS = frozenset(
-    f for name in ("float", "half", "bfloat16", "double", "type", "cuda", "cpu") for f in variants(name)
-)
 
 
 class Evaluator:
@@ -74,9 +69,8 @@ class Evaluator:
     def _run(self, call: Call) -> None:
         args, kwargs = self._thaw(call.args), self._thaw(call.kwargs)
         with torch.no_grad():
-            cast = call.function in _CASTS and args[0].is_floating_point()
-            result = args[0] if cast else call.function(*args, **kwargs)
-        for value, tensor in zip(call.made, _flatten(result), strict=True):
+            result = call.function(*args, **kwargs)
+        for value, tensor in zip(call.made, returned(result), strict=True):
             self.known[id(value)] = tensor
 
     def _thaw(self, thing: Any) -> Any:
@@ -90,17 +84,7 @@ class Evaluator:
         if isinstance(thing, torch.device):
             return torch.device("cpu")
         if isinstance(thing, tuple):
-            return (list if isinstance(thing, Listed) else tuple)(self._thaw(part) for part in thing)
+            return [self._thaw(part) for part in thing]
         if isinstance(thing, dict):
             return {key: self._thaw(part) for key, part in thing.items()}
-        if isinstance(thing, slice):
-            return slice(*(self._thaw(part) for part in (thing.start, thing.stop, thing.step)))
         return thing
-
-
-def _flatten(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    return (
-        [tensor for part in result for tensor in _flatten(part)] if isinstance(result, list | tuple) else []
-    )

@@ -1,4 +1,4 @@
-"""Draw recorded calls, one by one, as items that are not bound to any storage yet."""
+"""Draw captured calls, one by one, as items that are not bound to any storage yet."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ from torch import nn
 
 from bnfold.algebra import Affine, Array, Linear, batchnorm
 from bnfold.torch.constants import Evaluator
-from bnfold.torch.recording import (
-    Call,
-    Recording,
-    Slot,
-    Value,
-)
-from bnfold.torch.rows import draw
+from bnfold.torch.lower import lower
+from bnfold.torch.trace import Call, Slot, Trace, Value
 
 __all__ = ["Draft", "Item", "LinearPlace", "NormPlace"]
 
@@ -46,7 +41,7 @@ class NormPlace:
     Attributes:
         path: its qualified name.
         tail: what follows the affine map: names of its own children, or modules that stand for a function.
-        channels: how many; `axis` is counted from the front, `rank` is that of its input.
+        dtype: of its input.
     """
 
     path: str
@@ -91,17 +86,18 @@ class Item:
 
 
 class Draft:
-    """Takes nodes for one recording."""
+    """Takes nodes for one trace."""
 
-    def __init__(self, recording: Recording, evaluator: Evaluator) -> None:
+    def __init__(self, recording: Trace, evaluator: Evaluator) -> None:
         self.recording, self.evaluator = recording, evaluator
         self.items: list[Item] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.call: Call = recording.calls[0] if recording.calls else None  # type: ignore[assignment]
         self.count = 0
         read = {id(value) for call in recording.calls for value in call.reads.values()}
+        read |= {id(value) for value in recording.outputs.values()}
         for call in recording.calls:
-            if not call.constant and (call.reads or call.made):
+            if not call.constant and (call.reads or any(id(value) in read for value in call.made)):
                 self._draw(call, any(id(value) in read for value in call.written))
         for value in recording.inputs.values():
             self.shapes[value.name] = value.shape
@@ -109,7 +105,7 @@ class Draft:
     def _draw(self, call: Call, aliased: bool) -> None:
         self.call = call
         before = len(self.items)
-        drawn = not aliased and draw(self, call)
+        drawn = not aliased and lower(self, call)
         taken = {name for item in self.items[before:] for name in item.inputs}
         missed = any(not v.constant and not v.slots and v.name not in taken for v in call.reads.values())
         if not drawn or missed:
@@ -123,7 +119,7 @@ class Draft:
         outputs = [v.name for v in (*call.made, *call.written) if not v.slots]
         self.items.append(Item(call.label, inputs, outputs, call))
 
-    # -- what rows call
+    # -- what lowerings call
 
     def node(
         self,

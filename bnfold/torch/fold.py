@@ -24,7 +24,6 @@ from bnfold.report import Evidence, Report
 from bnfold.torch.double import double
 from bnfold.torch.idle import Idle
 from bnfold.torch.read import Reading, read
-from bnfold.torch.recording import leaves, put_back
 from bnfold.torch.rehearse import find_fault, read_again, refuse_everything, runs_alike
 from bnfold.torch.running import (
     arrange,
@@ -35,10 +34,11 @@ from bnfold.torch.running import (
     restored,
     undisturbed,
 )
+from bnfold.torch.tensors import leaves, put_back
 from bnfold.torch.write import check_fit, widen, write
 from bnfold.travel import Journey, Options, travel
 
-__all__ = ["fold", "run", "verify"]
+__all__ = ["fold", "plan", "run", "verify"]
 
 
 @exclusive()

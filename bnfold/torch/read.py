@@ -1,8 +1,8 @@
 """Read a module: draw what one forward pass computes as a `Graph`, with a note of where each number is stored.
 
-    record the calls -> draw each by its row -> find the BatchNorms -> settle who shares a parameter with whom -> Graph
+    capture the calls -> lower each to nodes -> find the BatchNorms -> settle who shares a parameter with whom -> Graph
 
-**Other inputs.** The pass is recorded again with another batch size, at other sizes, with the other value of each flag
+**Other inputs.** The pass is captured again with another batch size, at other sizes, with the other value of each flag
 (`trials`). A size that differs becomes a symbol, a setting that differs makes its node opaque, a value that another
 pass uses in another way has one more reader (`sizes`): nothing is decided that holds for the example alone. A
 BatchNorm that did not run tells of code that no pass has seen (`idle`).
@@ -31,21 +31,11 @@ from bnfold.algebra import Affine
 from bnfold.errors import UnreadableModel
 from bnfold.graph import Graph, Node, Shape
 from bnfold.torch.alignment import Alignment
+from bnfold.torch.capture import capture, computes_weight
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import Draft, Item, LinearPlace, NormPlace
 from bnfold.torch.idle import Idle, find_idle
 from bnfold.torch.modules import TAILS
-from bnfold.torch.recording import (
-    Call,
-    Frame,
-    Recording,
-    Slot,
-    Value,
-    computes_weight,
-    leaves,
-    put_back,
-    record,
-)
 from bnfold.torch.running import (
     arrange,
     copied,
@@ -57,9 +47,11 @@ from bnfold.torch.running import (
     undisturbed,
 )
 from bnfold.torch.sizes import settle
+from bnfold.torch.tensors import Slot, leaves, put_back
+from bnfold.torch.trace import Call, Frame, Trace, Value
 from bnfold.torch.trials import Trials, run_trials, two_or_more
 
-__all__ = ["LinearPlace", "NormPlace", "Reading", "arrange", "copy_structure", "read"]
+__all__ = ["LinearPlace", "NormPlace", "Reading", "Step", "arrange", "copy_structure", "draw_steps", "read"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +122,7 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
         twin = model
     touched: list[str] = []
     recording = record_somehow(twin, args, kwargs, touched)
-    if (touched or recording.changed_slots) and (paths := _unsteady(twin, args, kwargs, recording.fake)):
+    if (touched or recording.changed_slots) and (paths := _unsteady(twin, args, kwargs, recording)):
         recording = record_pass(twin, args, kwargs, recording.fake, paths)
     trials = _try_otherwise(twin, args, kwargs, recording)
     idle = _find_idle(twin, args, kwargs, (recording, *(trial.recording for trial in trials.made)))
@@ -139,13 +131,13 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
         recording = record_pass(twin, args, kwargs, recording.fake, recording.unsteady | causes.keys())
     draft = Draft(recording, Evaluator())
     draft.items += _at_the_doors(recording)
-    aligned = [(trial, Alignment(recording, trial.recording)) for trial in trials.made]
+    aligned = [(trial, Alignment.of(recording, trial.recording)) for trial in trials.made]
     reader = _Reader(twin, draft, settle(draft, aligned, model), causes)
     heads = tuple(each for each in idle if each.head)
     return replace(reader.read(), notes=tuple(dict.fromkeys(trials.notes)), heads=heads)
 
 
-def _at_the_doors(recording: Recording) -> Iterator[Item]:
+def _at_the_doors(recording: Trace) -> Iterator[Item]:
     """Readers of what modules whose code may run otherwise are given and return: it may go another way."""
     for frame in recording.frames:
         if frame.path in recording.unsteady:
@@ -154,20 +146,20 @@ def _at_the_doors(recording: Recording) -> Iterator[Item]:
                     yield Item("If", [value.name], [], Call(-1, "If", (), {}, frame))
 
 
-def _try_otherwise(twin: nn.Module, args: Any, kwargs: Any, recording: Recording) -> Trials:
+def _try_otherwise(twin: nn.Module, args: Any, kwargs: Any, recording: Trace) -> Trials:
     """The passes on other inputs that could be made."""
 
-    def run(args: Any, kwargs: Any, seed: int) -> Recording:
+    def run(args: Any, kwargs: Any, seed: int) -> Trace:
         return record_pass(twin, args, kwargs, recording.fake, recording.unsteady, seed=seed)
 
-    def parts(other: Recording) -> bool:
-        alignment = Alignment(recording, other)
+    def parts(other: Trace) -> bool:
+        alignment = Alignment.of(recording, other)
         return bool(alignment.partings or alignment.apart)
 
     return run_trials(twin, args, kwargs, run, parts, recording.draws)
 
 
-def _find_idle(twin: nn.Module, args: Any, kwargs: Any, recordings: Sequence[Recording]) -> tuple[Idle, ...]:
+def _find_idle(twin: nn.Module, args: Any, kwargs: Any, recordings: Sequence[Trace]) -> tuple[Idle, ...]:
     """The parts with BatchNorms that ran in no pass, and whose tensors none has read."""
     calls = (call for recording in recordings for call in recording.calls)
     read = {slot.module for call in calls for v in call.reads.values() for slot in v.slots}
@@ -194,16 +186,17 @@ def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple
     return tuple(reader.steps({place.path for place in reading.norms.values()}))
 
 
-def _unsteady(twin: nn.Module, args: Any, kwargs: Any, fake: bool) -> frozenset[str]:
+def _unsteady(twin: nn.Module, args: Any, kwargs: Any, recording: Trace) -> frozenset[str]:
     """The modules whose own code runs otherwise in a second pass, because of what the first one left behind."""
     paths = {id(module): path for path, module in twin.named_modules()}
     given = copied(tensor for _, tensor in leaves((args, kwargs)))
+    known: Any = {"fake": recording.fake, "lasting": True, "differentiates": recording.differentiates}
     try:
         with undisturbed(), restored(twin, whole=True), quiet():
-            first = _events(record(twin, args, kwargs, fake, lasting=True), paths)
+            first = _events(capture(twin, args, kwargs, **known), paths)
             for tensor, content in given:
                 put_back(tensor, content)
-            second = _events(record(twin, args, kwargs, fake, lasting=True), paths)
+            second = _events(capture(twin, args, kwargs, **known), paths)
     except Exception:  # noqa: BLE001 a pass that can be made once only
         return frozenset(paths.values())
     finally:
@@ -213,7 +206,7 @@ def _unsteady(twin: nn.Module, args: Any, kwargs: Any, fake: bool) -> frozenset[
     return frozenset(path for path in first | second if first.get(path) != second.get(path))
 
 
-def _events(recording: Recording, paths: Mapping[int, str]) -> dict[str, list[Any]]:
+def _events(recording: Trace, paths: Mapping[int, str]) -> dict[str, list[Any]]:
     """What the code of each module did itself, in order: what it called, and on what of its own."""
     events: dict[str, list[tuple[float, Any]]] = {}
     makers: dict[int, tuple[str, int, int]] = {}
@@ -829,7 +822,7 @@ _SHARING = frozenset(
 )
 """Operators whose output may lie in the memory of their input, or will, once they are gone."""
 
-_COPYING = frozenset(("add", "radd", "sub", "mul", "rmul", "div", "truediv", "clone"))
+_COPYING = frozenset(("add", "sub", "rsub", "mul", "div", "clone"))
 """What makes a tensor of its own even where it changes nothing, as in `0 + x`."""
 
 
@@ -879,7 +872,7 @@ def _is_bias(item: Item, linear: Item) -> bool:
     """Whether an item adds a stored vector to the product of a matrix."""
     assert linear.linear is not None
     values = [v for v in item.call.reads.values() if v.slots]
-    added = item.op in ("Affine", "Identity") and item.call.label in ("add", "iadd", "radd")
+    added = item.op in ("Affine", "Identity") and item.call.label == "add"
     if not added or len(values) != 1 or len(item.call.args) != 2 or item.call.kwargs:
         return False
     bias, outputs = values[0], linear.linear.outputs
@@ -975,22 +968,8 @@ def _roots(value: Value) -> dict[int, Value]:
     return found
 
 
-_SWAPS = ("transpose", "permute", "swapaxes")
-_TURNS = {"t", "T", "mT", "numpy_T"}
-_PLAIN_STEPS = {
-    "detach",
-    "data",
-    "contiguous",
-    "to",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "cuda",
-    "cpu",
-    "clone",
-}
+_SWAPS = ("transpose", "permute")
+_PLAIN_STEPS = ("detach", "alias", "contiguous", "clone", "_to_copy")
 
 
 def _origin(weight: Value) -> tuple[Value, bool]:
@@ -999,7 +978,7 @@ def _origin(weight: Value) -> tuple[Value, bool]:
     value = weight
     while not value.slots and value.constant and value.call is not None and len(value.call.reads) == 1:
         label, args = value.call.label, value.call.args
-        if value.rank == 2 and (label in _TURNS or (label in _SWAPS and _is_turn(args[1:]))):
+        if value.rank == 2 and (label == "t" or (label in _SWAPS and _is_turn(args[1:]))):
             transposed = not transposed
         elif label not in _PLAIN_STEPS:
             break

@@ -8,7 +8,7 @@ import random
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
-from bnfold.torch.recording import (
-    Recording,
-    leaves,
-    put_back,
-    record,
-    slot_values,
-)
+from bnfold.torch.capture import Differentiates, capture
+from bnfold.torch.tensors import held, leaves, put_back
+from bnfold.torch.trace import Trace
 
 __all__ = [
     "arrange",
@@ -167,7 +163,7 @@ def restored(model: nn.Module, whole: bool = False, touched: list[str] | None = 
     tensors = [
         (tensor, tensor.detach().clone()) for tensor in model.buffers() if not nn.parameter.is_lazy(tensor)
     ]
-    tensors += copied(value.tensor for value in slot_values(model)) if whole else []
+    tensors += copied(tensor for tensor, _ in held(model)) if whole else []
     try:
         yield
     finally:
@@ -247,17 +243,26 @@ def record_pass(
     unsteady: frozenset[str] = frozenset(),
     touched: list[str] | None = None,
     seed: int = 0,
-) -> Recording:
-    """Record one pass of a model as it is, on real or on fake tensors, from a random state that a number stands for."""
-    with undisturbed(seed) as draws, restored(model, touched=touched), quiet():
-        recording = record(model, args, kwargs, fake, unsteady)
-        recording.draws = draws.has_drawn()
-        return recording
+) -> Trace:
+    """Record one pass of a model as it is, on real or on fake tensors; another one where it differentiates.
+
+    Its random state is one that a number stands for.
+    """
+
+    def run(differentiates: bool) -> Trace:
+        with undisturbed(seed) as draws, restored(model, touched=touched), quiet():
+            trace = capture(model, args, kwargs, fake, unsteady, differentiates=differentiates)
+            trace.draws = draws.has_drawn()
+            return trace
+
+    with suppress(Differentiates):
+        return run(differentiates=False)
+    return run(differentiates=True)
 
 
 def record_somehow(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], touched: list[str]
-) -> Recording:
+) -> Trace:
     """Record with real tensors; with shapes alone where there are no numbers, or no memory or kernel for them.
 
     Fake tensors are not the first choice: they take longer, and what a model caches outside of its modules (in an
@@ -280,7 +285,7 @@ def record_somehow(
 
 def record_shapes(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception, touched: list[str]
-) -> Recording:
+) -> Trace:
     """Record what cannot be run here; where that fails as well, the first problem is the one to report."""
     try:
         return record_pass(model, args, kwargs, True, touched=touched)

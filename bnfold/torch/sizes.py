@@ -22,7 +22,7 @@ from bnfold.graph import Shape
 from bnfold.torch.alignment import Alignment
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import Draft, Item
-from bnfold.torch.recording import Call, Frame, Value
+from bnfold.torch.trace import Call, Frame, Value
 from bnfold.torch.trials import Trial
 
 __all__ = ["settle"]
@@ -68,6 +68,7 @@ class _Settler:
                 names = zip((*mine.inputs, *mine.outputs), (*their.inputs, *their.outputs), strict=True)
                 found.update({name: other.shapes[twin] for name, twin in names if twin in other.shapes})
                 self._compare_item(mine, their, found)
+        found.update({name: value.shape for name, value in alignment.taken() if name not in found})
 
     def _compare_item(self, mine: Item, theirs: Item, found: dict[str, tuple[int, ...]]) -> None:
         names = [n for n in (*mine.inputs, *mine.outputs) if n in self.draft.shapes and n in found]

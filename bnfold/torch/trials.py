@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from bnfold.torch.recording import Recording
+from bnfold.torch.trace import Trace
 
 __all__ = ["Trial", "Trials", "run_trials", "two_or_more"]
 
-Run = Callable[[Any, Any, int], Recording]
+Run = Callable[[Any, Any, int], Trace]
 """Records one pass on arguments and keyword arguments, from a random state that a number stands for."""
 
 Sizes = Mapping[tuple[int, int], int]
@@ -45,7 +45,7 @@ class Trial:
     """
 
     words: str
-    recording: Recording
+    recording: Trace
     ranked: bool = True
 
 
@@ -58,7 +58,7 @@ class Trials:
 
 
 def run_trials(
-    model: nn.Module, args: Any, kwargs: Any, run: Run, parts: Callable[[Recording], bool], draws: bool
+    model: nn.Module, args: Any, kwargs: Any, run: Run, parts: Callable[[Trace], bool], draws: bool
 ) -> Trials:
     """Make every trial that promises something.
 
@@ -90,7 +90,7 @@ def _twice(leaf: Any) -> Any:
 
 
 class _Desk:
-    def __init__(self, args: Any, kwargs: Any, run: Run, parts: Callable[[Recording], bool]) -> None:
+    def __init__(self, args: Any, kwargs: Any, run: Run, parts: Callable[[Trace], bool]) -> None:
         self.run, self.parts = run, parts
         self.args, self.kwargs = args, kwargs
         self.leaves, self.form = tree_flatten((args, kwargs))

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from bnfold.algebra import Affine, Array, round_to_odd
 from bnfold.graph import Node
+from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace, NormPlace
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail
 from bnfold.torch.read import Reading
-from bnfold.torch.recording import computes_weight, leaves
 from bnfold.torch.running import copy_structure
+from bnfold.torch.tensors import leaves
 from bnfold.travel import Journey
 
 __all__ = ["become", "check_fit", "settle_weight", "widen", "write"]

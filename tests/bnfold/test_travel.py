@@ -140,6 +140,26 @@ def test_readers_that_select_the_rest_of_a_value_do_not_mind(model: Model) -> No
     assert outcomes(journey) == {"bn": "folded"}
 
 
+def test_readers_are_looked_at_through_one_selector_after_another(model: Model) -> None:
+    value, whole = model.conv("x", "conv"), slice(None)
+    first = model.add("Slice", value, shape=(2, 2, 6, 6), slices=(whole, slice(0, 2), whole, whole))
+    rows = model.add("Slice", value, shape=(2, 4, 5, 6), slices=(whole, whole, slice(1, 6), whole))
+    rest = model.add("Gather", rows, shape=(2, 2, 5, 6), axis=1, indices=np.array([2, 3]))
+    affine = Affine.along(1, 4, [2.0, 3.0], [4.0, 5.0])
+    norm = model.add("BatchNormalization", first, name="bn", affine=affine)
+    assert outcomes(model.fold(norm, model.add("Tanh", rest))) == {"bn": "folded"}
+
+
+def test_a_selector_whose_own_output_is_read_whole_needs_all_that_it_selects(model: Model) -> None:
+    value, whole = model.conv("x", "conv"), slice(None)
+    first = model.add("Slice", value, shape=(2, 2, 6, 6), slices=(whole, slice(0, 2), whole, whole))
+    rows = model.add("Slice", value, shape=(2, 4, 5, 6), slices=(whole, whole, slice(1, 6), whole))
+    rest = model.add("Gather", rows, shape=(2, 2, 5, 6), axis=1, indices=np.array([2, 3]))
+    affine = Affine.along(1, 4, [2.0, 3.0], [4.0, 5.0])
+    norm = model.add("BatchNormalization", first, name="bn", affine=affine)
+    assert outcomes(model.fold(norm, rows, model.add("Tanh", rest))) == {"bn": "kept"}
+
+
 def test_a_split_with_an_output_that_has_no_name_is_a_reader_like_any_other(model: Model) -> None:
     value, half = model.conv("x", "conv"), (2, 2, 6, 6)
     split = model.add("Split", value, name="split", shape=half, count=2, axis=1, sizes=(2, 2))

@@ -278,13 +278,36 @@ def chunked(net, x):
     return net.bn(torch.cat((second, first), 2))
 
 
-EQUAL = [resized, resized_before, tokens, cropped, rolled, split_in_halves, pooled_to_a_size, chunked]
+def cropped_to_even(net, x):
+    y = net.conv(x)
+    return net.bn(y[:, :, : y.shape[2] - y.shape[2] % 2, : y.shape[3] - y.shape[3] % 2])
+
+
+EQUAL = [
+    resized,
+    resized_before,
+    tokens,
+    cropped,
+    cropped_to_even,
+    rolled,
+    split_in_halves,
+    pooled_to_a_size,
+    chunked,
+]
 
 
 @pytest.mark.parametrize("forward", EQUAL, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("example", [1, 2])
 def test_code_whose_settings_alone_depend_on_the_size_folds(forward, example):
     check(net(forward), images(example), {"bn": "folded"}, [*BATCHES, *SIZES])
+
+
+def test_channels_that_are_cut_by_the_size_of_the_image_fold_above_the_cut():
+    def forward(net, x):
+        return net.bn(net.conv(x))[:, : x.shape[-1]].mean(1)
+
+    model = net(forward)
+    check(model, images(2), {"bn": "folded"}, [*BATCHES, *SIZES])
 
 
 # ---------------------------------------------------------------- pads and crops of nothing

@@ -1,0 +1,93 @@
+"""What torch's operators are, by their schemas: an operator says itself what it returns, changes and draws by lot.
+
+An operator is one `OpOverload` (`aten.add.Tensor`), which is what a dispatch mode sees, whatever Python spelled:
+`x + y`, `torch.add`, `Tensor.add`, `Tensor.__radd__` and `x.add_(y)`, but for the mark of the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from bnfold.torch.internals import has_composite_kernel
+from bnfold.torch.tensors import leaves, returned
+
+__all__ = ["is_composite", "is_metadata", "is_pure", "name_of", "reads_shape", "tells", "written"]
+
+
+@cache
+def name_of(function: Any) -> str:
+    """An operator in one word, without the mark of its in-place form; one that is not torch's with its namespace.
+
+    Any other function by its name, and a word as it is.
+    """
+    if not isinstance(function, OpOverload):
+        return str(getattr(function, "__name__", function))
+    name = str(function.overloadpacket.__name__)
+    name = name if name.endswith("__") else name.removesuffix("_")
+    return name if function.namespace == "aten" else f"{function.namespace}.{name}"
+
+
+@cache
+def is_composite(operator: OpOverload) -> bool:
+    """Whether an operator is made of others, the same ones on every device."""
+    return operator._can_decompose() and has_composite_kernel(str(operator.name()))  # type: ignore[no-untyped-call]
+
+
+def _makes_tensors(operator: OpOverload) -> bool:
+    return any("Tensor" in str(each.type) for each in operator._schema.returns)
+
+
+@cache
+def is_metadata(operator: OpOverload) -> bool:
+    """Whether it tells of a tensor what is known without its numbers, and makes none: a size, a device, a layout.
+
+    A composite operator is no such thing, whatever it returns: `is_nonzero` has no tag that says what its parts do.
+    """
+    if not operator._schema.returns or _makes_tensors(operator) or is_composite(operator):
+        return False
+    return operator.namespace in ("aten", "prim") and torch.Tag.data_dependent_output not in operator.tags
+
+
+@cache
+def is_pure(operator: Any) -> bool:
+    """Whether all that it does is to make tensors of its arguments: constants go through it."""
+    if not isinstance(operator, OpOverload) or operator.namespace != "aten" or operator._schema.is_mutable:
+        return False
+    drawn = torch.Tag.nondeterministic_seeded in operator.tags
+    unset = name_of(operator).startswith(("empty", "new_empty"))
+    return _makes_tensors(operator) and not drawn and not unset and not _tells_by_shape(operator)
+
+
+def _tells_by_shape(operator: OpOverload) -> bool:
+    """Whether the shape of the result depends on numbers; that of an index only where it is a mask."""
+    dynamic = torch.Tag.dynamic_output_shape in operator.tags
+    return dynamic and operator.overloadpacket is not torch.ops.aten.index
+
+
+def reads_shape(operator: Any) -> bool:
+    """Whether it reads no more of its first argument than the shape and the dtype: `zeros_like`, `new_full`."""
+    name = name_of(operator)
+    return name.endswith("_like") or name.startswith("new_")
+
+
+def tells(operator: OpOverload, args: tuple[Any, ...]) -> bool:
+    """Whether it gives numbers away: as a number, or in the shape of its result."""
+    if torch.Tag.data_dependent_output in operator.tags or _tells_by_shape(operator):
+        return True
+    if operator.overloadpacket is not torch.ops.aten.index:
+        return False
+    return any(tensor.dtype in (torch.bool, torch.uint8) for _, tensor in leaves(args[1:]))
+
+
+def written(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments that it changes."""
+    if operator._schema.is_mutable:
+        for place, argument in enumerate(operator._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                yield from returned(args[place] if place < len(args) else kwargs.get(argument.name))

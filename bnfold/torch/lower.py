@@ -1,0 +1,586 @@
+"""One lowering per ATen operator: how a captured call is drawn as nodes in the vocabulary of `graph`.
+
+A lowering is given the call's arguments by the names of the operator's schema (its first, `self` or `input`, by place),
+with `Value` in the place of each tensor, and a `Draft` that takes nodes. It raises `Opaque` for a form that it does not
+cover; then, and for every operator without a lowering, the call becomes an opaque node, through which nothing travels.
+A composite operator without a lowering (`multiply`, `movedim`, `chunk`) never comes here: `capture` sees its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from bnfold.algebra import Affine, Array, Linear
+from bnfold.torch.trace import Call, Value
+
+__all__ = ["LOWERINGS", "Draft", "Lowering", "Opaque", "Statistics", "lower", "lowering"]
+
+
+class Draft(Protocol):
+    """What a lowering may ask for and do."""
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[Value | str],
+        outputs: Sequence[Value | str],
+        affine: Affine | None = None,
+        partial: str = "",
+        **attributes: Any,
+    ) -> None:
+        """Draw one node."""
+
+    def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None:
+        """Draw a linear operator, with the values that are its weight and bias."""
+
+    def batchnorm(self, x: Value, y: Value, statistics: Statistics, eps: float, reason: str) -> None:
+        """Draw a BatchNorm; `reason` is why it cannot be moved, or empty."""
+
+    def between(self, shape: Sequence[int]) -> str:
+        """Name a value between two nodes of one call."""
+        ...
+
+    def array(self, constant: Any) -> Array | None:
+        """The numbers of a constant; None where it is none, or cannot be computed."""
+
+
+class Opaque(Exception):
+    """A call in a form that its lowering does not cover."""
+
+
+Statistics = dict[str, Value | None]
+"""What a BatchNorm is given, by the names of its arguments."""
+
+Lowering = Callable[..., None]
+
+LOWERINGS: dict[str, Lowering] = {}
+"""By the name of the operator, without the mark of its in-place form."""
+
+
+def lowering(names: str) -> Callable[[Lowering], Lowering]:
+    """Register a lowering for some operators."""
+
+    def register(draw: Lowering) -> Lowering:
+        LOWERINGS.update(dict.fromkeys(names.split(), draw))
+        return draw
+
+    return register
+
+
+def lower(draft: Draft, call: Call) -> bool:
+    """Draw a call by its lowering; False where there is none for it."""
+    found = LOWERINGS.get(call.label)
+    if found is None or not call.made or not all(value.data or not value.constant for value in call.made):
+        return False
+    try:
+        arguments = _bind(call)
+        first = [arguments.pop(name) for name in ("self", "input") if name in arguments]
+        found(draft, call, *first, **arguments)
+    except Opaque:
+        return False
+    return True
+
+
+def _bind(call: Call) -> dict[str, Any]:
+    """The arguments by the names of the schema, with its defaults."""
+    schema = call.function._schema.arguments
+    _need(not any(each.is_out for each in schema))
+    defaults = {each.name: each.default_value for each in schema if each.has_default_value()}
+    found = {name: tuple(thing) if isinstance(thing, list) else thing for name, thing in defaults.items()}
+    found.update(zip((each.name for each in schema), call.args, strict=False))
+    return {**found, **call.kwargs}
+
+
+# ---------------------------------------------------------------- small questions
+
+
+def _need(*facts: Any) -> None:
+    if not all(facts):
+        raise Opaque
+
+
+def _computed(value: Any) -> bool:
+    return isinstance(value, Value) and not value.constant
+
+
+def _floating(*values: Value) -> bool:
+    return all(value.dtype.is_floating_point for value in values)
+
+
+def _axes(axes: Any, rank: int) -> tuple[int, ...]:
+    """Axes as a sorted tuple of numbers that are not negative; None and () are all of them."""
+    return tuple(sorted(a % rank for a in axes)) if axes else tuple(range(rank))
+
+
+def _plain(*things: Any) -> bool:
+    """Whether settings are numbers only."""
+    return all(_plain(*t) if isinstance(t, tuple) else not isinstance(t, Value) for t in things)
+
+
+def _each(setting: Any, count: int) -> tuple[Any, ...]:
+    return tuple(setting) * count if len(setting) == 1 else tuple(setting)
+
+
+# ---------------------------------------------------------------- linear operators
+
+
+@lowering("conv1d conv2d conv3d")
+def _conv(draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None, **settings: Any) -> None:
+    spatial, y = weight.rank - 2, call.made[0]
+    _need(_computed(x), _plain(*settings.values()), _floating(x, y))
+    kernel, axis = weight.shape[2:], x.rank - spatial - 1
+    stride, dilation = _each(settings["stride"], spatial), _each(settings["dilation"], spatial)
+    pads = _paddings(settings["padding"], kernel, dilation)
+    centred = all(
+        s == 1 and a == b == d * (k // 2) and k % 2
+        for s, (a, b), k, d in zip(stride, pads, kernel, dilation, strict=True)
+    )
+    linear = Linear(
+        order="oi",
+        inputs=x.shape[axis],
+        outputs=weight.shape[0],
+        in_axis=axis,
+        out_axis=axis,
+        groups=settings["groups"],
+        centre=tuple(k // 2 for k in kernel) if centred and weight.shape[0] == x.shape[axis] else None,
+        partial="it pads with zeros" if any(map(any, pads)) else "",
+    )
+    draft.linear("Conv", x, y, weight, bias, linear)
+
+
+def _paddings(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """How much a convolution pads, before and after, along each axis."""
+    if padding == "same":
+        whole = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [(n // 2, n - n // 2) for n in whole]
+    return [(p, p) for p in _each((0,) if padding == "valid" else padding, len(kernel))]
+
+
+@lowering("convolution")
+def _convolution(draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None, **rest: Any) -> None:
+    """What autograd makes of both kinds, where a model differentiates by itself."""
+    (_conv_transpose if rest.pop("transposed") else _conv)(draft, call, x, weight, bias, **rest)
+
+
+@lowering("conv_transpose1d conv_transpose2d conv_transpose3d")
+def _conv_transpose(
+    draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None, **rest: Any
+) -> None:
+    y, axis = call.made[0], x.rank - weight.rank + 1
+    _need(_computed(x), _plain(*rest.values()), _floating(x, y))
+    whole = prod(weight.shape[2:]) == 1 and not any(rest["padding"]) and not any(rest["output_padding"])
+    linear = Linear(
+        order="io",
+        inputs=x.shape[axis],
+        outputs=weight.shape[1] * rest["groups"],
+        in_axis=axis,
+        out_axis=axis,
+        groups=rest["groups"],
+        partial="" if whole and set(rest["stride"]) == {1} else "not every output of it sums every tap",
+    )
+    draft.linear("ConvTranspose", x, y, weight, bias, linear)
+
+
+def _product(
+    draft: Draft,
+    call: Call,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    order: str,
+    axis: int,
+    biasless: str = "",
+) -> None:
+    outputs, inputs = weight.shape if order == "oi" else weight.shape[::-1]
+    centre = () if inputs == outputs else None
+    linear = Linear(order, inputs, outputs, axis, axis, centre=centre, biasless=biasless)
+    draft.linear("Gemm" if x.rank == 2 else "MatMul", x, call.made[0], weight, bias, linear)
+
+
+@lowering("linear")
+def _linear(draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None) -> None:
+    _need(_computed(x), weight.rank == 2, _floating(x, call.made[0]))
+    _product(draft, call, x, weight, bias, "oi", x.rank - 1)
+
+
+@lowering("matmul mm")
+def _matmul(draft: Draft, call: Call, left: Value, **rest: Value) -> None:
+    (right,) = rest.values()
+    _need(_floating(left, right))
+    bare = "it is a matrix product without a bias"
+    if _computed(left) and right.rank == 2 and not right.data:
+        return _product(draft, call, left, right, None, "io", left.rank - 1, bare)
+    _need(_computed(right), left.rank == 2, right.rank >= 2, not left.data)
+    return _product(draft, call, right, left, None, "oi", right.rank - 2, bare)
+
+
+@lowering("addmm")
+def _addmm(draft: Draft, call: Call, x: Value, mat1: Value, mat2: Value, beta: Any, alpha: Any) -> None:
+    _need(_computed(mat1), x.constant, x.shape == mat2.shape[1:], beta == alpha == 1)
+    _need(mat2.rank == 2, not mat2.data)
+    _product(draft, call, mat1, mat2, x, "io", 1)
+
+
+@lowering("embedding")
+def _embedding(draft: Draft, call: Call, weight: Value, indices: Value, **rest: Any) -> None:
+    _need(_computed(indices), not weight.data, weight.rank == 2)
+    sealed = "it looks rows up, by whole numbers"
+    rows, width = weight.shape
+    linear = Linear("io", rows, width, 0, indices.rank, sealed=sealed)
+    draft.linear("Embedding", indices, call.made[0], weight, None, linear)
+
+
+# ---------------------------------------------------------------- normalisation
+
+_NUMBERS = ("running_mean", "running_var", "weight", "bias")
+
+
+@lowering(
+    "batch_norm instance_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"
+)
+def _batch_norm(draft: Draft, call: Call, x: Value, eps: float, **rest: Any) -> None:
+    statistics = {name: rest.get(name) for name in _NUMBERS}
+    tracked = statistics["running_mean"] is not None and statistics["running_var"] is not None
+    _need(_computed(x), x.rank >= 2, tracked or call.label != "instance_norm")
+    reason = ""
+    if not tracked:
+        reason = "it keeps no running statistics and normalises by the batch even in eval (track_running_stats=False)"
+    elif rest.get("training") or rest.get("use_input_stats"):
+        reason = "it is in training mode and would normalise by the batch; call model.eval() first"
+    draft.batchnorm(x, call.made[0], statistics, eps, reason)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+@lowering("add sub mul div rsub")
+def _combine(draft: Draft, call: Call, left: Any, other: Any, alpha: Any = 1, **rest: Any) -> None:
+    """`left op alpha right`, where either may be constant."""
+    y, op = call.made[0], call.label.removeprefix("r").capitalize()
+    left, right = (other, left) if call.label == "rsub" else (left, other)
+    _need(_plain(alpha), _floating(y), _floating(*(v for v in (left, right) if _computed(v))))
+    _need(alpha == 1 or call.label != "rsub", not rest.get("rounding_mode"))
+    if _computed(left) and _computed(right):
+        return _combine_computed(draft, op, left, right, alpha, y)
+    x, constant = (left, right) if _computed(left) else (right, left)
+    numbers = draft.array(constant)
+    _need(_computed(x), numbers is not None)
+    scale, shift = _affine_of(op, numbers, x is left, float(alpha))
+    return _affine(draft, call, x, scale, shift)
+
+
+def _combine_computed(draft: Draft, op: str, left: Value, right: Value, alpha: Any, y: Value) -> None:
+    if left is right:
+        _need(op == "Add")
+        return draft.node("Affine", [left], [y], affine=Affine.of(np.full((1,) * y.rank, 1.0 + alpha), 0.0))
+    second: Value | str = right
+    if alpha != 1:
+        second = draft.between(right.shape)
+        scale = np.full((1,) * right.rank, float(alpha))
+        draft.node("Affine", [right], [second], affine=Affine.of(scale, 0.0))
+    return draft.node(op, [left, second], [y])
+
+
+def _affine_of(op: str, numbers: Any, first: bool, alpha: float) -> tuple[Any, Any]:
+    """Scale and shift of `x op alpha c` (where x is first) or `c op alpha x`."""
+    with np.errstate(all="ignore"):
+        if op == "Mul":
+            return numbers, 0.0
+        if op == "Div":
+            _need(first)
+            return 1.0 / numbers, 0.0
+        sign = alpha if op == "Add" else -alpha
+        return (1.0, sign * numbers) if first else (sign, numbers)
+
+
+def _affine(draft: Draft, call: Call, x: Value, scale: Any, shift: Any) -> None:
+    """Draw `scale x + shift`, unless that enlarges the value or is too much to hold."""
+    y, affine = call.made[0], Affine.of(scale, shift)
+    rank = affine.scale.ndim
+    _need(rank <= x.rank, x.shape == y.shape, affine.scale.size <= 1 << 22, affine.is_finite)
+    shape = (1,) * (x.rank - rank) + affine.scale.shape
+    affine = Affine(affine.scale.reshape(shape), affine.shift.reshape(shape)).collapse()
+    if affine.is_identity:
+        return draft.node("Identity", [x], [y])
+    return draft.node("Affine", [x], [y], affine=affine)
+
+
+@lowering("neg")
+def _neg(draft: Draft, call: Call, x: Value) -> None:
+    _need(_computed(x), _floating(x))
+    _affine(draft, call, x, -1.0, 0.0)
+
+
+@lowering("addcmul")
+def _addcmul(draft: Draft, call: Call, x: Any, tensor1: Any, tensor2: Any, value: Any) -> None:
+    factor, other = (tensor1, tensor2) if _computed(tensor1) else (tensor2, tensor1)
+    _need(_computed(factor), not _computed(other), not _computed(x), _floating(factor, call.made[0]))
+    scale, shift = draft.array(other), draft.array(x)
+    _need(scale is not None, shift is not None)
+    _affine(draft, call, factor, scale * value, shift)
+
+
+# ---------------------------------------------------------------- what changes nothing, or only the type
+
+
+@lowering("clone detach alias contiguous")
+def _identity(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
+    _need(_computed(x))
+    draft.node("Identity", [x], call.made[:1])
+
+
+@lowering("_to_copy")
+def _cast(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
+    y = call.made[0]
+    _need(_computed(x), _floating(x, y))
+    if x.dtype == y.dtype:
+        return _identity(draft, call, x)
+    return draft.node("Cast", [x], [y], lossless=y.dtype.itemsize > x.dtype.itemsize)
+
+
+@lowering("dropout feature_dropout alpha_dropout feature_alpha_dropout")
+def _dropout(draft: Draft, call: Call, x: Value, p: float, train: bool) -> None:
+    _need(_computed(x), not train or p == 0)
+    draft.node("Dropout", [x], call.made[:1])
+
+
+# ---------------------------------------------------------------- data movement
+
+
+@lowering("reshape view _unsafe_view flatten squeeze unsqueeze unflatten")
+def _move(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
+    _need(_computed(x), call.made[0].dtype == x.dtype)
+    draft.node("Reshape", [x], call.made[:1])
+
+
+@lowering("permute transpose t")
+def _permute(draft: Draft, call: Call, x: Value, dims: Any = None, dim0: int = 0, dim1: int = 1) -> None:
+    _need(_computed(x))
+    perm = list(range(x.rank))
+    if dims is not None:
+        perm = [d % x.rank for d in dims]
+    elif x.rank > 1:
+        perm[dim0], perm[dim1] = perm[dim1], perm[dim0]
+    draft.node("Transpose", [x], call.made[:1], perm=tuple(perm))
+
+
+@lowering("expand")
+def _expand(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
+    _need(_computed(x))
+    draft.node("Expand", [x], call.made[:1])
+
+
+@lowering("repeat")
+def _repeat(draft: Draft, call: Call, x: Value, repeats: Any) -> None:
+    _need(_computed(x), _plain(repeats))
+    source: Value | str = x
+    if len(repeats) > x.rank:
+        source = draft.between((1,) * (len(repeats) - x.rank) + x.shape)
+        draft.node("Reshape", [x], [source])
+    draft.node("Tile", [source], call.made[:1], repeats=tuple(repeats))
+
+
+@lowering("cat stack")
+def _concat(draft: Draft, call: Call, tensors: Any, dim: int) -> None:
+    stacked, axis = call.label == "stack", dim % call.made[0].rank
+    parts: Any = [t for t in tensors if stacked or t.shape != (0,)]
+    _need(all(map(_computed, parts)), len({t.dtype for t in parts}) == 1)
+    if stacked:
+        raised = [draft.between((*t.shape[:axis], 1, *t.shape[axis:])) for t in parts]
+        for tensor, value in zip(parts, raised, strict=True):
+            draft.node("Unsqueeze", [tensor], [value])
+        parts = raised
+    draft.node("Concat", parts, call.made[:1], axis=axis)
+
+
+@lowering("split split_with_sizes unsafe_split unsafe_split_with_sizes unbind")
+def _split(draft: Draft, call: Call, x: Value, dim: int, **rest: Any) -> None:
+    _need(_computed(x))
+    axis, pieces = dim % x.rank, list[Any](call.made)
+    if call.label == "unbind":
+        shape = tuple(1 if place == axis else size for place, size in enumerate(x.shape))
+        pieces = [draft.between(shape) for _ in call.made]
+        sizes = (1,) * len(pieces)
+    else:
+        sizes = tuple(value.shape[axis] for value in call.made)
+    draft.node("Split", [x], pieces, axis=axis, sizes=sizes)
+    for piece, value in zip(pieces, call.made, strict=True):
+        if piece is not value:
+            draft.node("Squeeze", [piece], [value])
+
+
+@lowering("slice")
+def _slice(draft: Draft, call: Call, x: Value, dim: int, start: Any, end: Any, step: Any) -> None:
+    _need(_computed(x), _plain(start, end, step))
+    _take(draft, call, x, {dim % x.rank: slice(start, end, step)})
+
+
+@lowering("flip")
+def _flip(draft: Draft, call: Call, x: Value, dims: Any) -> None:
+    _need(_computed(x))
+    _take(draft, call, x, dict.fromkeys(_axes(dims, x.rank), slice(None, None, -1)))
+
+
+def _take(draft: Draft, call: Call, x: Value, cuts: dict[int, slice]) -> None:
+    slices = tuple(_settled(cuts.get(a, slice(None)), size) for a, size in enumerate(x.shape))
+    draft.node("Slice", [x], call.made[:1], slices=slices)
+
+
+def _settled(cut: slice, size: int) -> slice:
+    """The same slice with bounds that are not negative; all of an axis is `slice(None)`."""
+    start, stop, step = cut.indices(size)
+    if (start, stop, step) == (0, size, 1):
+        return slice(None)
+    if step < 0:
+        return slice(start if cut.start is not None else None, stop if stop >= 0 else None, step)
+    return slice(start, max(start, stop), step)
+
+
+def _gather(draft: Draft, x: Value, y: Value | str, axis: int, indices: Any) -> None:
+    draft.node("Gather", [x], [y], axis=axis, indices=np.where(indices < 0, indices + x.shape[axis], indices))
+
+
+@lowering("select")
+def _select(draft: Draft, call: Call, x: Value, dim: int, index: Any) -> None:
+    _need(_computed(x), _plain(index))
+    _gather(draft, x, call.made[0], dim % x.rank, np.asarray(index))
+
+
+@lowering("index_select")
+def _index_select(draft: Draft, call: Call, x: Value, dim: int, index: Value) -> None:
+    numbers = None if _computed(index) else draft.array(index)
+    _need(_computed(x), numbers is not None, numbers is not None and numbers.ndim == 1)
+    _gather(draft, x, call.made[0], dim % x.rank, numbers.astype(np.int64))  # type: ignore[union-attr]
+
+
+@lowering("index")
+def _index(draft: Draft, call: Call, x: Value, indices: Any) -> None:
+    """`x[:, indices]`, with nothing else that selects."""
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    _need(len(given) == 1, given[0][1].dtype not in (torch.bool, torch.uint8))
+    _index_select(draft, call, x, *given[0])
+
+
+@lowering("roll")
+def _roll(draft: Draft, call: Call, x: Value, shifts: Any, dims: Any) -> None:
+    _need(_computed(x), dims, _plain(shifts, dims))
+    source: Any = x
+    for place, (shift, dim) in enumerate(zip(shifts, dims, strict=True)):
+        target = call.made[0] if place == len(dims) - 1 else draft.between(x.shape)
+        axis = dim % x.rank
+        draft.node("Gather", [source], [target], axis=axis, indices=np.roll(np.arange(x.shape[axis]), shift))
+        source = target
+
+
+@lowering("pixel_shuffle pixel_unshuffle")
+def _pixels(draft: Draft, call: Call, x: Value, **factor: int) -> None:
+    _need(_computed(x), x.rank == 4)
+    op = "DepthToSpace" if call.label == "pixel_shuffle" else "SpaceToDepth"
+    draft.node(op, [x], call.made[:1], blocksize=next(iter(factor.values())), mode="CRD")
+
+
+@lowering("channel_shuffle native_channel_shuffle")
+def _channel_shuffle(draft: Draft, call: Call, x: Value, groups: int) -> None:
+    _need(_computed(x), x.rank >= 3)
+    _gather(draft, x, call.made[0], 1, np.arange(x.shape[1]).reshape(groups, -1).T.ravel())
+
+
+# ---------------------------------------------------------------- pooling, means, resizing, padding
+
+
+def _spatial(call: Call, x: Value) -> tuple[int, ...]:
+    return tuple(range(x.rank - next(int(c) for c in call.label if c.isdigit()), x.rank))
+
+
+@lowering("avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
+def _average(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
+    _need(_computed(x))
+    partial = "it counts zero padding" if rest.get("count_include_pad") and any(rest["padding"]) else ""
+    partial = "it divides by another number than it sums" if rest.get("divisor_override") else partial
+    draft.node("AveragePool", [x], call.made[:1], axes=_spatial(call, x), keepdims=True, partial=partial)
+
+
+@lowering("max_pool1d max_pool2d max_pool3d")
+def _maximum(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
+    _need(_computed(x))
+    draft.node("MaxPool", [x], call.made[:1], axes=_spatial(call, x), keepdims=True)
+
+
+@lowering(
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices max_pool3d_with_indices"
+)
+def _indexed_maximum(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
+    _need(_computed(x))
+    draft.node("MaxPool", [x], call.made[:1], axes=_spatial(call, x), keepdims=True)
+    draft.node("ArgMax", [x], call.made[1:])
+
+
+_REDUCTIONS = {"mean": "ReduceMean", "sum": "ReduceSum", "amax": "ReduceMax", "max": "ReduceMax"}
+
+
+@lowering(" ".join(_REDUCTIONS))
+def _reduce(draft: Draft, call: Call, x: Value, dim: Any = None, keepdim: Any = False, **rest: Any) -> None:
+    y = call.made[0]
+    _need(
+        _computed(x), _floating(x, y), x.dtype == y.dtype, _plain(dim), call.label != "max" or dim is not None
+    )
+    axes = _axes((dim,) if isinstance(dim, int) else dim, x.rank)
+    draft.node(_REDUCTIONS[call.label], [x], [y], axes=axes, keepdims=bool(keepdim))
+    if len(call.made) > 1:
+        draft.node("ArgMax", [x], call.made[1:])
+
+
+_ACTIVATIONS = {
+    "relu": "Relu",
+    "leaky_relu": "LeakyRelu",
+    "rrelu": "LeakyRelu",
+    "prelu": "PRelu",
+    "_prelu_kernel": "PRelu",
+    "abs": "Abs",
+}
+
+
+@lowering(" ".join(_ACTIVATIONS))
+def _activate(
+    draft: Draft, call: Call, x: Value, weight: Any = None, training: Any = False, **rest: Any
+) -> None:
+    _need(_computed(x), _floating(x), not training, weight is None or not weight.data)
+    draft.node(_ACTIVATIONS[call.label], [x], call.made[:1])
+
+
+@lowering(
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
+    "upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+)
+def _resize(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
+    _need(_computed(x), _floating(x))
+    draft.node("Resize", [x], call.made[:1], axes=tuple(range(2, x.rank)))
+
+
+_CONSTANT_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+"""Modules whose amounts are settings, those of the ZeroPad modules among them."""
+
+
+@lowering("pad constant_pad_nd")
+def _pad(draft: Draft, call: Call, x: Value, pad: Any, mode: str = "constant", value: Any = None) -> None:
+    _need(_computed(x), _plain(pad, value))
+    pairs = {x.rank - 1 - i: pad[2 * i : 2 * i + 2] for i in range(len(pad) // 2)}
+    crop = None
+    if all(amount <= 0 for amount in pad):
+        cuts = {a: slice(-p, x.shape[a] + q) for a, (p, q) in pairs.items() if p or q}
+        if mode != "constant" or isinstance(call.frame.module, _CONSTANT_PADS):
+            return _take(draft, call, x, cuts)
+        crop = pad, tuple(_settled(cuts.get(axis, slice(None)), n) for axis, n in enumerate(x.shape))
+    else:
+        _need(mode != "constant" or not value)
+    axes = tuple(sorted(axis for axis, pair in pairs.items() if any(pair) or crop is not None))
+    name = "pad" if mode == "constant" and value else "Pad"
+    partial = "it pads with zeros" if mode == "constant" else ""
+    return draft.node(name, [x], call.made[:1], axes=axes, partial=partial, crop=crop)

@@ -1,0 +1,92 @@
+"""The tensors in nested things: what a caller gives, what a model returns, what its modules hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Slot", "held", "leaves", "put_back", "returned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place of a module that holds a tensor: `module` is its path, `kind` parameter, buffer or attribute."""
+
+    module: str
+    attribute: str
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """As in a state dict."""
+        return f"{self.module}.{self.attribute}" if self.module else self.attribute
+
+
+def held(model: nn.Module) -> Iterator[tuple[Tensor, tuple[Slot, ...]]]:
+    """Every tensor that the model's modules hold, once, with all the places that hold it.
+
+    Not covered: what compiled modules hold, and what lies in containers.
+    """
+    places: dict[int, tuple[Tensor, list[Slot]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for kind, found in (
+            ("parameter", module._parameters),
+            ("buffer", module._buffers),
+            ("attribute", vars(module)),
+        ):
+            for attribute, tensor in list(found.items()):
+                if isinstance(tensor, Tensor):
+                    places.setdefault(id(tensor), (tensor, []))[1].append(Slot(path, attribute, kind))
+    return ((tensor, tuple(slots)) for tensor, slots in places.values())
+
+
+def put_back(tensor: Tensor, content: Tensor) -> None:
+    """Give a tensor its earlier numbers, or its earlier memory where it lies in another one."""
+    if tensor.shape == content.shape and tensor.dtype == content.dtype:
+        tensor.copy_(content)
+    else:
+        tensor.data = content
+
+
+def leaves(thing: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested tuples, lists, dicts, dataclasses and objects, with a path to each."""
+    seen = set() if seen is None else seen
+    if isinstance(thing, Tensor):
+        yield path, thing
+        return
+    if (
+        thing is None
+        or isinstance(thing, str | bytes | int | float | complex | type | nn.Module)
+        or id(thing) in seen
+    ):
+        return
+    seen.add(id(thing))
+    for key, part in _parts(thing):
+        yield from leaves(part, f"{path}.{key}" if path else str(key), seen)
+
+
+def _parts(thing: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(thing, dict):
+        return list(thing.items())
+    if isinstance(thing, tuple) and hasattr(thing, "_fields"):
+        return list(zip(thing._fields, thing, strict=True))
+    if isinstance(thing, list | tuple | set | frozenset):
+        return list(enumerate(thing))
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return [(f.name, getattr(thing, f.name, None)) for f in fields(thing)]
+    return list(getattr(thing, "__dict__", {}).items())
+
+
+def returned(result: Any) -> Iterator[Tensor]:
+    """The tensors that an operator returns or is given, in order: itself, or those of a list."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, list | tuple):
+        for part in result:
+            yield from returned(part)
