@@ -8,15 +8,17 @@ argument that no other layer has. Classes and arguments outside the table are ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bnfold.errors import InputError
 
-__all__ = ["LAYERS", "build_layer", "describe_layer", "is_integer", "is_sizes"]
+__all__ = ["LAYERS", "build_layer", "describe_layer", "is_integer", "is_sizes", "without_storage"]
 
 Check = Callable[[Any], bool]
 _LARGEST_SIZE = 2**31
@@ -141,6 +143,29 @@ LAYERS: dict[str, list[str]] = {
 }
 
 
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Let layers be built that hold shapes alone: on the meta device, and not initialised.
+
+    Drawing random numbers for tensors without numbers makes torch import its compiler, which takes longer than
+    training the lecture's net does.
+    """
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves tensors as they are where `torch.nn.init` would fill them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return given["tensor"] if "tensor" in given else args[0]
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **given)
+
+
 def describe_layer(name: str, layer: nn.Module) -> dict[str, Any]:
     """Return name, torch.nn class and arguments of a layer as plain values.
 
@@ -172,7 +197,7 @@ def build_layer(entry: Any) -> tuple[str, nn.Module]:
     _check_arguments(label, LAYERS[kind], arguments)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
-        with torch.device("meta"):
+        with without_storage():
             return name, getattr(nn, kind)(**given)
     except Exception as error:  # sizes that do not go together or overflow
         raise InputError(f"{label} cannot be built: {str(error).splitlines()[0]:.200}") from error
