@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import math
 import platform
-import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfold import __version__
+from bnfold.archive import load_plain, name_stranger
 from bnfold.errors import InputError, replacing
 from bnfold.layers import build_layer, describe_layer, is_integer, is_sizes
 
@@ -158,17 +158,18 @@ def load(path: str | Path) -> Checkpoint:
     """
     _refuse_strangers(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the restricted unpickler fails in as many ways as a file can be damaged
-        raise InputError(
-            f"{path} is damaged or holds more than tensors and plain values; save it again"
-        ) from error
-    try:
-        return _unpack(payload)
+        return _unpack(_read(path))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _read(path: str | Path) -> Any:
+    try:
+        return load_plain(Path(path))
+    except InputError:
+        raise
+    except Exception as error:  # the restricted unpickler fails in as many ways as a file can be damaged
+        raise InputError("it is damaged or holds more than tensors and plain values; save it again") from error
 
 
 def identify(path: str | Path) -> Kind:
@@ -389,6 +390,7 @@ def _identify_archive(archive: zipfile.ZipFile) -> Kind:
 def _refuse_strangers(path: str | Path) -> None:
     kind = identify(path)
     if kind != "checkpoint":
+        name_stranger(Path(path))
         raise InputError(f"{path} {_STRANGERS[kind]}")
 
 

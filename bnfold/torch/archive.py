@@ -73,6 +73,8 @@ def load_program(path: Path) -> ExportedProgram:
 
 def _first_line(error: Exception) -> str:
     """The one line of an error that says most: torch ends its own with the traceback of the cause."""
+    if isinstance(error, KeyError):
+        return f"nothing in it is called {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -70,7 +70,9 @@ def fold_program_file(source: str | Path, target: str | Path | None, **options: 
     return report
 
 
-_WITHOUT_EXAMPLES = "the file has no example inputs that are tensors and plain values; random ones of the recorded shapes were used"
+_WITHOUT_EXAMPLES = (
+    "the file has no example inputs of tensors and plain values; random ones of the recorded shapes were used"
+)
 
 
 def fold_program(program: ExportedProgram, **options: Any) -> tuple[ExportedProgram, Report]:

@@ -11,9 +11,7 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -190,7 +188,6 @@ def expression(program, marker):
 def operator(target):
     def place(program, marker):
         def edit(content):
-            content["verifiers"] = []
             call = {
                 "name": "path",
                 "arg": {"as_string": str(marker)},
@@ -214,7 +211,8 @@ def operator(target):
 
 def operator_argument(program, marker):
     return edited(
-        program, lambda c: nodes(c)[0]["inputs"].append({"name": "f", "arg": {"as_operator": "torch.os.mkdir"}})
+        program,
+        lambda c: nodes(c)[0]["inputs"].append({"name": "f", "arg": {"as_operator": "torch.os.mkdir"}}),
     )
 
 
@@ -289,9 +287,9 @@ def test_an_exported_program_runs_nothing(program, tmp_path, marker, place, caps
 LIVE = [
     "sample inputs", "a pickled weight", "a pickled constant", "an opaque object", "weights of an older form",
     "constants of an older form", "2.7: state dict", "2.7: constants", "2.7: example inputs", "a guard",
-    "an expression of a size", "an operator by name", "the name of an input", "the factory of a defaultdict",
-    "an enum among the keys",
+    "an expression of a size", "the factory of a defaultdict", "an enum among the keys",
 ]  # fmt: skip
+"""Where torch 2.13 runs what it finds; the other places are refused here because nothing but luck keeps them shut."""
 
 
 @pytest.mark.parametrize("place", LIVE)
@@ -302,3 +300,137 @@ def test_the_same_program_is_live_in_the_loader_of_torch(program, tmp_path, mark
         torch.export.load(path).module()(IMAGES, scale=torch.ones(1))
     sys.modules.pop("chosen", None)
     assert marker.exists()
+
+
+def test_what_a_program_needs_is_read(program, tmp_path):
+    path = write(tmp_path / "net.pt2", program)
+    ours, theirs = load_program(path), torch.export.load(path)
+    assert torch.equal(
+        ours.module()(IMAGES, scale=torch.ones(1)), theirs.module()(IMAGES, scale=torch.ones(1))
+    )
+    assert torch.equal(ours.example_inputs[0][0], IMAGES)
+    assert ours.range_constraints == theirs.range_constraints
+    assert ours.state_dict.keys() == theirs.state_dict.keys()
+
+
+def test_the_form_of_torch_2_7_is_read(program, tmp_path):
+    members = older("version")(program, tmp_path)
+    with zipfile.ZipFile(write(tmp_path / "now.pt2", program)):
+        now = load_program(tmp_path / "now.pt2")
+    members["serialized_state_dict.pt"] = saved(dict(now.state_dict))
+    members["serialized_constants.pt"] = saved(dict(now.constants))
+    members["version"] = b"8.5"
+    then = load_program(write(tmp_path / "then.pt2", members))
+    assert torch.equal(then.module()(IMAGES, scale=torch.ones(1)), now.module()(IMAGES, scale=torch.ones(1)))
+
+
+def test_example_inputs_that_are_objects_are_made_up_and_the_report_says_so(program, tmp_path, marker):
+    path = write(tmp_path / "net.pt2", PLACES["sample inputs"](program, marker))
+    report = fold_program_file(path, None)
+    assert report.verified
+    assert any("no example inputs" in note for note in report.notes)
+    assert not marker.exists()
+
+
+def test_a_compiled_library_is_refused(program, tmp_path):
+    path = write(tmp_path / "net.pt2", {**program, "net/data/aotinductor/model/net.so": b"\x7fELF"})
+    with pytest.raises(InputError, match="a compiled library, which is never run"):
+        load_program(path)
+
+
+# ---------------------------------------------------------------- weights and checkpoints
+
+
+def weights(marker):
+    return {"state_dict": {"conv.weight": torch.ones(2)}, "callbacks": Payload(marker)}
+
+
+def in_old_form(value):
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".tar"])
+@pytest.mark.parametrize("form", [saved, in_old_form, pickle.dumps])
+def test_weights_run_nothing(tmp_path, marker, form, suffix, capsys):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(form(weights(marker)))
+    assert main([str(path), "--model", FACTORY, "--input", "1x3x16x16", "--dry-run"]) == 2
+    assert main([str(path), "--dry-run"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("form", [saved, in_old_form])
+def test_the_same_weights_are_live_when_they_are_unpickled(marker, form):
+    torch.load(io.BytesIO(form(weights(marker))), weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("place", ["record", "versions", "folded", "state", "architecture", "input"])
+def test_a_checkpoint_runs_nothing(tmp_path, marker, place, capsys):
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, checkpoint.Checkpoint(nn.Sequential(nn.Linear(2, 2)), checkpoint.InputDomain((2,))))
+    payload = torch.load(path, weights_only=True)
+    payload[place] = {"evil": Payload(marker)}
+    torch.save(payload, path)
+    assert main([str(path), "--dry-run"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+# ---------------------------------------------------------------- everything else that is read
+
+
+def test_arrays_run_nothing(tmp_path, marker, capsys):
+    import onnx
+    from onnx import parser
+
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[2, 2] x) => (float[2, 2] y)
+        <float[2, 2] w = {1, 2, 3, 4}, float[2] one = {1, 1}>
+        { h = MatMul (x, w)  y = BatchNormalization (h, one, one, one, one) }"""
+    onnx.save(parser.parse_model(text), tmp_path / "m.onnx")
+    np.savez(tmp_path / "in.npz", x=np.array([Payload(marker)], dtype=object))
+    assert main([str(tmp_path / "m.onnx"), "--inputs", str(tmp_path / "in.npz"), "--dry-run"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not marker.exists()
+    np.load(tmp_path / "in.npz", allow_pickle=True)["x"]
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".pt2", ".pt", ".weights"])
+def test_a_pickle_under_any_other_name_runs_nothing(tmp_path, marker, suffix, capsys):
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(pickle.dumps(Payload(marker)))
+    assert main([str(path), "--dry-run"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main([str(path), "--model", FACTORY, "--input", "1x3x16x16", "--dry-run"]) == 2
+    assert not marker.exists()
+    pickle.loads(path.read_bytes())
+    assert marker.exists()
+
+
+def test_names_are_text(tmp_path, marker):
+    path = tmp_path / "names.txt"
+    path.write_bytes(pickle.dumps([Payload(marker)] * 9))
+    with pytest.raises(InputError):
+        read_names(path)
+    assert not marker.exists()
+
+
+def test_no_reader_of_the_project_unpickles_without_restriction():
+    root = Path(__file__).parents[2]
+    for package in ("bnfold", "data", "export", "train"):
+        for path in (root / package).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            for call in (
+                "weights_only=False",
+                "allow_pickle=True",
+                "pickle.load",
+                "export.load(",
+                "eval(compile",
+            ):
+                assert call not in text, f"{path} holds {call}"
