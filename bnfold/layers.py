@@ -8,8 +8,7 @@ argument that no other layer has. Classes and arguments outside the table are ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnfold.errors import InputError
 
-__all__ = ["LAYERS", "build_layer", "describe_layer", "is_integer", "is_sizes", "without_storage"]
+__all__ = ["LAYERS", "build_layer", "describe_layer", "is_integer", "is_sizes"]
 
 Check = Callable[[Any], bool]
 _LARGEST_SIZE = 2**31
@@ -143,27 +142,26 @@ LAYERS: dict[str, list[str]] = {
 }
 
 
-@contextmanager
-def without_storage() -> Iterator[None]:
-    """Let layers be built that hold shapes alone: on the meta device, and not initialised.
+class _WithoutStorage(TorchFunctionMode):
+    """While it lasts, layers are built without memory of their own, and not initialised: shapes and dtypes alone.
 
-    Drawing random numbers for tensors without numbers makes torch import its compiler, which takes longer than
-    training the lecture's net does.
+    Every tensor is one number that is repeated. torch's meta device would do as well, but imports a compiler.
     """
-    with torch.device("meta"), _Uninitialised():
-        yield
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Leaves tensors as they are where `torch.nn.init` would fill them."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            sizes = args[0] if isinstance(args[0], tuple | list) else args
+            return torch.empty((), dtype=given.get("dtype")).expand(*sizes)
         if getattr(func, "__module__", None) == nn.init.__name__:
             return given["tensor"] if "tensor" in given else args[0]
-        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **given)
+        return args[0] if func in _LEFT_OUT else func(*args, **given)
+
+
+_LEFT_OUT = (torch.empty_like, Tensor.copy_, Tensor.fill_, Tensor.zero_, Tensor.normal_, Tensor.uniform_)
+"""What would allocate or fill a tensor like another one."""
 
 
 def describe_layer(name: str, layer: nn.Module) -> dict[str, Any]:
@@ -183,7 +181,7 @@ def describe_layer(name: str, layer: nn.Module) -> dict[str, Any]:
 
 
 def build_layer(entry: Any) -> tuple[str, nn.Module]:
-    """Return the name and the layer, on the meta device, that a description of plain values stands for.
+    """Return the name and the layer, without memory for its tensors, that a description of plain values stands for.
 
     Raises:
         InputError: the description is none that `describe_layer` gives, or torch cannot build the layer.
@@ -197,7 +195,7 @@ def build_layer(entry: Any) -> tuple[str, nn.Module]:
     _check_arguments(label, LAYERS[kind], arguments)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
-        with without_storage():
+        with _WithoutStorage():
             return name, getattr(nn, kind)(**given)
     except Exception as error:  # sizes that do not go together or overflow
         raise InputError(f"{label} cannot be built: {str(error).splitlines()[0]:.200}") from error
