@@ -26,7 +26,6 @@ from torch.export import Dim, ExportedProgram
 from bnfold.archive import name_stranger
 from bnfold.errors import InputError, UnreadableModel, replacing
 from bnfold.report import Report
-from bnfold.torch.archive import load_program
 from bnfold.torch.fold import fold
 
 __all__ = ["fold_program", "fold_program_file"]
@@ -58,6 +57,8 @@ def fold_program_file(source: str | Path, target: str | Path | None, **options: 
     if not source.is_file():
         raise InputError(f"{source}: no such file")
     name_stranger(source)
+    from bnfold.torch.archive import load_program  # imports torch's compiler, which only this file needs
+
     program = load_program(source)
     folded, report = fold_program(program, **options)
     if target is not None:

@@ -14,6 +14,7 @@ from bnfold.layers import LAYERS
 from bnfold.shapes import Misfit, shape_after, takes_integers
 
 SIZES = (1, 2, 3, 4, 6)
+DRAWS = 100
 
 
 def draw_layer(kind: str, draw: random.Random) -> nn.Module:
@@ -92,7 +93,7 @@ def is_not_covered(kind: str, shape: tuple[int, ...]) -> bool:
 @pytest.mark.parametrize("kind", sorted(LAYERS))
 def test_the_formula_gives_what_torch_gives_and_refuses_what_torch_refuses(kind: str) -> None:
     draw, fitted = random.Random(kind), 0
-    for _ in range(200):
+    for _ in range(DRAWS):
         try:
             layer = draw_layer(kind, draw)
         except ValueError:
@@ -103,7 +104,7 @@ def test_the_formula_gives_what_torch_gives_and_refuses_what_torch_refuses(kind:
         made = run(layer, shape, kind == "Embedding")
         assert formula(layer, shape) == made, (layer, shape)
         fitted += made is not None
-    assert fitted >= 10
+    assert fitted >= 5
 
 
 @pytest.mark.parametrize("kind", ["Embedding", "Identity", "Flatten", "ZeroPad2d", "ReLU", "Dropout"])
@@ -114,18 +115,20 @@ def test_what_is_said_to_take_integers_does(kind: str) -> None:
     assert run(layer, (2, 4, 4, 4), whole=True) is not None
 
 
-def test_saving_and_loading_imports_no_compiler(tmp_path) -> None:
+def test_saving_loading_and_folding_a_checkpoint_imports_no_compiler(tmp_path) -> None:
     code = f"""
 import sys, torch
 from torch import nn
 from bnfold import checkpoint
+from bnfold.fold import main
 before = set(sys.modules)
 layers = [nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh()]
 layers += [nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 3)]
 given = checkpoint.Checkpoint(nn.Sequential(*layers), checkpoint.InputDomain((3,), "int64", 0, 5))
 checkpoint.save({str(tmp_path / "c.pt")!r}, given)
-checkpoint.load({str(tmp_path / "c.pt")!r})
-print(*(set(sys.modules) - before) & {{"torch._dynamo", "torch._decomp", "torch._meta_registrations", "sympy"}})
+main([{str(tmp_path / "c.pt")!r}, "--dry-run"])
+print("new:", *(set(sys.modules) - before) & {{"torch._dynamo", "torch._decomp", "torch._meta_registrations", "sympy"}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    assert "nothing written" in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["new:"]

@@ -434,3 +434,39 @@ def test_no_reader_of_the_project_unpickles_without_restriction():
                 "eval(compile",
             ):
                 assert call not in text, f"{path} holds {call}"
+
+
+@pytest.mark.parametrize("cut", ["half", "weights", "json", "listing"])
+def test_a_damaged_program_is_one_line_and_no_log(program, tmp_path, cut, capfd):
+    path, whole = tmp_path / "net.pt2", program["net/models/model.json"]
+    members = {
+        "half": program,
+        "weights": {name: content for name, content in program.items() if "weight_0" not in name},
+        "json": {**program, "net/models/model.json": whole.replace(b"as_tensor", b"as_tensors", 3)},
+        "listing": {**program, WEIGHTS: b'{"config": {"conv.weight": 3}}'},
+    }[cut]
+    write(path, members)
+    if cut == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main([str(path), "--dry-run"]) == 2
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_a_tensor_may_not_claim_more_than_its_bytes(program, tmp_path):
+    def edit(content):
+        meta = content["config"]["conv.weight"]["tensor_meta"]
+        meta["sizes"], meta["strides"] = [{"as_int": 1 << 20}] * 4, [{"as_int": 0}] * 4
+
+    with pytest.raises(InputError, match="claims"):
+        load_program(write(tmp_path / "net.pt2", edited(program, edit, WEIGHTS)))
+
+
+@pytest.mark.parametrize(
+    "size", ["Pow(Integer(9), Integer(9**9))", "9**9**9", "Symbol('s7777777')", "s77.__class__"]
+)
+def test_a_size_may_not_cost_what_its_text_does_not_show(program, tmp_path, size):
+    text = program["net/models/model.json"].decode()
+    old = json.dumps("Symbol('s77', positive=True, integer=True)")
+    content = text.replace(old, json.dumps(size)).encode()
+    with pytest.raises(InputError, match="size"):
+        load_program(write(tmp_path / "net.pt2", {**program, "net/models/model.json": content}))
