@@ -18,10 +18,10 @@ An integer input has an alphabet, `low` to `high` (exclusive), so that all its i
 inputs have None for both. The same checkpoint always gives the same bytes: no time, path or host is kept.
 
 `load` needs no code but torch's. A layer is built only if its class and every argument stand in the table of
-`bnfold.layers`; it is built on the meta device, where a size costs no memory, checked with one forward pass that
-computes shapes alone, and then given the tensors of the file, which must fit. Archives with compressed members are
-refused, since a few bytes of them may unpack to any number. So an odd file ends in an `InputError` of one line and
-never in code or memory of its choosing.
+`bnfold.layers`; it is built without memory for its tensors, must fit the layer before it (`bnfold.shapes`), and is
+then given the tensors of the file, which must fit it. Archives with compressed members are refused, since a few bytes
+of them may unpack to any number. So an odd file ends in an `InputError` of one line and never in code or memory of its
+choosing.
 
 Not covered: nested and branching models, layers that are not in the table, tied weights (saved once for each name),
 hooks (not saved), optimiser state.
@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import math
 import platform
-import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -42,10 +41,11 @@ import torch
 from torch import Tensor, nn
 
 from bnfold import __version__
+from bnfold.archive import load_plain, name_stranger
 from bnfold.errors import InputError
-from bnfold.exclusive import exclusive
 from bnfold.layers import build_layer, describe_layer, is_integer, is_sizes
 from bnfold.output import replacing
+from bnfold.shapes import Misfit, Shape, shape_after, takes_integers
 
 __all__ = [
     "FORMAT",
@@ -160,17 +160,20 @@ def load(path: str | Path) -> Checkpoint:
     """
     _refuse_strangers(path)
     try:
-        with exclusive(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the restricted unpickler fails in as many ways as a file can be damaged
-        raise InputError(
-            f"{path} is damaged or holds more than tensors and plain values; save it again"
-        ) from error
-    try:
-        return _unpack(payload)
+        return _unpack(_read(path))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _read(path: str | Path) -> Any:
+    try:
+        return load_plain(Path(path))
+    except InputError:
+        raise
+    except Exception as error:  # the restricted unpickler fails in as many ways as a file can be damaged
+        raise InputError(
+            "it is damaged or holds more than tensors and plain values; save it again"
+        ) from error
 
 
 def identify(path: str | Path) -> Kind:
@@ -313,22 +316,29 @@ def _check_vocabulary(characters: list[Any], domain: InputDomain) -> tuple[str, 
 
 
 def _build(architecture: list[Any], domain: InputDomain) -> nn.Sequential:
-    """Return the layers without storage, after one pass that computes shapes alone."""
+    """Return the layers without storage, in the order in which each fits the one before."""
     model = nn.Sequential()
     for entry in architecture:
         _add_layer(model, *build_layer(entry))
-    dtype = torch.get_default_dtype() if domain.low is None else _DTYPES[domain.dtype]
-    value = torch.empty((2, *domain.shape), dtype=dtype, device="meta")
+    shape, whole = (2, *domain.shape), domain.low is not None
     for name, layer in model.eval().named_children():
         if isinstance(layer, nn.Embedding):
             _check_rows(name, layer.num_embeddings, domain)
-        try:
-            value = layer(value)
-        except Exception as error:  # whatever torch says of shapes that do not fit
-            raise InputError(
-                f"layer `{name}` does not fit its input of shape {list(value.shape)[1:]}"
-            ) from error
+        shape = _pass(name, layer, shape, whole)
+        whole = whole and not isinstance(layer, nn.Embedding)
     return model
+
+
+def _pass(name: str, layer: nn.Module, shape: Shape, whole: bool) -> Shape:
+    """The shape after a layer; `whole` says whether the numbers before it are integers."""
+    fits = takes_integers(layer) if whole else not isinstance(layer, nn.Embedding)
+    try:
+        if fits:
+            return shape_after(layer, shape)
+    except Misfit:
+        pass
+    kind = "integers" if whole else "numbers"
+    raise InputError(f"layer `{name}` does not fit its input of shape {list(shape)[1:]} ({kind})")
 
 
 def _check_rows(name: str, rows: int, domain: InputDomain) -> None:
@@ -391,6 +401,7 @@ def _identify_archive(archive: zipfile.ZipFile) -> Kind:
 def _refuse_strangers(path: str | Path) -> None:
     kind = identify(path)
     if kind != "checkpoint":
+        name_stranger(Path(path))
         raise InputError(f"{path} {_STRANGERS[kind]}")
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bnfold.errors import InputError
 
@@ -141,6 +142,28 @@ LAYERS: dict[str, list[str]] = {
 }
 
 
+class _WithoutStorage(TorchFunctionMode):
+    """While it lasts, layers are built without memory of their own, and not initialised: shapes and dtypes alone.
+
+    Every tensor is one number that is repeated. torch's meta device would do as well, but imports a compiler.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            sizes = args[0] if isinstance(args[0], tuple | list) else args
+            return torch.empty((), dtype=given.get("dtype")).expand(*sizes)
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return given["tensor"] if "tensor" in given else args[0]
+        return args[0] if func in _LEFT_OUT else func(*args, **given)
+
+
+_LEFT_OUT = (torch.empty_like, Tensor.copy_, Tensor.fill_, Tensor.zero_, Tensor.normal_, Tensor.uniform_)
+"""What would allocate or fill a tensor like another one."""
+
+
 def describe_layer(name: str, layer: nn.Module) -> dict[str, Any]:
     """Return name, torch.nn class and arguments of a layer as plain values.
 
@@ -158,7 +181,7 @@ def describe_layer(name: str, layer: nn.Module) -> dict[str, Any]:
 
 
 def build_layer(entry: Any) -> tuple[str, nn.Module]:
-    """Return the name and the layer, on the meta device, that a description of plain values stands for.
+    """Return the name and the layer, without memory for its tensors, that a description of plain values stands for.
 
     Raises:
         InputError: the description is none that `describe_layer` gives, or torch cannot build the layer.
@@ -172,7 +195,7 @@ def build_layer(entry: Any) -> tuple[str, nn.Module]:
     _check_arguments(label, LAYERS[kind], arguments)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
-        with torch.device("meta"):
+        with _WithoutStorage():
             return name, getattr(nn, kind)(**given)
     except Exception as error:  # sizes that do not go together or overflow
         raise InputError(f"{label} cannot be built: {str(error).splitlines()[0]:.200}") from error

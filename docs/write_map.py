@@ -32,6 +32,7 @@ ROOT_FILES = {
     ".ci/run": "what continuous integration runs",
     "CHANGELOG.md": "what users notice",
     "CONTRIBUTING.md": "four commands",
+    "SECURITY.md": "what reads what, why nothing of a file is executed, and within which limits",
     "tests/conftest.py": "what every test may use; the rest of `tests/` mirrors the packages",
 }
 

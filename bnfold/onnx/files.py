@@ -25,6 +25,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
+from bnfold.archive import name_stranger
 from bnfold.errors import InputError
 from bnfold.onnx.accept import accept
 from bnfold.onnx.constants import check_external, map_bytes, width
@@ -50,6 +51,7 @@ def load_file(path: Path) -> onnx.ModelProto:
         raise InputError(f"{path} is a folder; name a file")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    name_stranger(path)
     try:
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
     except Exception as error:

@@ -3,10 +3,11 @@
     fold_checkpoint_file("weights.pt", "out.pt", model="package.module:factory", shapes=["1x3x224x224"])
 
 The file holds a state dict, a dict with one under `state_dict`, `model` or `model_state_dict`, or is a `.safetensors`
-file; it is read with `weights_only=True` and nothing in it chooses what is imported. The output has the form of the
-input: the same other entries, the same `module.` prefix (that of a model trained in parallel). It belongs to the
-*folded* module, which `load_folded` makes of what the factory builds. With `-o out.pt2` the folded module is written as
-an exported program instead, which needs no factory any more.
+file; it is read within the limits of `bnfold.archive`, and nothing in it chooses what is imported. The output has the
+form of the input: the same other entries, and the same prefix that a wrapper gave every name (`module.` of a model
+trained in parallel, `_orig_mod.` of a compiled one, `model.` of a Lightning module). It belongs to the *folded* module,
+which `load_folded` makes of what the factory builds. With `-o out.pt2` the folded module is written as an exported
+program instead, which needs no factory any more.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfold.archive import load_plain, name_stranger
 from bnfold.errors import InputError
 from bnfold.output import replacing
 from bnfold.report import Report
@@ -37,6 +39,15 @@ MOST_NUMBERS = 2**28
 """An example input has so many numbers at most: 1 GiB of float32, and each is held several times."""
 
 _KEYS = ("state_dict", "model_state_dict", "model")
+
+_WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes that only a wrapper gives."""
+
+_OWNERS = (*_WRAPPERS, "model.", "net.", "network.", "backbone.")
+"""Prefixes that an owner of the model gives, or that are the model's own."""
+
+_COUNTERS = ("total_ops", "total_params")
+"""Buffers that a profiler (thop) leaves in every module."""
 
 
 def fold_checkpoint_file(
@@ -68,13 +79,14 @@ def fold_checkpoint_file(
         raise InputError("name the shape of each input of the model, as in --input 1x3x224x224")
     inputs = make_inputs(shapes)
     module = load_factory(model)
-    container, state, prefix = load_state(source)
+    container, state, prefix = load_state(source, module.state_dict())
     _fill(module, state, source)
     folded, report = fold(module.eval(), inputs, **options)
     if target is not None:
         _save(folded, inputs, Path(target), container, prefix)
     note = "these are weights of the folded module; bnfold.torch.load_folded(model, inputs, state) loads them"
-    return replace(report, notes=(*report.notes, note)) if Path(target or "").suffix != ".pt2" else report
+    notes = [*_describe_choice(container), *([note] if Path(target or "").suffix != ".pt2" else [])]
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tensor]) -> nn.Module:
@@ -193,33 +205,76 @@ def _read_shape(text: str) -> tuple[list[int], torch.dtype]:
     return shape, dtype
 
 
-def load_state(path: str | Path) -> tuple[Any, dict[str, Tensor], str]:
+def load_state(path: str | Path, names: Collection[str] | None = None) -> tuple[Any, dict[str, Tensor], str]:
     """The state dict in a file: what was read, the tensors by name, and the prefix that every name had.
+
+    Args:
+        path: the file.
+        names: those that the model has. They tell a prefix from a part of the model, and a profiler's counters from
+            its buffers; without them, what only a wrapper gives is taken off.
 
     Raises:
         InputError: it cannot be read, or holds no state dict.
     """
     container = _read(Path(path))
-    state = container
-    for key in _KEYS:
-        if isinstance(container, dict) and isinstance(container.get(key), dict):
-            state = container[key]
-            break
-    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+    key = _find_key(container)
+    state = container if key is None else container[key]
+    if not _is_state(state):
         raise InputError(f"{path} holds no state dict: it should be one, or have one under `state_dict`")
-    prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    if names is not None:
+        state = {name: t for name, t in state.items() if name in names or not name.endswith(_COUNTERS)}
+    prefix = _find_prefix(state, names)
     return container, {name.removeprefix(prefix): tensor for name, tensor in state.items()}, prefix
+
+
+def _is_state(value: Any) -> bool:
+    """Whether a value is a dict of tensors by name, and not empty."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
+
+
+def _find_key(container: Any) -> str | None:
+    """Where in a container the state dict lies that is folded; None where it is the container itself."""
+    given = container if isinstance(container, dict) else {}
+    return next((key for key in _KEYS if isinstance(given.get(key), dict)), None)
+
+
+def _find_prefix(state: Mapping[str, Tensor], names: Collection[str] | None) -> str:
+    """What wrappers and owners put before every name: as much as it takes to find one of the model's names."""
+    prefix, known = "", _WRAPPERS if names is None else _OWNERS
+    while not (names and any(name.removeprefix(prefix) in names for name in state)):
+        more = next((one for one in known if all(name.startswith(prefix + one) for name in state)), None)
+        if more is None:
+            break
+        prefix += more
+    return prefix
+
+
+def _describe_choice(container: Any) -> list[str]:
+    """One note where a file holds more than one state dict; none where there was nothing to choose."""
+    taken = _find_key(container)
+    others = (
+        [] if taken is None else [key for key, one in container.items() if key != taken and _is_state(one)]
+    )
+    if not others:
+        return []
+    named = ", ".join(f"`{key}`" for key in others)
+    return [f"the weights under `{taken}` were folded; those under {named} are left as they are"]
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    name_stranger(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path)
     except ImportError as error:
         raise InputError(f"{path}: reading it needs the package safetensors") from error
     except Exception as error:
@@ -248,5 +303,5 @@ def _save(folded: nn.Module, inputs: tuple[Tensor, ...], target: Path, container
 
             save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, temporary)
             return
-        key = next((key for key in _KEYS if isinstance(container.get(key), dict)), None)
+        key = _find_key(container)
         torch.save(state if key is None else {**container, key: state}, temporary)

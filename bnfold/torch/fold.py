@@ -187,6 +187,11 @@ def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
 class _Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches whether a model that should compute in float64 computes in less."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Never: skipping it would import the compiler, which takes seconds."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = False

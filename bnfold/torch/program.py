@@ -15,6 +15,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from bnfold.archive import name_stranger
 from bnfold.errors import InputError, UnreadableModel
 from bnfold.exclusive import exclusive
 from bnfold.output import replacing
@@ -56,18 +58,24 @@ def fold_program_file(source: str | Path, target: str | Path | None, **options: 
     source = Path(source)
     if not source.is_file():
         raise InputError(f"{source}: no such file")
-    try:
-        program = torch.export.load(source)
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{source} cannot be read as an exported program: {first}") from error
+    name_stranger(source)
+    from bnfold.torch.archive import load_program  # imports torch's compiler, which only this file needs
+
+    program = load_program(source)
     folded, report = fold_program(program, **options)
     if target is not None:
         with replacing(target) as temporary:
             torch.export.save(folded, temporary.with_suffix(".pt2"))
             if temporary.suffix != ".pt2":
                 temporary.with_suffix(".pt2").rename(temporary)
+    if program.example_inputs is None:
+        report = replace(report, notes=(*report.notes, _WITHOUT_EXAMPLES))
     return report
+
+
+_WITHOUT_EXAMPLES = (
+    "the file has no example inputs of tensors and plain values; random ones of the recorded shapes were used"
+)
 
 
 def fold_program(program: ExportedProgram, **options: Any) -> tuple[ExportedProgram, Report]:

@@ -331,7 +331,7 @@ class TestMalformedFiles:
             ("record", [], "no readable `record`"),
             ("record", {"deep": {1: 2}}, "`record` holds a dict"),
             ("record", {"deep": torch.ones(1)}, "`record` holds a Tensor"),
-            ("record", {"deep": CYCLE}, "`record` holds more than"),
+            ("record", {"deep": CYCLE}, "nested more than"),
             ("record", {"deep": WIDE}, "`record` holds more than"),
             ("folded", "yes", "no readable `folded`"),
         ],

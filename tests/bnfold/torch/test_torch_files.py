@@ -28,7 +28,9 @@ def model():
 
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod.", "model._orig_mod."]
+)
 def test_a_state_dict_is_folded_in_the_form_that_it_has(model, tmp_path, key, prefix):
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "in.pt")
@@ -37,11 +39,56 @@ def test_a_state_dict_is_folded_in_the_form_that_it_has(model, tmp_path, key, pr
     )
     assert report.verified
     assert report.count("folded") == len(report.verdicts) == 12
-    container, after, found = load_state(tmp_path / "out.pt")
+    container, after, found = load_state(tmp_path / "out.pt", model.state_dict())
     assert found == prefix
     assert key is None or container["epoch"] == 3
     twin = load_folded(ResNet().eval(), IMAGES, after)
     torch.testing.assert_close(twin(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+class Owner(torch.nn.Module):
+    """A model whose own part is called `model`."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def test_a_part_of_the_model_is_no_prefix(tmp_path):
+    model = randomise(Owner())
+    torch.save(model.state_dict(), tmp_path / "in.pt")
+    _, state, prefix = load_state(tmp_path / "in.pt", model.state_dict())
+    assert (set(state), prefix) == (set(model.state_dict()), "")
+    torch.save({f"model.{n}": t for n, t in model.state_dict().items()}, tmp_path / "in.pt")
+    _, state, prefix = load_state(tmp_path / "in.pt", model.state_dict())
+    assert (set(state), prefix) == (set(model.state_dict()), "model.")
+
+
+def test_counters_of_a_profiler_are_no_weights(model, tmp_path):
+    state = model.state_dict()
+    counters = {f"{name}total_ops": torch.zeros(1) for name in ("", "layer1.", "conv1.")}
+    torch.save({**state, **counters, "total_params": torch.zeros(1)}, tmp_path / "in.pt")
+    report = fold_checkpoint_file(tmp_path / "in.pt", None, model=FACTORY, shapes=["1x3x16x16"])
+    assert report.count("folded") == 12
+
+
+def test_which_of_several_state_dicts_was_taken_is_said(model, tmp_path):
+    state = model.state_dict()
+    torch.save({"model": state, "model_ema": state, "optimizer": {"state": {}}}, tmp_path / "in.pt")
+    report = fold_checkpoint_file(tmp_path / "in.pt", tmp_path / "o.pt", model=FACTORY, shapes=["1x3x16x16"])
+    said = "the weights under `model` were folded; those under `model_ema` are left as they are"
+    assert said in report.notes
+    after = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert len(after["model"]) < len(after["model_ema"]) == len(state)
+
+
+def test_a_dict_whose_keys_are_no_names_is_no_state_dict(tmp_path):
+    torch.save({0: torch.ones(1)}, tmp_path / "in.pt")
+    with pytest.raises(InputError, match="holds no state dict"):
+        load_state(tmp_path / "in.pt")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
