@@ -147,7 +147,7 @@ def text(data: bytes, random: Random) -> bytes:
 
 def _deep(random: Random) -> Any:
     value: Any = []
-    for _ in range(random.choice((10, 90, 300))):
+    for _ in range(random.choice((10, 60, 150))):
         value = [value]
     return value
 

@@ -27,7 +27,6 @@ import sys
 import tempfile
 import traceback
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +39,8 @@ import onnxruntime  # noqa: F401 imported once, before the processes that read a
 import torch
 from torch import nn
 
-import bnfold.onnx
-import bnfold.torch
 from bnfold import checkpoint
 from bnfold.command import Parser
-from bnfold.fold import main as _  # noqa: F401 the package gives `bnfold.fold` the function's name
 from tests.fuzz import mutants
 from tests.fuzz.mutants import Mutator, archive, blind
 
@@ -52,7 +48,14 @@ MEMORY = 2 << 30
 PATIENCE = 100
 
 PROCESSES = multiprocessing.get_context("forkserver")
-LAZY = ("torch._dynamo", "torch._inductor.codecache", "torch.onnx", "onnx.reference.ops", "rich.table", "data.__main__")
+LAZY = (
+    "torch._dynamo",
+    "torch._inductor.codecache",
+    "torch.onnx",
+    "onnx.reference.ops",
+    "rich.table",
+    "data.__main__",
+)
 PROCESSES.set_forkserver_preload(["tests.fuzz.readers", *LAZY])
 
 
@@ -86,7 +89,10 @@ def _payload() -> dict[str, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))
     saved = checkpoint.Checkpoint(
-        model.eval(), checkpoint.InputDomain((2,), "int64", 0, 5), tuple(".abcd"), {"seed": 1, "losses": [2.5]}
+        model.eval(),
+        checkpoint.InputDomain((2,), "int64", 0, 5),
+        tuple(".abcd"),
+        {"seed": 1, "losses": [2.5]},
     )
     return checkpoint._pack(saved)
 
@@ -112,7 +118,10 @@ g (float[N, 2, 5, 5] x, bool yes) => (float[N, 3, H, W] y, float[N, 3] z) {
     two = Constant <value = int64[2] {2, 3}> ()
     c = Conv <kernel_shape = [3, 3], pads = [0, 0, 1, 1]> (x, w, o)
     b = BatchNormalization <epsilon = 0.01> (c, s, o, o, s)
-    r = If (yes) <then_branch = t () => (float[N, 3, H, W] p) { p = Relu(b) }, else_branch = e () => (float[N, 3, H, W] q) { q = Abs(b) }>
+    r = If (yes) <
+        then_branch = t () => (float[N, 3, H, W] p) { p = Relu(b) },
+        else_branch = e () => (float[N, 3, H, W] q) { q = Abs(b) }
+    >
     y = local.twice (r)
     m = ReduceMean <axes = [2, 3], keepdims = 0> (b)
     g = Gemm <transB = 1> (m, k, o)
@@ -213,7 +222,9 @@ def _entries(data: bytes, random: Random) -> bytes:
     for _ in range(random.choice((1, 1, 2))):
         tensor = random.choice(model.graph.initializer)
         entry = random.choice(tensor.external_data)
-        odd = random.choice((*mutants.WORDS, *mutants.NUMBERS, -1, "1e3", "in.onnx", "/etc/passwd", "in.data/x", "."))
+        odd = random.choice(
+            (*mutants.WORDS, *mutants.NUMBERS, -1, "1e3", "in.onnx", "/etc/passwd", "in.data/x", ".")
+        )
         setattr(entry, random.choice(("key", "value", "value")), str(odd).encode("utf-8", "replace").decode())
         if random.random() < 0.2:
             tensor.data_type = random.randrange(24)
@@ -244,6 +255,7 @@ class Target:
 
 FOLD = "bnfold.fold"
 MODEL = ("--model", "tests.fuzz.readers:net", "--input", "2x2x5x5")
+
 
 def _one(name: str, make: Callable[[], bytes], *mutators: Mutator) -> Any:
     return functools.cache(lambda: {name: make()}), tuple((name, mutator) for mutator in mutators)
@@ -291,13 +303,13 @@ def damage(target: str, seed: int, sound: Mapping[str, bytes] | None = None) -> 
 # ---------------------------------------------------------------- reading in a process of its own
 
 
-def survive(target: str, seeds: range, folder: Path) -> list[str]:
-    """Have every damaged file read, and return what was found, with its seed."""
-    folder.mkdir(parents=True, exist_ok=True)
+def survive(target: str, seeds: range, folder: Path, command: tuple[str, ...] = ()) -> list[str]:
+    """Have every damaged file read, by another command if one is given, and return what was found, with its seed."""
+    command = command or TARGETS[target].command
     journal, sound, found = folder / "journal", TARGETS[target].sound(), []
     while seeds:
         journal.write_text("")
-        process = PROCESSES.Process(target=_attack, args=(target, seeds, sound, folder))
+        process = PROCESSES.Process(target=_attack, args=(target, seeds, sound, folder, command))
         process.start()
         process.join()
         notes = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -317,14 +329,16 @@ def _last_words(folder: Path) -> str:
     return " | ".join(told[:3])[:300]
 
 
-def _attack(target: str, seeds: range, sound: Mapping[str, bytes], folder: Path) -> None:
+def _attack(
+    target: str, seeds: range, sound: Mapping[str, bytes], folder: Path, command: tuple[str, ...]
+) -> None:
     """In a process of its own: read the damaged files of these seeds, and note what was found."""
     shield = Shield(folder)
     with (folder / "journal").open("a", buffering=1) as journal:
         for seed in seeds:
             print(json.dumps({"seed": seed}), file=journal)
             faulthandler.dump_traceback_later(PATIENCE, exit=True, file=shield.log)
-            for complaint in examine(target, damage(target, seed, sound), folder / "place", shield):
+            for complaint in examine(command, damage(target, seed, sound), folder / "place", shield):
                 print(json.dumps({"seed": seed, "found": complaint}), file=journal)
             shutil.rmtree(folder / "place")
     faulthandler.cancel_dump_traceback_later()
@@ -333,12 +347,29 @@ def _attack(target: str, seeds: range, sound: Mapping[str, bytes], folder: Path)
 class Shield:
     """Bounds this process's memory, catches what it prints, and stops what it would start; not to be undone."""
 
-    STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.spawn", "subprocess.Popen", "socket.connect")
-    CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.link", "os.symlink")
+    STARTS = (
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.fork",
+        "os.spawn",
+        "subprocess.Popen",
+        "socket.connect",
+    )
+    CHANGES = (
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.mkdir",
+        "os.truncate",
+        "os.chmod",
+        "os.link",
+        "os.symlink",
+    )
 
     def __init__(self, folder: Path) -> None:
         self.log = (folder / "stderr").open("w+b", buffering=0)
-        self.folders = tuple({str(folder), str(folder.resolve()), tempfile.gettempdir()})
+        self.folders = (str(folder), str(folder.resolve()))
         self.caught: list[str] = []
         self.armed = False
         faulthandler.enable(self.log)
@@ -384,13 +415,15 @@ class Shield:
         return self.log.read().decode("utf-8", "replace").splitlines()
 
 
-def examine(target: str, files: Mapping[str, bytes], place: Path, shield: Shield) -> Iterator[str]:
-    """Run the command of a target on its files and yield every way in which it did what no file may make it do."""
+def examine(
+    command: tuple[str, ...], files: Mapping[str, bytes], place: Path, shield: Shield
+) -> Iterator[str]:
+    """Run a command on the files of a target and yield every way in which it did what no file may make it do."""
     place.mkdir()
     for name, content in files.items():
         (place / name).write_bytes(content)
-    module, first, *rest = TARGETS[target].command
-    output = Path(first).with_stem("out").name
+    module, first, *rest = command
+    output = f"out{Path(first).suffix}"
     arguments = [first, *rest, *(("-o", output) if module == FOLD else ())]
     (place / output).write_bytes(b"old")
     before = os.getcwd()  # noqa: PTH109
@@ -401,7 +434,7 @@ def examine(target: str, files: Mapping[str, bytes], place: Path, shield: Shield
             code = _run(module, arguments)
     except Exception as error:  # noqa: BLE001 whatever comes out is the finding
         where = traceback.extract_tb(error.__traceback__)[-1]
-        yield f"{type(error).__name__}: {str(error):.150} ({Path(where.filename).name}:{where.lineno})"
+        yield f"{type(error).__name__}: {error!s:.150} ({Path(where.filename).name}:{where.lineno})"
     finally:
         os.chdir(before)
     yield from shield.caught
