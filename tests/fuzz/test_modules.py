@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz.drawing import Finding, findings
+from tests.fuzz.drawing import Finding, complaint, findings
 from tests.fuzz.modules import FEATURES, judge
 from tests.fuzz.test_graphs import LIES
 
@@ -30,4 +30,7 @@ def test_thousands_of_random_modules_compute_the_same_folded(shard: int) -> None
 @pytest.mark.parametrize("lie", ["a zero border takes a shift", "a shift passes a ReLU"])
 def test_a_fold_that_is_wrong_is_found(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*LIES[lie])
-    assert search(range(200), enough=1)
+    found = search(range(200), enough=1)
+    monkeypatch.undo()
+    assert found
+    assert not complaint(judge, found[0].draw), "it is wrong without the lie, too"
