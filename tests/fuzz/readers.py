@@ -370,7 +370,10 @@ class Shield:
 
     def __init__(self, folder: Path) -> None:
         self.log = (folder / "stderr").open("w+b", buffering=0)
-        self.folders = (str(folder), str(folder.resolve()), os.path.join(tempfile.gettempdir(), "bnfold-"))  # noqa: PTH118
+        scratch = Path(tempfile.gettempdir())
+        self.folders = tuple(
+            map(str, (folder, folder.resolve(), scratch / "bnfold-", scratch / "torchinductor_"))
+        )
         self.caught: list[str] = []
         self.armed = False
         faulthandler.enable(self.log)
