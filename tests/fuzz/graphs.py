@@ -1,7 +1,5 @@
 """Random ONNX models, folded without verification and judged from outside.
 
-    python -m tests.fuzz.graphs SEED [STEP ...]     folds one draw again (of these steps only) and prints the model
-
 Values are images, sequences or vectors; batches are always open, other sizes in half of the draws; sizes of different
 axes are often equal, so that what lands on the wrong axis still has a shape that fits. A fold is judged in onnxruntime
 with optimisations off, on other numbers, on batches of 1, 2, 3 and 5, with other image sizes where those are open, and
@@ -12,7 +10,6 @@ Not drawn: recurrent operators, sequences and optionals, quantisation, float16, 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any
@@ -687,18 +684,3 @@ def _judge_widely(one: Draw, off: float) -> str:
     except Exception:  # noqa: BLE001 an operator that the reference implementation lacks in float64
         wide = off
     return f"{off:.1e} off in float32, {wide:.1e} in float64, with {options(one)}" if wide > 1e-9 else ""
-
-
-def main() -> int:
-    from tests.fuzz.drawing import complaint, draw
-
-    one = draw(FEATURES, int(sys.argv[1]))
-    wanted = sys.argv[2:]
-    one = Draw(one.seed, tuple(step for step in one.steps if not wanted or step[0] in wanted))
-    print(onnx.printer.to_text(build(one)))
-    print(one, complaint(judge, one) or "nothing to complain of", sep="\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,5 @@
 """Every reader of a file, attacked: damaged files by the thousand, each given to the command as a user would.
 
-    python -m tests.fuzz.readers TARGET SEED [FOLDER]    makes one damaged file again, and says what it did
-
 A target is a sound file, a way to damage it and the command that reads it. Of each damaged file it is asked that the
 command ends with exit code 0, 1 or 2 and, where not 0, one line on stderr; that no process was started, no connection
 made and no file written or removed but the output; that an older output survives a failure; that it took less than
@@ -40,7 +38,6 @@ import torch
 from torch import nn
 
 from bnfold import checkpoint
-from bnfold.command import Parser
 from tests.fuzz import mutants
 from tests.fuzz.mutants import Mutator, archive, blind
 
@@ -476,23 +473,3 @@ def _judge_files(files: Mapping[str, bytes], place: Path, output: str, code: int
     odd = [name for name in found if name not in files and not name.startswith("out")]
     if odd:
         yield f"it left {', '.join(odd)}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Make one damaged file again and say what it did."""
-    parser = Parser(prog="python -m tests.fuzz.readers", description="Read one damaged file again.")
-    parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("seed", type=int)
-    parser.add_argument("folder", type=Path, nargs="?", help="where to leave the damaged file")
-    options = parser.parse_args(arguments)
-    for name, content in damage(options.target, options.seed).items() if options.folder else ():
-        options.folder.mkdir(exist_ok=True)
-        (options.folder / name).write_bytes(content)
-    with tempfile.TemporaryDirectory() as folder:
-        found = survive(options.target, range(options.seed, options.seed + 1), Path(folder))
-    print(*found or ["nothing to complain of"], sep="\n")
-    return bool(found)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
