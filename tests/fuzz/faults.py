@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
+import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 
@@ -58,6 +61,21 @@ def _dies() -> int:
     return len(ctypes.string_at(0))
 
 
+def _unpickles() -> int:
+    """Load every pickle in the archive, and in archives inside it, as `torch.load` does without `weights_only`."""
+    _unpickle(Path("in.pt2").read_bytes())
+    return 2
+
+
+def _unpickle(data: bytes) -> None:
+    with contextlib.suppress(Exception), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for name in archive.namelist():
+            content = archive.read(name)
+            _unpickle(content)
+            with contextlib.suppress(Exception):
+                pickle.loads(content)
+
+
 FAULTS = {
     "raises": _raises,
     "starts": _starts,
@@ -69,4 +87,5 @@ FAULTS = {
     "prints": _prints,
     "grows": _grows,
     "dies": _dies,
+    "unpickles": _unpickles,
 }

@@ -2,8 +2,8 @@
 
 A module computes a list of values, each step from earlier ones; layers are shared, tied, hooked, hidden behind
 arguments and sizes, and written to in place. A fold is judged in float64 on other numbers, in batches of 1, 2, 3 and
-5, in two other sizes where the module takes them, and with the flag set and not. A report that begins with a limit of the
-fold is believed, and one that notes with which inputs it could not read, about other sizes and the other flag.
+5, in two other sizes where the module takes them, and with the flag set and not. A report that begins with a limit
+of the fold is believed; one that notes what it could not read is, about other sizes and the other flag.
 
 Not drawn: recurrent layers, training mode, scripted and compiled code, other devices, sparse tensors.
 """

@@ -111,3 +111,8 @@ def test_a_reader_with_a_fault_is_found_out(fault: str, tmp_path: Path) -> None:
     found = survive("names", range(3, 5), tmp_path / "in", ("tests.fuzz.faults", "in.txt", fault))
     for seed in (3, 4):
         assert any(f"names {seed}: " in line and FAULTS[fault] in line for line in found), found
+
+
+def test_a_loader_that_unpickles_what_lies_in_a_program_is_found_out(tmp_path: Path) -> None:
+    found = survive("program", range(60), tmp_path, ("tests.fuzz.faults", "in.pt2", "unpickles"))
+    assert any("os.system" in line for line in found)
