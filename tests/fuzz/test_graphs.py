@@ -1,0 +1,65 @@
+"""Random ONNX models: folded without verification they compute what they did, and a row that lies is found out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from bnfold import operators
+from bnfold.algebra import Affine, Linear
+from bnfold.graph import Node
+from tests.fuzz.drawing import Finding, complaint, findings
+from tests.fuzz.graphs import FEATURES, judge
+
+FEW, MANY, SHARDS = range(300), range(1_000, 41_000), 40
+LINEAR = operators._linear
+WRITER = import_module("bnfold.onnx.write")._Writer
+
+
+def search(seeds: range, enough: int = 5) -> list[Finding]:
+    return findings(FEATURES, judge, seeds, enough)
+
+
+def test_hundreds_of_random_models_compute_the_same_folded() -> None:
+    found = search(FEW)
+    assert not found, "\n".join(map(str, found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_tens_of_thousands_of_random_models_compute_the_same_folded(shard: int) -> None:
+    found = search(MANY[shard::SHARDS])
+    assert not found, "\n".join(map(str, found))
+
+
+def _without_border(node: Node) -> Linear:
+    return replace(LINEAR(node), partial="")
+
+
+def _any(node: Node, affine: Affine, *more: Any) -> Affine:
+    return affine
+
+
+def _last_axis(self: Any, slots: Any, linear: Linear, bias: Any) -> Any:
+    return bias
+
+
+LIES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "a zero border takes a shift": (operators, "_linear", _without_border),
+    "a shift passes a ReLU": (operators, "_linear_only", _any),
+    "a negative scale passes a maximum": (operators, "_monotone", _any),
+    "a bias lies along the last axis": (WRITER, "_place_bias", _last_axis),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_fold_that_is_wrong_is_found(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*LIES[lie])
+    found = search(range(600), enough=1)
+    monkeypatch.undo()
+    assert found
+    assert not complaint(judge, found[0].draw), "it is wrong without the lie, too"

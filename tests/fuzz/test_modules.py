@@ -1,0 +1,53 @@
+"""Random torch modules: folded without verification they compute what they did, and a row that lies is found out."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from tests.fuzz.drawing import Finding, complaint, findings
+from tests.fuzz.modules import FEATURES, judge
+from tests.fuzz.test_graphs import LIES
+
+FEW, MANY, SHARDS = range(40), range(1_000, 11_000), 40
+
+
+def search(seeds: range, *only: str, enough: int = 5) -> list[Finding]:
+    return findings({name: FEATURES[name] for name in only} or FEATURES, judge, seeds, enough)
+
+
+def test_dozens_of_random_modules_compute_the_same_folded() -> None:
+    found = search(FEW)
+    assert not found, "\n".join(map(str, found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_thousands_of_random_modules_compute_the_same_folded(shard: int) -> None:
+    found = search(MANY[shard::SHARDS])
+    assert not found, "\n".join(map(str, found))
+
+
+def test_a_reader_that_runs_a_module_on_its_example_alone_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A branch on a size would be folded as if it were none."""
+    trials = import_module("bnfold.torch.trials")
+
+    def run_none(*arguments: Any) -> Any:
+        return trials.Trials()
+
+    monkeypatch.setattr(import_module("bnfold.torch.read"), "run_trials", run_none)
+    assert search(range(20), "skips on size", "skips on evenness", "conv norm", enough=1)
+    monkeypatch.undo()
+    assert not search(range(5), "skips on size", "skips on evenness", "conv norm")
+
+
+def test_a_fold_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*LIES["a zero border takes a shift"])
+    found = search(range(200), "chain", enough=1)
+    monkeypatch.undo()
+    assert found
+    assert not complaint(judge, found[0].draw), "it is wrong without the lie, too"
