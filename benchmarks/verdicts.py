@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from importlib import import_module
 from itertools import groupby
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -369,6 +370,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
+    for frontend in ("bnfold.onnx", "bnfold.torch"):
+        import_module(frontend)  # once, for all processes
     old = None
     if options.against:
         old = {
