@@ -73,15 +73,38 @@ def test_a_model_that_fails_takes_too_long_or_dies_is_recorded_as_such():
     assert isolated("m", lambda: os.kill(os.getpid(), 9), 20)["m"][""][0] == "crash"
 
 
+def record(folder, monkeypatch, text):
+    """What is recorded while a file of tests runs in a checkout of its own."""
+    file = folder / "tests" / "test_two.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    options = '[tool.pytest.ini_options]\naddopts = "--import-mode=importlib"\n'
+    (folder / "pyproject.toml").write_text(options)
+    monkeypatch.setattr(verdicts, "CHECKOUT", folder)
+    return isolated("tests", lambda: verdicts.run_tests(file), 120)
+
+
+def test_the_examples_of_a_property_do_not_depend_on_numbers_in_the_code(tmp_path, monkeypatch):
+    text = """
+from hypothesis import given, settings, strategies as st
+from bnfold.report import Report, Verdict
+
+@given(st.integers(0, 2**40))
+@settings(derandomize=True, database=None)
+def test_any_number(number):
+    Report((Verdict(str(number), "kept"),))
+"""
+    first = record(tmp_path, monkeypatch, text)
+    assert len(first) > 50
+    (tmp_path / "numbers_of_its_own.py").write_text(f"NUMBERS = {list(range(10**6, 10**6 + 500))}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert record(tmp_path, monkeypatch, f"import numbers_of_its_own\n{text}") == first
+
+
 def test_every_report_that_a_test_makes_and_every_graph_that_it_sends_travelling_is_recorded(
     tmp_path, monkeypatch
 ):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "pyproject.toml").write_text(
-        '[tool.pytest.ini_options]\naddopts = "--import-mode=importlib"\n'
-    )
-    file = tmp_path / "tests" / "test_two.py"
-    file.write_text("""
+    text = """
 import torch
 from torch import nn
 import bnfold
@@ -95,9 +118,8 @@ def test_fold():
 
 def test_travel():
     travel(Graph((), ("x",), ("x",)))
-""")
-    monkeypatch.setattr(verdicts, "CHECKOUT", tmp_path)
-    found = isolated("tests", lambda: verdicts.run_tests(file), 120)
+"""
+    found = record(tmp_path, monkeypatch, text)
     outcomes = {
         name.partition("::")[2]: {norm: r[:2] for norm, r in each.items()} for name, each in found.items()
     }
