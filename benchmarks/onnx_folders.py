@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -80,6 +81,12 @@ TRAPS = {
     "float16 weight, float statistics": "g (float16[4, 3] x) => (float16[4, 5] y) { h = Gemm(x, half3x5) BN }",
 }
 """Graphs on which folders differ; `w3x5` is a tensor of that shape, `s b m v` are the numbers of a BatchNorm."""
+
+WAYS: dict[str, dict[str, Any]] = {
+    "TorchScript": {"dynamo": False, "do_constant_folding": False},
+    "dynamo": {"dynamo": True, "optimize": False, "verbose": False},
+}
+"""Both of torch's exporters, in the way that folds nothing."""
 
 
 # ---------------------------------------------------------------- the tools, each in a process of its own
@@ -214,17 +221,22 @@ def agree(wanted: Outputs, found: Outputs) -> bool:
 
 def write_traps(folder: Path) -> Iterator[tuple[str, Path]]:
     """Write the graphs of `TRAPS` to files."""
-    draw = np.random.default_rng(0)
-    for number, (name, text) in enumerate(TRAPS.items()):
-        model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{text.replace("BN", BN)}')
-        read_names = {name for node in model.graph.node for name in node.input}
-        for value in sorted(read_names):
-            array = _tensor(value, draw)
-            if array is not None:
-                model.graph.initializer.append(onnx.numpy_helper.from_array(array, value))
+    for number, name in enumerate(TRAPS):
         path = folder / f"trap{number}.onnx"
-        onnx.save(model, path)
+        onnx.save(trap(name), path)
         yield f"trap: {name}", path
+
+
+def trap(name: str) -> onnx.ModelProto:
+    """One graph of `TRAPS`, with random numbers."""
+    draw = np.random.default_rng(0)
+    text = TRAPS[name].replace("BN", BN)
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{text}')
+    for value in sorted({value for node in model.graph.node for value in node.input}):
+        array = _tensor(value, draw)
+        if array is not None:
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array, value))
+    return model
 
 
 def _tensor(name: str, draw: np.random.Generator) -> np.ndarray | None:
@@ -241,25 +253,28 @@ def _tensor(name: str, draw: np.random.Generator) -> np.ndarray | None:
 
 def export_nets(folder: Path) -> Iterator[tuple[str, Path]]:
     """Export small versions of well-known nets, in both ways."""
-    import torch
-
     from benchmarks.nets import NETS, build
 
     logging.disable(logging.WARNING)
-    keep = torch.onnx.TrainingMode.PRESERVE
-    ways = {
-        "TorchScript": {"dynamo": False, "do_constant_folding": False, "training": keep},
-        "dynamo": {"dynamo": True, "optimize": False, "verbose": False},
-    }
     for name in NETS:
         module, inputs = build(name, "mixed", small=True)
-        for way, options in ways.items():
-            data, path = io.BytesIO(), folder / f"{name} {way}.onnx".replace("/", " ")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                torch.onnx.export(module, inputs, data, **options)
-            path.write_bytes(data.getvalue())
+        for way in WAYS:
+            path = folder / f"{name} {way}.onnx".replace("/", " ")
+            export(module, inputs, path, way)
             yield f"{name} ({way})", path
+
+
+def export(module: Any, inputs: Any, path: Path, way: str) -> None:
+    """Export a module by one of `WAYS`."""
+    import torch
+
+    data, options = io.BytesIO(), dict(WAYS[way])
+    if not options["dynamo"]:
+        options["training"] = torch.onnx.TrainingMode.PRESERVE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, inputs, data, **options)
+    path.write_bytes(data.getvalue())
 
 
 def find(places: list[Path], folder: Path) -> Iterator[tuple[str, Path]]:
