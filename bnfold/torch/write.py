@@ -310,10 +310,17 @@ def _leftover(module: nn.Module, place: NormPlace, affine: Affine) -> nn.Module:
     dtype = torch.float64 if like.dtype == torch.float64 else place.dtype
     like = torch.empty((), dtype=dtype, device=like.device)
     trained = any(p.requires_grad for p in module.parameters())
-    bias = _round(affine.shift[0], like)
+    bias = _round(_for_any_rank(module, affine.shift[0]), like)
     if not np.any(affine.scale != 1):
         return ChannelAdd(bias, trained)
-    return ChannelMulAdd(_round(affine.scale[0], like), bias, trained)
+    return ChannelMulAdd(_round(_for_any_rank(module, affine.scale[0]), like), bias, trained)
+
+
+def _for_any_rank(module: nn.Module, numbers: Array) -> Array:
+    """One number per channel, shaped for inputs of every rank that a BatchNorm of torch's takes: channels come first."""
+    ranks = {nn.BatchNorm1d: 2, nn.SyncBatchNorm: 4}
+    wanted = next((rank for kind, rank in ranks.items() if isinstance(module, kind)), numbers.ndim)
+    return numbers.reshape(numbers.shape + (1,) * (wanted - numbers.ndim))
 
 
 # ---------------------------------------------------------------- what fits

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bnfold
 from tests.torch_models import check
 
 
@@ -227,3 +228,15 @@ def test_matrix_products_by_a_parameter(spelling):
 
     outcome = {"kept": ["bn"]} if spelling == "left" else {"folded": ["bn"]}
     check(Product(), torch.randn(5, 3), **outcome)
+
+
+def test_what_is_left_of_a_batchnorm1d_stays_on_the_channels_of_inputs_of_the_other_rank():
+    """Read on (N, C), called on (N, C, L) with L = C, where numbers along the last axis would suit as well."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Tanh(), nn.BatchNorm1d(5), nn.Tanh())
+    model(torch.randn(8, 5))
+    model.eval()
+    folded, report = bnfold.fold(model, torch.randn(2, 5), lower=True)
+    assert report.verdicts[0].outcome == "kept"
+    for x in (torch.randn(3, 5), torch.randn(3, 5, 5)):
+        torch.testing.assert_close(folded(x), model(x), atol=1e-6, rtol=1e-6)
