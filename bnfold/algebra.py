@@ -218,6 +218,11 @@ class Linear:
         return any(bool(np.any(shift != 0)) for shift in shifts)
 
     @property
+    def shifts_input(self) -> bool:
+        """Whether a shift came in from above, which goes through the weight into the bias."""
+        return self.before is not None and bool(np.any(self.before[1] != 0))
+
+    @property
     def is_finite(self) -> bool:
         """Whether every number that was absorbed is finite."""
         pairs = [pair for pair in (self.before, self.after) if pair is not None]
@@ -274,21 +279,29 @@ class Linear:
             The weight in its own order and shape, and the bias: None where there was none and none is needed,
             `(outputs,)` where there was none, else the broadcast of the old one with `(outputs,)`.
         """
-        seen = self._view(np.asarray(weight))
-        old = np.zeros(self.outputs) if bias is None else np.asarray(bias, np.float64)
-        folded = seen.astype(np.float64)
+        return self.fold_weight(weight), self.fold_bias(weight, bias)
+
+    def fold_weight(self, weight: npt.NDArray[Any]) -> Array:
+        """The first half of `fold`: the new weight."""
+        folded = self._view(np.asarray(weight)).astype(np.float64)
         if self.before is not None:
-            scale, shift = (np.reshape(a, (self.groups, 1, -1, 1)) for a in self.before)
-            if np.any(shift != 0):
-                old = old + (folded * shift).sum(axis=(2, 3)).ravel()
-            folded *= scale
+            folded *= np.reshape(self.before[0], (self.groups, 1, -1, 1))
         if self.after is not None:
-            scale, shift = self.after
-            folded *= np.reshape(scale, (self.groups, -1, 1, 1))
-            old = old * scale + shift
+            folded *= np.reshape(self.after[0], (self.groups, -1, 1, 1))
         if self.beside is not None:
             self._add_identity(folded, np.shape(weight)[2:])
-        return self._unview(folded, np.shape(weight)), (old if bias is not None or self.shifts else None)
+        return self._unview(folded, np.shape(weight))
+
+    def fold_bias(self, weight: npt.NDArray[Any] | None, bias: npt.NDArray[Any] | None) -> Array | None:
+        """The second half of `fold`: the new bias. The weight may be None unless `shifts_input`."""
+        if bias is None and not self.shifts:
+            return None
+        folded = np.zeros(self.outputs) if bias is None else np.asarray(bias, np.float64)
+        if self.before is not None and self.shifts_input:
+            shift = np.reshape(self.before[1], (self.groups, 1, -1, 1))
+            seen = self._view(np.asarray(weight)).astype(np.float64)
+            folded = folded + (seen * shift).sum(axis=(2, 3)).ravel()
+        return folded if self.after is None else folded * self.after[0] + self.after[1]
 
     def _view(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The weight as `(groups, out, in, taps)`."""

@@ -11,6 +11,9 @@ Two questions, asked separately, of outputs that the frontends computed:
   given new weights, since each of those was rounded once. Where the unfolded model itself overflows in its own dtype,
   there is no noise to measure, and only the first question is asked.
 
+`Comparison` asks them of one fold. Where the answer is no, it asks once more, granting the folded model what one
+rounding of the inputs does to the unfolded one: a model that jumps (a hard attention) is moved far by any rounding.
+
 Neither bound is a round number that somebody chose to make a model pass: one is measured on the model that nobody
 touched, the other is Higham's (2002, "Accuracy and Stability of Numerical Algorithms", section 3.1) unit roundoff per
 operation. Differences are relative to the largest element of that output over all inputs; infinities and NaNs must
@@ -22,9 +25,9 @@ than those that were tried.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +35,17 @@ import numpy.typing as npt
 from bnfold.errors import NotEquivalent
 from bnfold.report import Evidence
 
-__all__ = ["ALGEBRA", "UNIT_ROUNDOFF", "Outputs", "compare", "judge", "measure"]
+__all__ = [
+    "ALGEBRA",
+    "UNIT_ROUNDOFF",
+    "Comparison",
+    "Outputs",
+    "Runs",
+    "Unavailable",
+    "compare",
+    "judge",
+    "measure",
+]
 
 Outputs = Mapping[str, npt.NDArray[Any]]
 """What a model computed from one input: arrays by the name or path of the output."""
@@ -54,9 +67,106 @@ class Worst:
     place: str = ""
 
 
+Pair = tuple[Sequence[Outputs], Sequence[Outputs]]
+"""Outputs before and after, one `Outputs` per input."""
+
+_T = TypeVar("_T")
+
+
+class Unavailable(Exception):
+    """A run that cannot be made. Its text is what a report's notes say about that."""
+
+
+class Runs(Protocol):
+    """The runs that a comparison is made of, as a frontend makes them: each gives one `Outputs` per input.
+
+    All but `run_after` may raise `Unavailable`; what else is raised ends the comparison.
+    """
+
+    @property
+    def dtype(self) -> str:
+        """The model's own dtype, a key of `UNIT_ROUNDOFF`; of several, the coarsest."""
+
+    @property
+    def examples(self) -> int:
+        """How many examples the inputs hold."""
+
+    @property
+    def doubt(self) -> str:
+        """Why float64 outputs that differ prove nothing; empty where they do."""
+
+    def run_before(self) -> Sequence[Outputs]:
+        """The unfolded model in its own dtype."""
+
+    def run_exactly(self) -> Pair:
+        """Both models in float64, the folded one with weights that were not rounded."""
+
+    def run_after(self, folded: Any) -> Sequence[Outputs]:
+        """The folded model in its own dtype."""
+
+    def run_nudged(self) -> Sequence[Outputs]:
+        """The unfolded model in its own dtype, every input moved by about one unit roundoff."""
+
+
+class Comparison:
+    """What the unfolded model computes and what float64 says, waiting for the folded model.
+
+    Attributes:
+        notes: what could not be compared, and why.
+    """
+
+    def __init__(self, runs: Runs, changed: int, rounded: bool = False) -> None:
+        """Run all but the folded model, which may come to be by editing the unfolded one.
+
+        Args:
+            runs: the runs to make.
+            changed, rounded: see `judge`.
+        """
+        self.runs, self.changed, self.rounded = runs, changed, rounded
+        self.notes: list[str] = []
+        self.before = self._attempt(runs.run_before)
+        self.exact = self._attempt(runs.run_exactly)
+
+    def _attempt(self, run: Callable[[], _T]) -> _T | None:
+        try:
+            return run()
+        except Unavailable as reason:
+            self.notes += [str(reason)] if str(reason) not in self.notes else []
+            return None
+
+    def judge(self, folded: Any) -> tuple[Evidence, ...]:
+        """Compare with the folded model; no evidence where the unfolded one could not be run at all.
+
+        Raises:
+            NotEquivalent: it computes something else.
+        """
+        if self.before is None:
+            dtype = self.runs.dtype if self.rounded else "float64"
+            return () if self.exact is None else self._ask(self.exact, self.exact, dtype)
+        own, dtype = (self.before, self.runs.run_after(folded)), self.runs.dtype
+        try:
+            return self._ask(own, self.exact, dtype)
+        except NotEquivalent:
+            if self.runs.doubt and self.exact is not None:
+                self.notes.append(self.runs.doubt)
+                return self._ask(own, None, dtype)
+            return self._ask(own, self.exact, dtype, self._sensitivity(self.before))
+
+    def _ask(self, own: Pair, exact: Pair | None, dtype: str, noise: float = 0.0) -> tuple[Evidence, ...]:
+        examples = self.runs.examples
+        return judge(own, exact, dtype, self.changed, examples, rounded=self.rounded, noise=noise)
+
+    def _sensitivity(self, before: Sequence[Outputs]) -> float:
+        """How far the outputs move when every input moves by one unit roundoff: what any rounding may do to them."""
+        try:
+            return measure(before, self.runs.run_nudged(), discrete=False).deviation
+        except Unavailable:
+            return 0.0
+
+
 def judge(
-    own: tuple[Sequence[Outputs], Sequence[Outputs]],
-    exact: tuple[Sequence[Outputs], Sequence[Outputs]] | None,
+    own: Pair,
+    exact: Pair | None,
     dtype: str,
     changed: int,
     inputs: int,

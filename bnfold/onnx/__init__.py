@@ -3,10 +3,11 @@
     folded, report = fold(model)                      # onnx.ModelProto or onnx_ir.Model
     report = fold_file("model.onnx", "model.folded.onnx")
 
-    read (scope, shapes, constants, lower) -> Graph -> travel -> Graph' -> write (edit) -> run -> compare
+    read (scope, shapes, constants, lower) -> Graph -> travel -> Graph' -> write -> edits -> apply -> run -> compare
 
-`read` draws a picture of the model, `travel` decides, `write` applies the difference to a copy, and the copy is run
-against the original before anybody gets it. torch is never imported here, onnxruntime only when something is run.
+`read` draws a picture of the model, `travel` decides, `write` turns the difference into edits, which are applied to a
+copy, and the copy is run against the original before anybody gets it. torch is never imported here, onnxruntime only
+when something is run.
 
 A model's own functions are inlined where they hold a BatchNorm or a linear operator, if that erases more BatchNorms:
 a function's body is shared by all of its calls, so nothing can be folded into it as it stands.
@@ -15,10 +16,12 @@ a function's body is shared by all of its calls, so nothing can be folded into i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -27,14 +30,17 @@ from onnx import TensorProto
 from bnfold.errors import BnfoldError, InputError
 from bnfold.onnx import files
 from bnfold.onnx.constants import FLOATS
-from bnfold.onnx.edit import Editor
+from bnfold.onnx.edit import Edit, Store, apply
 from bnfold.onnx.read import Picture, read
-from bnfold.onnx.run import Runner, run
+from bnfold.onnx.run import run, widen
 from bnfold.onnx.write import fits, write
 from bnfold.report import Evidence, Report, Verdict
 from bnfold.travel import Journey, Options, travel
 
-__all__ = ["fold", "fold_file", "read", "run", "verify", "write"]
+if TYPE_CHECKING:
+    from bnfold.equivalence import Comparison
+
+__all__ = ["apply", "fold", "fold_file", "read", "run", "verify", "write"]
 
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Path | None
 """A feed, several feeds, a `.npz` file with one, or None to make them up."""
@@ -51,16 +57,24 @@ class _Choices:
 
 
 @dataclass(frozen=True)
-class _Ends:
-    """Where a model comes from and goes to.
+class _Folded:
+    """A folded model that is not compared yet.
 
     Attributes:
-        original: gets the model as it was, once more.
-        finish: is given the folded model and its editor, and returns what gets it ready to run.
+        external: where new tensors belong in a file, by name.
     """
 
-    original: Callable[[], onnx.ModelProto]
-    finish: Callable[[onnx.ModelProto, Editor | None], Callable[[], Runner]]
+    model: onnx.ModelProto
+    report: Report
+    external: Mapping[str, str] = field(default_factory=dict)
+    comparison: Comparison | None = None
+
+    def judge(self, written: onnx.ModelProto | Path) -> Report:
+        """The report, with the evidence that the model, as it is now or as it was written, is equivalent."""
+        if self.comparison is None:
+            return self.report
+        evidence = _judge(self.comparison, written)
+        return replace(self.report, evidence=evidence, notes=(*self.report.notes, *self.comparison.notes))
 
 
 def fold(
@@ -91,14 +105,13 @@ def fold(
         NotEquivalent: the folded model computes something else.
     """
     choices = _Choices(inputs, verify, freeze_initializers, Options(**options))
-    proto, base = _own_copy(model)
+    proto, base = _to_proto(model)
     where = Path(folder) if folder is not None else base
     files.check(proto)
-    ends = _Ends(lambda: _own_copy(model)[0], lambda changed, _: lambda: Runner(changed, where))
-    folded, report = _fold(proto, where, choices, ends)
-    if isinstance(model, onnx.ModelProto):
-        return folded, report
-    return _to_ir(folded, where), report
+    with _within_memory():
+        folded = _fold(proto, where, choices)
+        report = folded.judge(folded.model)
+    return folded.model if isinstance(model, onnx.ModelProto) else _to_ir(folded.model, where), report
 
 
 def fold_file(
@@ -124,16 +137,14 @@ def fold_file(
     source = Path(source)
     choices = _Choices(inputs, verify, freeze_initializers, Options(**options))
     proto = files.load_file(source)
-    ends = _Ends(lambda: files.load_file(source), lambda changed, _: lambda: Runner(changed, source.parent))
-    if target is None:
-        return _fold(proto, source.parent, choices, ends)[1]
-    with files.writing(Path(target), source) as path:
-
-        def save(changed: onnx.ModelProto, editor: Editor | None) -> Callable[[], Runner]:
-            files.save_file(changed, path, source, editor.external if editor else {})
-            return lambda: Runner(path)
-
-        return _fold(proto, source.parent, choices, replace(ends, finish=save))[1]
+    with _within_memory():
+        if target is None:
+            folded = _fold(proto, source.parent, choices)
+            return folded.judge(folded.model)
+        with files.writing(Path(target), source) as path:
+            folded = _fold(proto, source.parent, choices)
+            files.save_file(folded.model, path, source, folded.external)
+            return folded.judge(path)
 
 
 def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ...]:
@@ -143,17 +154,16 @@ def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ..
         NotEquivalent: they differ.
         InputError: one of them cannot be run.
     """
-    from bnfold.onnx.proof import Proof
+    from bnfold.equivalence import Comparison
+    from bnfold.onnx.proof import ModelRuns
 
-    (first, folder), (second, other) = _own_copy(before), _own_copy(after)
+    (first, folder), (second, other) = _to_proto(before), _to_proto(after)
     files.check(first, "the first model")
     files.check(second, "the second model")
     picture = read(first, folder)
     weights = sum(node.linear is not None for node in picture.graph.nodes)
-    proof = Proof(picture, inputs)
-    return proof.judge(
-        lambda: Runner(second, other), lambda: proof.run_wide(second, other), weights, rounded=True
-    )
+    runs = ModelRuns(picture, lambda _: widen(second, other), inputs, folder=other)
+    return _judge(Comparison(runs, weights, rounded=True), second)
 
 
 # ---------------------------------------------------------------- one fold
@@ -163,7 +173,6 @@ def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ..
 class _Plan:
     picture: Picture
     journey: Journey
-    demoted: frozenset[str]
 
     @property
     def changed(self) -> int:
@@ -197,54 +206,45 @@ def _decide(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _
         journey = travel(picture.graph, choices.travel, fits(picture))
         stay = {v.name for v in journey.verdicts if v.outcome != "folded"} & picture.weak
         if not stay:
-            return _Plan(picture, journey, demoted)
+            return _Plan(picture, journey)
         demoted |= stay
 
 
-def _fold(
-    model: onnx.ModelProto,
-    folder: Path | None,
-    choices: _Choices,
-    ends: _Ends,
-) -> tuple[onnx.ModelProto, Report]:
-    """Fold a model that is ours to change.
-
-    Raises:
-        InputError: among other things, it asks for more memory than there is.
-    """
+@contextmanager
+def _within_memory() -> Iterator[None]:
     try:
-        return _fold_within_memory(model, folder, choices, ends)
+        yield
     except MemoryError as error:
         raise InputError(f"the model asks for more memory than there is: {error}") from error
 
 
-def _fold_within_memory(
-    model: onnx.ModelProto, folder: Path | None, choices: _Choices, ends: _Ends
-) -> tuple[onnx.ModelProto, Report]:
-    original = model
+def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Folded:
+    """Fold a copy of a model.
+
+    Raises:
+        InputError: the model is not valid, or cannot be run and is to be compared.
+    """
     plan, hidden, notes = _choose(model, folder, choices)
-    model, verdicts = plan.picture.model, (*plan.journey.verdicts, *hidden)
-    notes += plan.picture.notes
-    before = _count(model)
+    picture, verdicts = plan.picture, (*plan.journey.verdicts, *hidden)
+    notes += picture.notes
+    before = _count(picture.model)
     if not choices.verify:
-        _refuse(plan.picture.contradiction)
+        _refuse(picture.contradiction)
     if not plan.does_something:
-        notes += _check_unchanged(plan.picture, choices)
-        ends.finish(model, None)
+        notes += _check_unchanged(picture, choices)
         notes += ["nothing was changed, so there was nothing to compare"] if verdicts else []
-        return model, Report(verdicts, notes=tuple(notes), parameters=(before, before))
-    proof = _prove(plan, choices, original) if choices.verify else None
-    editor = write(plan.picture, plan.journey.graph)
+        return _Folded(
+            _copy(picture.model), Report(verdicts, notes=tuple(notes), parameters=(before, before))
+        )
+    edits = write(picture, plan.journey.graph)
+    comparison = _compare(plan, edits, choices, model) if choices.verify else None
+    folded = apply(edits, _copy(picture.model))
     if choices.freeze_initializers:
-        _freeze(model)
-    _check_validity(model, ends, choices.verify)
-    after = _count(model)
-    runner = ends.finish(model, editor)
-    evidence: tuple[Evidence, ...] = ()
-    if proof is not None:
-        evidence = proof.judge(runner, proof.folded, plan.changed)
-        notes += proof.notes
-    return model, Report(verdicts, evidence, tuple(notes), (before, after))
+        _freeze(folded)
+    _check_validity(folded, model, choices.verify)
+    report = Report(verdicts, notes=tuple(notes), parameters=(before, _count(folded)))
+    external = {edit.name: edit.location for edit in edits if isinstance(edit, Store) and edit.location}
+    return _Folded(folded, report, external, comparison)
 
 
 def _choose(
@@ -269,12 +269,21 @@ def _choose(
     return plan, [verdict for verdict in other.journey.verdicts if verdict.name not in seen], []
 
 
-def _prove(plan: _Plan, choices: _Choices, original: onnx.ModelProto) -> Any:
-    from bnfold.onnx.proof import Proof
+def _compare(
+    plan: _Plan, edits: tuple[Edit, ...], choices: _Choices, original: onnx.ModelProto
+) -> Comparison:
+    from bnfold.equivalence import Comparison
+    from bnfold.onnx.proof import ModelRuns
 
-    proof = Proof(plan.picture, choices.inputs, original)
-    proof.prepare(plan.journey.graph, choices.freeze_initializers, plan.demoted)
-    return proof
+    picture, edit = plan.picture, partial(apply, edits, exact=True)
+    return Comparison(ModelRuns(picture, edit, choices.inputs, original, picture.folder), plan.changed)
+
+
+def _judge(comparison: Comparison, folded: onnx.ModelProto | Path) -> tuple[Evidence, ...]:
+    evidence = comparison.judge(folded)
+    if not evidence:
+        raise InputError("the folded model could not be run in float64")
+    return evidence
 
 
 def _check_unchanged(picture: Picture, choices: _Choices) -> list[str]:
@@ -303,12 +312,12 @@ def _refuse(complaint: str) -> None:
         raise InputError(f"the model is not valid: {' '.join(complaint.split())[:300]}")
 
 
-def _check_validity(model: onnx.ModelProto, ends: _Ends, runs: bool) -> None:
+def _check_validity(model: onnx.ModelProto, unfolded: onnx.ModelProto, runs: bool) -> None:
     """Refuse what ONNX's checker refuses, unless it refuses the original too and onnxruntime is to judge."""
     complaint = _complaint(model)
     if not complaint:
         return
-    original = _complaint(ends.original())
+    original = _complaint(unfolded)
     if not original:
         raise BnfoldError(f"the folded model would not be valid: {complaint}")
     if not runs:
@@ -340,8 +349,7 @@ def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     ]
     if all(kind.tensor_type.HasField("shape") for kind in given):
         return model
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = _copy(model)
     for item in (*copy.graph.input, *copy.graph.output):
         if item.type.HasField("tensor_type"):
             item.type.tensor_type.shape.SetInParent()
@@ -409,12 +417,16 @@ def _holds(
 # ---------------------------------------------------------------- model classes
 
 
-def _own_copy(model: Any) -> tuple[onnx.ModelProto, Path | None]:
-    """A protobuf that is ours to change, and the folder of external data where it is known."""
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _to_proto(model: Any) -> tuple[onnx.ModelProto, Path | None]:
+    """The protobuf of a model, which may be the caller's own, and the folder of external data where it is known."""
     if isinstance(model, onnx.ModelProto):
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        return copy, None
+        return model, None
     framework = sys.modules.get("onnx_ir")
     if framework is None or not isinstance(model, framework.Model):
         raise InputError(f"{type(model).__name__} is neither an onnx.ModelProto nor an onnx_ir.Model")

@@ -1,146 +1,371 @@
-"""Edit a model in place, so that only what has to change changes.
+"""Edits to a model: planned on its picture, carried out on any copy of it.
 
-An `Editor` works on a surveyed model: it knows every place where a value is read, gives new things names that nobody
-has, and takes away what nobody reads any more once `finish` is called. Nodes and initializers that are not touched are
+An `Editor` plans: it knows every place where a value is read, gives new things names that nobody has, and takes away
+what nobody reads any more once `finish` is called. It changes neither the picture nor the model. What it gives back is
+data, which `apply` carries out on the model that was read or on an unchanged copy of it, the float64 one included:
+nodes are told by their place in their graph, tensors by their name. Nodes and initializers that no edit names are
 never copied or reordered, so their bytes stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
+from bnfold.algebra import Array, round_to
+from bnfold.errors import InputError
+from bnfold.onnx.constants import FLOATS
 from bnfold.onnx.read import Picture
-from bnfold.onnx.scope import Spot, Use
+from bnfold.onnx.scope import Spot, Survey, Use, bodies
 
-__all__ = ["Editor"]
+__all__ = ["Edit", "Editor", "Forget", "Insert", "Remove", "Rewire", "SetAttribute", "Store", "apply"]
+
+Path = tuple[tuple[int, int], ...]
+"""The way to a graph from the main one, which is (): the place of a node and the number of its body, and so on."""
+
+Address = tuple[Path, int]
+"""Where a node stands: its graph, and its place in it."""
 
 
-class Editor:
-    """Changes to the model of a picture.
+class Numbers(Protocol):
+    """The numbers of a new tensor, computed when they are asked for, so that one tensor is held at a time."""
+
+    def __call__(self) -> Array:
+        """Compute them in float64."""
+
+
+@dataclass(frozen=True)
+class Rewire:
+    """Let a node read and compute these values."""
+
+    graph: Path
+    place: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SetAttribute:
+    """Give an attribute of a node this value, or take it away."""
+
+    graph: Path
+    place: int
+    name: str
+    value: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """Add an initializer to the main graph.
 
     Attributes:
-        external: where the numbers of a new tensor should go in the file, by its name: the location of those that it
-            replaces.
+        location: where its numbers should go in the file: with the external data that they replace.
     """
 
-    def __init__(self, picture: Picture) -> None:
-        self.model, self.scene, self.whole = picture.model, picture.scene, picture.scene.whole
-        self.external: dict[str, str] = {}
-        self._names = {name for name in self.whole.names if name}
-        self._node_names = {spot.node.name for spot in self.whole.spots}
-        self._removed: set[int] = set()
-        self._added: list[tuple[Spot, Spot, bool]] = []
-        self._idle: list[str] = []
-        self._forgotten: dict[int, tuple[onnx.GraphProto, set[str]]] = {}
+    name: str
+    dims: tuple[int, ...]
+    data_type: int
+    numbers: Numbers
+    location: str = ""
+    graph: Path = ()
 
-    # -- names
 
-    def fresh(self, wish: str) -> str:
-        """A name for a value that no value has, in any graph."""
-        return _fresh(wish, self._names)
+@dataclass(frozen=True)
+class Forget:
+    """Drop the initializers of these names, and what else the file says about them."""
 
-    def fresh_node(self, wish: str) -> str:
-        """A name for a node that no node has; none where the wish is empty."""
-        return _fresh(wish, self._node_names) if wish else ""
+    graph: Path
+    names: frozenset[str]
 
-    # -- values
 
-    def add_tensor(self, wish: str, array: np.ndarray[Any, Any], data_type: int, replaces: str = "") -> str:
-        """Add an initializer to the main graph and return the value."""
-        name = self.fresh(wish)
-        tensor = self.model.graph.initializer.add(name=name, data_type=data_type, dims=array.shape)
-        tensor.raw_data = np.ascontiguousarray(array).tobytes()
-        if self.model.ir_version < 4:
-            self.model.graph.input.append(onnx.helper.make_tensor_value_info(name, data_type, array.shape))
-        old = self.whole.tensors.get(replaces)
-        if old is not None and old.data_location == TensorProto.EXTERNAL:
-            self.external[name] = next(item.value for item in old.external_data if item.key == "location")
-        self.whole.raw[name], self.whole.home[name] = name, self.model.graph
-        self.whole.tensors[name] = tensor
-        self.whole.uses[name] = []
+@dataclass(frozen=True)
+class Remove:
+    """Take a node away."""
+
+    graph: Path
+    place: int
+
+
+@dataclass(frozen=True)
+class Insert:
+    """Add a node after the one that stands here."""
+
+    graph: Path
+    place: int
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    domain: str | None = None
+    attributes: tuple[onnx.AttributeProto, ...] = ()
+
+
+Edit = Rewire | SetAttribute | Store | Forget | Remove | Insert
+
+
+# ---------------------------------------------------------------- carrying them out
+
+
+def apply(edits: Sequence[Edit], model: onnx.ModelProto, exact: bool = False) -> onnx.ModelProto:
+    """Change a model as these edits say.
+
+    Args:
+        edits: in the order of `Editor.finish`: those that move nodes come last, from the back of a graph to its front.
+        model: the one that they were planned on, or an unchanged copy; edited in place.
+        exact: store new numbers in float64, as a copy wants them in which all floating-point types are.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: a new number is not finite in the type of its tensor.
+    """
+    graphs = {path: _find(model, path) for path in {edit.graph for edit in edits}}
+    for edit in edits:
+        if isinstance(edit, Store):
+            _store(edit, model, TensorProto.DOUBLE if exact and edit.data_type in FLOATS else edit.data_type)
+        elif isinstance(edit, Forget):
+            _forget(edit, graphs[edit.graph])
+        elif isinstance(edit, Insert):
+            graphs[edit.graph].node.insert(edit.place + 1, _node(edit))
+        elif isinstance(edit, Remove):
+            del graphs[edit.graph].node[edit.place]
+        else:
+            _change(edit, graphs[edit.graph].node[edit.place])
+    return model
+
+
+def _find(model: onnx.ModelProto, path: Path) -> onnx.GraphProto:
+    graph = model.graph
+    for place, number in path:
+        graph = list(bodies(graph.node[place]))[number]
+    return graph
+
+
+def _change(edit: Rewire | SetAttribute, node: onnx.NodeProto) -> None:
+    if isinstance(edit, Rewire):
+        node.input[:], node.output[:] = edit.inputs, edit.outputs
+        return
+    _delete(node.attribute, lambda item: item.name == edit.name)
+    if edit.value is not None:
+        node.attribute.append(onnx.helper.make_attribute(edit.name, edit.value))
+
+
+def _store(edit: Store, model: onnx.ModelProto, data_type: int) -> None:
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(data_type)
+    rounded = round_to(edit.numbers(), dtype)
+    if not np.isfinite(rounded.astype(np.float64)).all():
+        raise InputError(f"the folded numbers of `{edit.name}` are not finite in {dtype}")
+    tensor = model.graph.initializer.add(name=edit.name, data_type=data_type, dims=edit.dims)
+    tensor.raw_data = np.ascontiguousarray(rounded).tobytes()
+    if model.ir_version < 4:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(edit.name, data_type, edit.dims))
+
+
+def _forget(edit: Forget, graph: onnx.GraphProto) -> None:
+    names = edit.names
+    _delete(graph.initializer, lambda tensor: tensor.name in names)
+    _delete(graph.sparse_initializer, lambda sparse: sparse.values.name in names)
+    _delete(graph.value_info, lambda info: info.name in names)
+    _delete(graph.quantization_annotation, lambda note: note.tensor_name in names)
+    if not edit.graph:
+        _delete(graph.input, lambda given: given.name in names)
+
+
+def _node(edit: Insert) -> onnx.NodeProto:
+    node = onnx.NodeProto(op_type=edit.op, name=edit.name, input=edit.inputs, output=edit.outputs)
+    node.attribute.extend(edit.attributes)
+    if edit.domain is not None:
+        node.domain = edit.domain
+    return node
+
+
+def _delete(items: Any, unwanted: Any) -> None:
+    """Delete from a repeated field, in place."""
+    for place in range(len(items) - 1, -1, -1):
+        if unwanted(items[place]):
+            del items[place]
+
+
+# ---------------------------------------------------------------- planning them
+
+
+class View:
+    """The model as it will be: who reads what, who computes it, and what it is called.
+
+    Attributes:
+        raw: the name of a value in the file.
+        home: the graph in which a value is defined.
+        makers: the node that computes a value.
+        uses: where each value is read.
+        inputs, outputs: the values that a node reads and computes.
+        changed: the nodes that read or compute other names than they did.
+        idle: values that lost their last reader.
+    """
+
+    def __init__(self, whole: Survey) -> None:
+        self.raw, self.home, self.makers = dict(whole.raw), dict(whole.home), dict(whole.makers)
+        self.uses = {value: list(uses) for value, uses in whole.uses.items()}
+        self.inputs = {spot: list(spot.inputs) for spot in whole.spots}
+        self.outputs = {spot: list(spot.outputs) for spot in whole.spots}
+        self.changed: dict[Spot, None] = {}
+        self.idle: list[str] = []
+
+    def define(self, name: str, owner: onnx.GraphProto) -> str:
+        """A new value that nobody reads yet."""
+        self.raw[name], self.home[name], self.uses[name] = name, owner, []
         return name
 
     def set_input(self, spot: Spot, place: int, value: str) -> None:
         """Let a node read another value."""
-        while len(spot.inputs) <= place:
-            spot.inputs.append("")
-            spot.node.input.append("")
+        inputs = self.inputs[spot]
+        inputs += [""] * (place + 1 - len(inputs))
         self._release(spot, place)
-        spot.inputs[place], spot.node.input[place] = value, self.whole.raw[value]
-        self.whole.uses.setdefault(value, []).append(Use(spot, spot.owner, place))
+        inputs[place] = value
+        self.uses.setdefault(value, []).append(Use(spot, spot.owner, place))
+        self.changed[spot] = None
+
+    def set_output(self, spot: Spot, place: int, value: str) -> None:
+        """Let a node compute another value."""
+        self.outputs[spot][place] = value
+        self.makers[value] = spot
+        self.changed[spot] = None
+
+    def release(self, spot: Spot) -> None:
+        """Let a node read nothing any more."""
+        for place in range(len(self.inputs[spot])):
+            self._release(spot, place)
+        self.inputs[spot] = [""] * len(self.inputs[spot])
 
     def _release(self, spot: Spot, place: int) -> None:
-        value = spot.inputs[place]
+        value = self.inputs[spot][place]
         if value:
-            uses = self.whole.uses[value]
+            uses = self.uses[value]
             uses[:] = [use for use in uses if use.spot is not spot or use.place != place]
             if not uses:
-                self._idle.append(value)
+                self.idle.append(value)
+
+    def move_uses(self, uses: Sequence[Use], source: str) -> None:
+        """Let the nodes of these uses read `source` instead."""
+        for use in uses:
+            if use.spot is not None:
+                self.inputs[use.spot][use.place] = source
+                self.uses.setdefault(source, []).append(use)
+                self.changed[use.spot] = None
+
+    def rename(self, value: str, name: str) -> None:
+        """Call a value otherwise, wherever it is computed and read."""
+        self.raw[value] = name
+        readers = (use.spot for use in self.uses[value] if use.spot is not None)
+        self.changed.update(dict.fromkeys([self.makers[value], *readers]))
+
+    def is_read(self, spot: Spot) -> bool:
+        """Whether anybody reads what a node computes."""
+        return any(self.uses.get(value) for value in self.outputs[spot] if value)
+
+    def names(self, spot: Spot) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a node reads and computes, as it stands in the file."""
+        inputs, outputs = (
+            tuple(self.raw.get(value, "") for value in values)
+            for values in (self.inputs[spot], self.outputs[spot])
+        )
+        return inputs, outputs
+
+
+class Editor:
+    """Plans edits to the model of a picture, on a view of it."""
+
+    def __init__(self, picture: Picture) -> None:
+        self.model, self.scene = picture.model, picture.scene
+        self.view = View(picture.scene.whole)
+        self._names = {name for name in picture.scene.whole.names if name}
+        self._node_names = {spot.node.name for spot in picture.scene.whole.spots}
+        self._attributes: dict[Spot, dict[str, float | None]] = {}
+        self._stored: dict[str, Store] = {}
+        self._removed: set[Spot] = set()
+        self._anchors: dict[Spot, Spot] = {}
+        self._forgotten: dict[int, tuple[onnx.GraphProto, set[str]]] = {}
+
+    # -- values
+
+    def new_value(self, wish: str, owner: onnx.GraphProto) -> str:
+        """A new value, to be computed by a node that is inserted, of a name that no value has in any graph."""
+        return self.view.define(_fresh(wish, self._names), owner)
+
+    def add_tensor(
+        self, wish: str, numbers: Numbers, dims: Sequence[int], data_type: int, replaces: str = ""
+    ) -> str:
+        """Add an initializer to the main graph and return the value."""
+        name = self.new_value(wish, self.model.graph)
+        old, location = self.scene.whole.tensors.get(replaces), ""
+        if old is not None and old.data_location == TensorProto.EXTERNAL:
+            location = next(item.value for item in old.external_data if item.key == "location")
+        self._stored[name] = Store(name, tuple(dims), data_type, numbers, location)
+        return name
 
     def bypass(self, spots: Sequence[Spot], source: str, target: str) -> None:
         """Remove nodes that compute `target` from `source`, and let `source` take its place everywhere."""
         for spot in spots:
             self.remove(spot)
-        uses = self.whole.uses.pop(target, [])
+        uses = self.view.uses.pop(target, [])
         returned = [use for use in uses if use.spot is None]
         if returned and not self._take_name(source, target, returned):
-            self._insert_identity(spots[-1], source, target, returned)
-        for use in uses:
-            if use.spot is not None:
-                use.spot.inputs[use.place], use.spot.node.input[use.place] = source, self.whole.raw[source]
-                self.whole.uses.setdefault(source, []).append(use)
+            self.view.uses[target] = list(returned)
+            self.insert(spots[-1], "Identity", self.fresh_node(spots[-1].node.name), [source], target)
+        self.view.move_uses(uses, source)
         if not returned:
             self._forget(target)
 
     def _take_name(self, source: str, target: str, returned: list[Use]) -> bool:
         """Let `source` have the name of `target`, which a graph returns; False where it must keep its own."""
-        maker = self.whole.makers.get(source)
-        taken = any(use.spot is None for use in self.whole.uses.get(source, ()))
+        maker = self.view.makers.get(source)
+        uses = self.view.uses.setdefault(source, [])
+        taken = any(use.spot is None for use in uses)
         if maker is None or taken or maker.owner is not returned[0].owner:
             return False
         self._forget(source)
-        name = self.whole.raw[source] = self.whole.raw[target]
-        maker.node.output[maker.outputs.index(source)] = name
-        for use in self.whole.uses.setdefault(source, []):
-            if use.spot is not None:
-                use.spot.node.input[use.place] = name
-        self.whole.uses[source] += returned
+        self.view.rename(source, self.view.raw[target])
+        uses += returned
         return True
-
-    def _insert_identity(self, anchor: Spot, source: str, target: str, returned: list[Use]) -> None:
-        self.whole.uses[target] = list(returned)
-        self.insert(anchor, "Identity", self.fresh_node(anchor.node.name), [source], target)
 
     def _forget(self, value: str) -> None:
         """Drop what the file says about a value that is no more."""
-        home = self.whole.home[value]
-        self._forgotten.setdefault(id(home), (home, set()))[1].add(self.whole.raw[value])
+        home = self.view.home[value]
+        self._forgotten.setdefault(id(home), (home, set()))[1].add(self.view.raw[value])
 
     # -- nodes
 
+    def fresh_node(self, wish: str) -> str:
+        """A name for a node that no node has; none where the wish is empty."""
+        return _fresh(wish, self._node_names) if wish else ""
+
+    def set_attribute(self, spot: Spot, name: str, value: float) -> None:
+        """Give an attribute of a node of the file another value."""
+        self._attributes.setdefault(spot, {})[name] = value
+
+    def drop_attribute(self, spot: Spot, name: str) -> None:
+        """Take an attribute away from a node, if it has it."""
+        if any(item.name == name for item in spot.node.attribute):
+            self._attributes.setdefault(spot, {})[name] = None
+
     def remove(self, spot: Spot) -> None:
         """Take a node away; its outputs must find another maker or no reader."""
-        self._removed.add(id(spot.node))
-        for place in range(len(spot.inputs)):
-            self._release(spot, place)
-        spot.inputs[:] = [""] * len(spot.inputs)
+        self._removed.add(spot)
+        self.view.release(spot)
 
-    def insert(
-        self, anchor: Spot, op: str, name: str, inputs: Sequence[str], output: str, after: bool = True
-    ) -> Spot:
-        """Add a node next to another one, in the same graph."""
-        node = onnx.NodeProto(op_type=op, name=name, output=[self.whole.raw[output]])
-        spot = Spot(node, anchor.owner, [], [output], [], name)
+    def insert(self, anchor: Spot, op: str, name: str, inputs: Sequence[str], output: str) -> Spot:
+        """Add a node after another one, in the same graph."""
+        spot = Spot(onnx.NodeProto(op_type=op, name=name), anchor.owner, list(inputs), [output], [], name)
+        self.view.inputs[spot], self.view.outputs[spot] = [], [output]
         for place, value in enumerate(inputs):
-            self.set_input(spot, place, value)
-        self.whole.makers[output] = spot
-        anchor = next((first for first, added, _ in self._added if added is anchor), anchor)
-        self._added.append((anchor, spot, after))
+            self.view.set_input(spot, place, value)
+        self.view.makers[output] = spot
+        self._anchors[spot] = self._anchors.get(anchor, anchor)
         return spot
 
     def insert_copy(self, spot: Spot, inputs: Sequence[str], output: str) -> Spot:
@@ -151,77 +376,77 @@ class Editor:
         copy.node.domain = spot.node.domain
         return copy
 
-    def new_value(self, wish: str, owner: onnx.GraphProto) -> str:
-        """A new value, to be computed by a node that is inserted."""
-        name = self.fresh(wish)
-        self.whole.raw[name], self.whole.home[name], self.whole.uses[name] = name, owner, []
-        return name
-
-    def set_output(self, spot: Spot, place: int, value: str) -> None:
-        """Let a node compute another value."""
-        spot.outputs[place], spot.node.output[place] = value, self.whole.raw[value]
-        self.whole.makers[value] = spot
-
     # -- the end
 
-    def finish(self) -> None:
-        """Take away what nobody reads any more, and put the new nodes in their places."""
-        idle_tensors, raw = self._sweep(), self.whole.raw
-        graphs = {id(spot.owner): spot.owner for spot in self.whole.spots}
-        for graph in graphs.values():
-            self._rebuild(graph)
-        graphs[id(self.model.graph)] = self.model.graph
-        for graph in graphs.values():
-            _delete(graph.initializer, lambda tensor: id(tensor) in idle_tensors)
-            here = {raw[value] for value in idle_tensors.values() if self.whole.home[value] is graph}
-            _delete(graph.sparse_initializer, lambda sparse, here=here: sparse.values.name in here)
-        gone = {self.whole.raw[value] for value in idle_tensors.values() if self._is_main(value)}
-        _delete(self.model.graph.input, lambda given: given.name in gone)
-        for graph, names in self._forgotten.values():
-            _delete(graph.value_info, lambda info, names=names: info.name in names)
-            _delete(graph.quantization_annotation, lambda note, names=names: note.tensor_name in names)
+    def finish(self) -> tuple[Edit, ...]:
+        """Take away what nobody reads any more, and give back all edits, in the order in which they are carried out."""
+        self._sweep()
+        paths, places = _addresses(self.model)
+        touched = {*self.view.changed, *self._attributes, *self._removed, *self._anchors.values()}
+        where = {
+            spot: (paths[id(spot.owner)], places[id(spot.node)]) for spot in touched - self._anchors.keys()
+        }
+        forgotten = (Forget(paths[id(home)], frozenset(names)) for home, names in self._forgotten.values())
+        return (*self._changes(where), *self._stored.values(), *forgotten, *self._moves(where))
 
-    def _is_main(self, value: str) -> bool:
-        return self.whole.home[value] is self.model.graph
-
-    def _sweep(self) -> dict[int, str]:
-        """Remove the nodes behind values that lost their last reader; return the initializers that did."""
-        tensors: dict[int, str] = {}
-        while self._idle:
-            value = self._idle.pop()
-            if self.whole.uses.get(value):
+    def _sweep(self) -> None:
+        """Remove the nodes and initializers behind values that lost their last reader."""
+        idle = self.view.idle
+        while idle:
+            value = idle.pop()
+            maker = self.view.makers.get(value)
+            if self.view.uses.get(value) or self._stored.pop(value, None) is not None:
                 continue
-            maker = self.whole.makers.get(value)
-            if value in self.whole.tensors and value not in self.scene.overridable:
-                tensors[id(self.whole.tensors[value])] = value
+            if value in self.scene.whole.tensors and value not in self.scene.overridable:
                 self._forget(value)
             elif maker is not None and self._is_idle(maker):
                 self.remove(maker)
-                for output in filter(None, maker.outputs):
+                for output in filter(None, self.view.outputs[maker]):
                     self._forget(output)
-        return tensors
 
     def _is_idle(self, spot: Spot) -> bool:
-        if id(spot.node) in self._removed or spot.results:
-            return False
-        return not any(self.whole.uses.get(value) for value in spot.outputs if value)
+        return spot not in self._removed and not spot.results and not self.view.is_read(spot)
 
-    def _rebuild(self, graph: onnx.GraphProto) -> None:
-        before: dict[int, list[Spot]] = {}
-        after: dict[int, list[Spot]] = {}
-        for anchor, spot, follows in self._added:
-            if anchor.owner is graph and id(spot.node) not in self._removed:
-                (after if follows else before).setdefault(id(anchor.node), []).append(spot)
-        if not before and not after and not self._removed:
-            return
-        for place in range(len(graph.node) - 1, -1, -1):
-            node = graph.node[place]
-            for spot in reversed(after.get(id(node), ())):
-                graph.node.insert(place + 1, spot.node)
-            for spot in reversed(before.get(id(node), ())):
-                graph.node.insert(place, spot.node)
-            if id(node) in self._removed:
-                del graph.node[place + len(before.get(id(node), ()))]
+    def _changes(self, where: Mapping[Spot, Address]) -> Iterator[Edit]:
+        """What changes nodes of the file that stay."""
+        for spot in self.view.changed:
+            if spot in where and spot not in self._removed:
+                yield Rewire(*where[spot], *self.view.names(spot))
+        for spot, attributes in self._attributes.items():
+            if spot in where and spot not in self._removed:
+                yield from (SetAttribute(*where[spot], name, value) for name, value in attributes.items())
+
+    def _moves(self, where: Mapping[Spot, Address]) -> list[Edit]:
+        """What moves nodes, from the back to the front, so that places in front of it stay as they are."""
+        moves: list[tuple[Address, int, Edit]] = [
+            (where[spot], -1, Remove(*where[spot])) for spot in self._removed if spot in where
+        ]
+        moves += [
+            (where[anchor], number, self._insertion(spot, where[anchor]))
+            for number, (spot, anchor) in enumerate(self._anchors.items())
+            if spot not in self._removed
+        ]
+        return [edit for *_, edit in sorted(moves, key=lambda move: move[:2], reverse=True)]
+
+    def _insertion(self, spot: Spot, address: Address) -> Insert:
+        node, gone = spot.node, self._attributes.get(spot, {})
+        kept = tuple(item for item in node.attribute if item.name not in gone)
+        domain = node.domain if node.HasField("domain") else None
+        return Insert(*address, node.op_type, node.name, *self.view.names(spot), domain, kept)
+
+
+def _addresses(model: onnx.ModelProto) -> tuple[dict[int, Path], dict[int, int]]:
+    """The way to each graph, and the place of each node in its graph, by the `id` of those that somebody holds."""
+    paths: dict[int, Path] = {}
+    places: dict[int, int] = {}
+    waiting: list[tuple[Path, onnx.GraphProto]] = [((), model.graph)]
+    while waiting:
+        path, graph = waiting.pop()
+        paths[id(graph)] = path
+        for place, node in enumerate(graph.node):
+            places[id(node)] = place
+            waiting += [((*path, (place, number)), body) for number, body in enumerate(bodies(node))]
+    return paths, places
 
 
 def _fresh(wish: str, taken: set[str]) -> str:
@@ -231,10 +456,3 @@ def _fresh(wish: str, taken: set[str]) -> str:
         name = f"{wish}_{count}"
     taken.add(name)
     return name
-
-
-def _delete(items: Any, unwanted: Any) -> None:
-    """Delete from a repeated field, in place."""
-    for place in range(len(items) - 1, -1, -1):
-        if unwanted(items[place]):
-            del items[place]

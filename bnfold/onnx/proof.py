@@ -1,8 +1,8 @@
-"""Run a model before and after folding and hold the outputs against each other (see `bnfold.equivalence`).
+"""The runs that a comparison of two ONNX models is made of (see `bnfold.equivalence`).
 
-The original is run first, in its own types and, where the operators allow it, in float64; so is a float64 copy to
-which the same journey is applied, whose new weights are therefore not rounded to the storage type. What cannot be
-answered is left out of the evidence, with a note that says why.
+The original runs in its own types and, where the operators allow it, in float64; then that float64 copy is edited as
+the model is, with new weights that are not rounded to the storage type, and runs again. What cannot be answered is left
+out of the evidence, with a note that says why.
 """
 
 from __future__ import annotations
@@ -17,19 +17,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from bnfold.equivalence import UNIT_ROUNDOFF, judge, measure
-from bnfold.errors import InputError, NotEquivalent
-from bnfold.graph import Graph
+from bnfold.equivalence import UNIT_ROUNDOFF, Unavailable
+from bnfold.errors import InputError
 from bnfold.onnx import inputs as made
 from bnfold.onnx.constants import FLOATS
 from bnfold.onnx.files import stored_tensors
 from bnfold.onnx.inputs import Feed
-from bnfold.onnx.read import Picture, read
+from bnfold.onnx.read import Picture
 from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, widen
-from bnfold.onnx.write import write
-from bnfold.report import Evidence
 
-__all__ = ["Proof", "check_runs"]
+__all__ = ["ModelRuns", "check_runs"]
 
 SLOW = 2.0
 """A model whose run takes more seconds than this is not run in float64, which is much slower."""
@@ -55,42 +52,108 @@ DOUBTFUL = 0.5
 """A model whose float64 outputs differ by more than this from its own is not the same model."""
 
 
-class Proof:
-    """The original's outputs, waiting for those of the folded model.
+class ModelRuns:
+    """The runs of one comparison, on inputs that are given or made up; see `bnfold.equivalence.Runs`."""
 
-    Attributes:
-        notes: what could not be compared, and why.
-    """
+    doubt = ""
 
-    def __init__(self, picture: Picture, inputs: Any = None, original: onnx.ModelProto | None = None) -> None:
-        """Run the original, which is the picture's model unless that one has inlined functions.
+    def __init__(
+        self,
+        picture: Picture,
+        edit: Callable[[onnx.ModelProto], onnx.ModelProto],
+        inputs: Any = None,
+        original: onnx.ModelProto | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Prepare to run a model and what becomes of it.
 
         Where it draws random numbers, the picture's model is run: the nodes of a function share a seed in all calls.
 
+        Args:
+            picture: of the unfolded model.
+            edit: makes the folded model in float64 of the unfolded one in float64, which may be changed.
+            inputs: one feed, several, a file with one, or None to make them up.
+            original: the unfolded model, if the picture's is that one with functions inlined.
+            folder: where the external data of the folded model lies.
+
+        Raises:
+            InputError: the inputs are none.
+        """
+        self.picture, self.edit, self.folder = picture, edit, folder
+        self.given = _given(inputs)
+        self.original = picture.model if original is None or is_random(picture.model) else original
+        self.feeds: list[Feed] = []
+        self.before: list[Outputs] = []
+        self.seconds = 0.0
+
+    @property
+    def dtype(self) -> str:
+        """The coarsest floating-point type of the model."""
+        kinds = set(self.picture.scene.found.types.values())
+        return next((name for kind, name in _NAMES.items() if kind in kinds), "float32")
+
+    @property
+    def examples(self) -> int:
+        """How many examples the feeds hold: their first axes where those agree."""
+        total = 0
+        for feed in self.feeds:
+            sizes = {array.shape[0] for array in feed.values() if array.ndim > 1}
+            total += sizes.pop() if len(sizes) == 1 else 1
+        return total
+
+    # -- the runs
+
+    def run_before(self) -> list[Outputs]:
+        """Find inputs that the original runs on, and run it, in float64 if onnxruntime has no kernels for its type.
+
         Raises:
             InputError: it cannot be run on these inputs, or on any that were made up.
+            Unavailable: it ran in float64.
         """
-        self.picture, self.notes = picture, list[str]()
-        self.seconds = 0.0
-        self._folded: list[Outputs] | None = None
         try:
-            first = picture.model if original is None or is_random(picture.model) else original
-            self.runner: Callable[[Feed], Outputs] = Runner(first, picture.folder)
-            self.is_exact_only = False
+            runner: Callable[[Feed], Outputs] = Runner(self.original, self.picture.folder)
         except InputError as error:
             if "NOT_IMPLEMENTED" not in str(error):
                 raise
-            self.runner, self.is_exact_only = self._run_wide_instead(error), True
-        self.feeds, self.before = self._try_feeds(_given(inputs))
-        self.noise = self._sensitivity()
-        del self.runner
-        exact = self.before if self.is_exact_only else self.run_wide(picture.model, picture.folder)
-        self.exact = self._trusted(exact)
+            self._try_feeds(self._run_wide_instead(error))
+            raise Unavailable(f"compared in float64 only: {error}") from error
+        self._try_feeds(runner)
+        return self.before
+
+    def run_exactly(self) -> tuple[list[Outputs], list[Outputs]]:
+        """Run the model in float64, edit it, and run it again.
+
+        Raises:
+            Unavailable: it cannot be, or does not do what onnxruntime does.
+        """
+        try:
+            wide = self._widened()
+            before = run_exactly(wide, self.feeds)
+            if not _agree(before, self.before, DOUBTFUL):
+                raise InputError("the reference implementation disagrees with onnxruntime here")
+            return before, run_exactly(self.edit(wide), self.feeds)
+        except InputError as error:
+            raise Unavailable(f"not compared in float64: {error}") from error
+
+    def run_after(self, folded: onnx.ModelProto | Path) -> list[Outputs]:
+        """Run the folded model, or the file of it.
+
+        Raises:
+            InputError: it cannot be run.
+        """
+        runner = Runner(folded, self.folder)
+        return [runner(feed) for feed in self.feeds]
+
+    def run_nudged(self) -> list[Outputs]:
+        """Run the original on inputs that lie beside those that it ran on."""
+        runner, random = Runner(self.original, self.picture.folder), np.random.default_rng(1)
+        unit = UNIT_ROUNDOFF[self.dtype]
+        near = ({name: _nudge(array, unit, random) for name, array in feed.items()} for feed in self.feeds)
+        return [runner(feed) for feed in near]
 
     def _run_wide_instead(self, error: InputError) -> Callable[[Feed], Outputs]:
         """Run in float64 what onnxruntime has no kernel for (bfloat16 on a CPU)."""
         wide = widen(self.picture.model, self.picture.folder)
-        self.notes.append(f"compared in float64 only: {error}")
 
         def run(feed: Feed) -> Outputs:
             try:
@@ -100,24 +163,36 @@ class Proof:
 
         return run
 
-    def _try_feeds(self, given: Sequence[Feed] | None) -> tuple[list[Feed], list[Outputs]]:
-        if given is not None:
-            self._check_names(given)
-            return list(given), [self._time(feed) for feed in given]
-        first, failure = None, InputError("the model has no inputs that could be made up")
-        tried = 0
+    def _widened(self) -> onnx.ModelProto:
+        numbers = sum(
+            int(np.prod(t.dims)) for t in stored_tensors(self.picture.model) if t.data_type in FLOATS
+        )
+        if self.seconds > SLOW or numbers > HEAVY:
+            raise InputError("it is too large to be run in float64")
+        return widen(self.picture.model, self.picture.folder)
+
+    # -- the inputs
+
+    def _try_feeds(self, runner: Callable[[Feed], Outputs]) -> None:
+        """Settle on inputs; note what the model made of them."""
+        if self.given is not None:
+            self._check_names(self.given)
+            for feed in self.given:
+                self._run(runner, feed)
+            return
+        failure, tried = InputError("the model has no inputs that could be made up"), 0
         for feed in self._candidates(0):
             try:
-                first = self._time(feed)
+                self._run(runner, feed)
                 break
             except InputError as error:
                 failure, tried = error, tried + 1
-        if first is None:
+        if not self.feeds:
             ways = "give real inputs (--inputs FILE.npz), or fold without verifying (--no-verify)"
             raise InputError(f"{failure}; {ways}")
         count = next((count for limit, count in FEEDS if self.seconds < limit), 1)
-        others = [next(islice(self._candidates(seed), tried, None)) for seed in range(1, count)]
-        return [feed, *others], [first, *(self._time(other) for other in others)]
+        for seed in range(1, count):
+            self._run(runner, next(islice(self._candidates(seed), tried, None)))
 
     def _candidates(self, seed: int) -> Iterator[Feed]:
         return made.candidates(self.picture.model, self.picture.scene, seed)
@@ -130,102 +205,11 @@ class Proof:
                 has = f"the model has {sorted(known)}"
                 raise InputError(f"the inputs do not suit the model: {has}; look at {sorted(wrong)}")
 
-    def _time(self, feed: Feed) -> Outputs:
+    def _run(self, runner: Callable[[Feed], Outputs], feed: Feed) -> None:
         start = time.perf_counter()
-        outputs = self.runner(feed)
+        self.before.append(runner(feed))
+        self.feeds.append(feed)
         self.seconds = time.perf_counter() - start
-        return outputs
-
-    def run_wide(self, model: onnx.ModelProto, folder: Path | None) -> list[Outputs] | None:
-        """The outputs of a model in float64, for every feed; None where that cannot be done, with a note."""
-        return self._exactly(lambda: widen(model, folder))
-
-    def _trusted(self, exact: list[Outputs] | None) -> list[Outputs] | None:
-        """Float64 outputs that agree with onnxruntime's up to rounding; others prove nothing."""
-        if exact is None or _agree(exact, self.before, DOUBTFUL):
-            return exact
-        self.notes.append(
-            "not compared in float64: the reference implementation disagrees with onnxruntime here"
-        )
-        return None
-
-    def prepare(self, graph: Graph, freeze: bool, demoted: frozenset[str]) -> None:
-        """Run the folded model in float64, from a copy of the original that is not changed yet."""
-        if self.exact is None:
-            return
-
-        def fold() -> onnx.ModelProto:
-            wide = widen(self.picture.model, self.picture.folder)
-            picture = read(wide, freeze_initializers=freeze, demote=demoted)
-            write(picture, graph)
-            return wide
-
-        self._folded = self._exactly(fold)
-
-    def folded(self) -> list[Outputs] | None:
-        """What `prepare` computed."""
-        return self._folded
-
-    def _exactly(self, make: Callable[[], onnx.ModelProto]) -> list[Outputs] | None:
-        numbers = sum(
-            int(np.prod(t.dims)) for t in stored_tensors(self.picture.model) if t.data_type in FLOATS
-        )
-        try:
-            if self.seconds > SLOW or numbers > HEAVY:
-                raise InputError("it is too large to be run in float64")
-            return run_exactly(make(), self.feeds)
-        except InputError as error:
-            note = f"not compared in float64: {error}"
-            self.notes += [note] if note not in self.notes else []
-            return None
-
-    def judge(
-        self,
-        make: Callable[[], Runner],
-        exact: Callable[[], list[Outputs] | None],
-        changed: int,
-        rounded: bool = False,
-    ) -> tuple[Evidence, ...]:
-        """Compare with the folded model, which `make` gets ready to run; see `bnfold.equivalence.judge`.
-
-        Raises:
-            NotEquivalent: it computes something else.
-        """
-        wide = exact()
-        if self.is_exact_only:
-            if self.exact is None or wide is None:
-                raise InputError("the folded model could not be run in float64")
-            dtype = self._dtype() if rounded else "float64"
-            return judge(
-                (self.exact, wide), (self.exact, wide), dtype, changed, self._examples(), rounded=rounded
-            )
-        runner = make()
-        after = [runner(feed) for feed in self.feeds]
-        pair = (self.exact, wide) if self.exact is not None and wide is not None else None
-        asked = ((self.before, after), pair, self._dtype(), changed, self._examples())
-        try:
-            return judge(*asked, rounded=rounded)
-        except NotEquivalent:
-            return judge(*asked, rounded=rounded, noise=self.noise)
-
-    def _sensitivity(self) -> float:
-        """How far the outputs move when every input moves by one unit roundoff: what any rounding may do to them."""
-        unit, random = UNIT_ROUNDOFF[self._dtype()], np.random.default_rng(1)
-        near = ({name: _nudge(array, unit, random) for name, array in feed.items()} for feed in self.feeds)
-        return measure(self.before, [self.runner(feed) for feed in near], discrete=False).deviation
-
-    def _dtype(self) -> str:
-        """The coarsest floating-point type of the model."""
-        kinds = set(self.picture.scene.found.types.values())
-        return next((name for kind, name in _NAMES.items() if kind in kinds), "float32")
-
-    def _examples(self) -> int:
-        """How many examples the feeds hold: their first axes where those agree."""
-        total = 0
-        for feed in self.feeds:
-            sizes = {array.shape[0] for array in feed.values() if array.ndim > 1}
-            total += sizes.pop() if len(sizes) == 1 else 1
-        return total
 
 
 def check_runs(picture: Picture, inputs: Any = None, once: bool = False) -> None:

@@ -1,6 +1,6 @@
-"""Apply what `travel` decided to the model that was read.
+"""Turn what `travel` decided into edits of the model that was read.
 
-Each difference between the two graphs is one edit (see `edit` for what an edit leaves alone):
+Each difference between the two graphs is one or a few edits (see `edit` for what those leave alone):
 
 - a node that is gone is bypassed;
 - a linear operator that was copied is copied, for its one reader;
@@ -10,44 +10,42 @@ Each difference between the two graphs is one edit (see `edit` for what an edit 
 - a BatchNormalization that has absorbed another one gets new numbers (mean 0, variance 1, epsilon 0, which is exact),
   one that is to be an affine becomes a Mul and an Add, or an Add alone.
 
-New numbers are computed in float64, one tensor at a time, rounded once to the type of the tensor that they replace.
-Gemm's `alpha` and `beta` go into them.
+New weights are computed in float64 when the edits are carried out, one at a time, and rounded once to the type of the
+tensor that they replace. Gemm's `alpha` and `beta` go into them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto
 
-from bnfold.algebra import Affine, Array, Linear, round_to
-from bnfold.errors import InputError
+from bnfold.algebra import Affine, Array, Linear
 from bnfold.graph import Graph, Node
 from bnfold.onnx.constants import Unworkable, attribute
-from bnfold.onnx.edit import Editor
+from bnfold.onnx.edit import Edit, Editor
 from bnfold.onnx.read import Picture
 from bnfold.onnx.scope import Spot
 
 __all__ = ["fits", "write"]
 
 
-def write(picture: Picture, graph: Graph) -> Editor:
-    """Change the model of a picture so that it computes another graph, the one that `travel` made of the picture's.
+def write(picture: Picture, graph: Graph) -> tuple[Edit, ...]:
+    """What to change in the model of a picture so that it computes another graph.
 
     Args:
-        picture: as `read` drew it. Its model is edited in place and the picture is of no use afterwards.
+        picture: as `read` drew it. Neither it nor its model is changed.
         graph: the picture's graph after the journey.
 
     Returns:
-        The editor, which knows where new tensors belong in a file.
+        Edits for `bnfold.onnx.edit.apply`, to the model or to any copy of it. Their new weights are computed from the
+        picture's model when they are stored, so it must be as it was until then.
     """
-    writer = _Writer(picture, graph)
-    writer.write()
-    return writer.editor
+    return _Writer(picture, graph).write()
 
 
 def fits(picture: Picture) -> Any:
@@ -119,13 +117,29 @@ def stored_bias(picture: Picture, slots: Slots, linear: Linear) -> Array | None:
     return array * slots.beta
 
 
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """The weight of a linear operator with everything that it has absorbed, as it is stored."""
+
+    picture: Picture
+    slots: Slots
+    linear: Linear
+    dims: tuple[int, ...]
+
+    def __call__(self) -> Array:
+        weight = self.linear.fold_weight(stored_weight(self.picture, self.slots))
+        bias = self.linear.fold_bias(None, None) if self.slots.spot.op == "Gather" else None
+        return (weight if bias is None else weight + bias).reshape(self.dims)
+
+
 class _Writer:
     def __init__(self, picture: Picture, graph: Graph) -> None:
-        self.picture, self.graph = picture, graph
+        self.picture, self.graph = replace(picture, spots=dict(picture.spots)), graph
         self.editor = Editor(picture)
+        self.view = self.editor.view
         self.done: dict[tuple[Any, ...], list[tuple[Linear, str, str]]] = {}
 
-    def write(self) -> None:
+    def write(self) -> tuple[Edit, ...]:
         old = self.picture.graph
         places = {node.name: self._data_place(node) for node in old.nodes if node.affine is not None}
         for node in self.graph.nodes:
@@ -137,8 +151,9 @@ class _Writer:
         for node in old.nodes:
             if node.name not in self.graph:
                 spots = self.picture.spots[node.name]
-                self.editor.bypass(spots, spots[0].inputs[places[node.name]], spots[-1].outputs[0])
-        self.editor.finish()
+                source = self.view.inputs[spots[0]][places[node.name]]
+                self.editor.bypass(spots, source, spots[-1].outputs[0])
+        return self.editor.finish()
 
     def _data_place(self, node: Node) -> int:
         """Which input of a node of the file is the one that the graph shows."""
@@ -161,12 +176,12 @@ class _Writer:
         spots: list[Spot] = []
         shared: dict[str, str] = {}
         for spot in self.picture.spots[original]:
-            value = self.editor.new_value(f"{self.editor.whole.raw[spot.outputs[0]]}.copy", spot.owner)
+            value = self.editor.new_value(f"{self.view.raw[spot.outputs[0]]}.copy", spot.owner)
             inputs = [shared.get(name, name) for name in spot.inputs]
             spots.append(self.editor.insert_copy(spot, inputs, value))
             shared[spot.outputs[0]] = value
         self.picture.spots[node.name] = spots
-        self.editor.set_input(self.picture.spots[reader][0], places[reader], spots[-1].outputs[0])
+        self.view.set_input(self.picture.spots[reader][0], places[reader], spots[-1].outputs[0])
         if node.linear is not None:
             self._absorb(node, node.linear)
 
@@ -183,16 +198,18 @@ class _Writer:
         self._attach(slots, linear, *names)
 
     def _store(self, node: Node, slots: Slots, linear: Linear) -> tuple[str, str]:
-        """Compute and store the new weight and bias; the value "" stands for a bias that stays as it is."""
+        """Store the new weight and bias; the value "" stands for a bias that stays as it is, or is in the weight."""
         value, old_bias = slots.spot.inputs[slots.weight], slots.bias_value
-        stored, old = stored_weight(self.picture, slots), stored_bias(self.picture, slots, linear)
-        weight, bias = linear.fold(stored, old)
-        if slots.spot.op == "Gather" and bias is not None:
-            weight, bias = weight + bias, None
-        shape = self.picture.scene.constants.array(value).shape
-        data_type = self.picture.scene.type(value)
+        constants = self.picture.scene.constants
+        dims, data_type = constants.dims(value) or (), self.picture.scene.type(value)
         raw = self._label(value, node.name, "weight")
-        weight_name = self._add(f"{raw}.folded", weight.reshape(shape), data_type, value)
+        weight = _Weight(self.picture, slots, linear, dims)
+        weight_name = self.editor.add_tensor(f"{raw}.folded", weight, dims, data_type, value)
+        if slots.spot.op == "Gather":
+            return weight_name, ""
+        old = stored_bias(self.picture, slots, linear)
+        seen = stored_weight(self.picture, slots) if linear.shifts_input else None
+        bias = linear.fold_bias(seen, old)
         if bias is None or (old is not None and np.array_equal(bias, old) and slots.beta == 1):
             return weight_name, ""
         raw = self._label(
@@ -210,11 +227,7 @@ class _Writer:
         return f"{otherwise}.{role}" if role == "weight" else otherwise
 
     def _add(self, wish: str, values: Array, data_type: int, replaces: str) -> str:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(data_type)
-        rounded = round_to(values, dtype)
-        if not np.isfinite(rounded.astype(np.float64)).all():
-            raise InputError(f"the folded numbers of `{wish}` are not finite in {dtype}")
-        return self.editor.add_tensor(wish, rounded, data_type, replaces)
+        return self.editor.add_tensor(wish, partial(np.asarray, values), values.shape, data_type, replaces)
 
     def _place_bias(self, slots: Slots, linear: Linear, bias: Array) -> Array:
         """Give the bias of a MatMul the shape in which it is added: from the left, along the last axis but one."""
@@ -226,25 +239,26 @@ class _Writer:
         return bias[:, None] if slots.multiplies_from_left else bias
 
     def _attach(self, slots: Slots, linear: Linear, weight: str, bias: str) -> None:
-        self.editor.set_input(slots.spot, slots.weight, weight)
+        self.view.set_input(slots.spot, slots.weight, weight)
         if slots.spot.op == "Gemm":
-            _drop_attribute(slots.spot.node, "alpha")
+            self.editor.drop_attribute(slots.spot, "alpha")
             if bias:
-                _drop_attribute(slots.spot.node, "beta")
+                self.editor.drop_attribute(slots.spot, "beta")
         if not bias:
             return
         if slots.add is not None:
-            self.editor.set_input(slots.add, slots.bias, bias)
+            self.view.set_input(slots.add, slots.bias, bias)
         else:
             self._insert_bias(slots.spot, bias)
 
     def _insert_bias(self, spot: Spot, bias: str) -> None:
         """Add a bias after a MatMul that has none."""
         result = spot.outputs[0]
-        raw = self.editor.whole.raw[result]
-        self.editor.set_output(spot, 0, self.editor.new_value(f"{raw}.unbiased", spot.owner))
+        raw = self.view.raw[result]
+        unbiased = self.editor.new_value(f"{raw}.unbiased", spot.owner)
+        self.view.set_output(spot, 0, unbiased)
         name = self.editor.fresh_node(f"{spot.node.name}.bias" if spot.node.name else "")
-        self.editor.insert(spot, "Add", name, [spot.outputs[0], bias], result)
+        self.editor.insert(spot, "Add", name, [unbiased, bias], result)
 
     # -- affines that stay
 
@@ -264,15 +278,14 @@ class _Writer:
             value = spot.inputs[place]
             label = self._label(value, f"{node.name}.{('scale', 'bias', 'mean', 'var')[place - 1]}", "number")
             name = self._add(f"{label}.folded", np.array(values), self.picture.scene.type(value), value)
-            self.editor.set_input(spot, place, name)
-        _drop_attribute(spot.node, "epsilon")
-        spot.node.attribute.append(onnx.helper.make_attribute("epsilon", 0.0))
+            self.view.set_input(spot, place, name)
+        self.editor.set_attribute(spot, "epsilon", 0.0)
         return True
 
     def _spell_out(self, node: Node, affine: Affine, place: int) -> None:
         """Write an affine as a Mul and an Add, or as one of them."""
         spots = self.picture.spots[node.name]
-        source, result, anchor = spots[0].inputs[place], spots[-1].outputs[0], spots[-1]
+        source, result, anchor = self.view.inputs[spots[0]][place], spots[-1].outputs[0], spots[-1]
         for spot in spots:
             self.editor.remove(spot)
         data_type = self.picture.scene.type(source) or TensorProto.FLOAT
@@ -285,9 +298,7 @@ class _Writer:
             constant = self._add(f"{node.name}.{role}", _trim(numbers), data_type, "")
             last = step == len(steps) - 1
             target = (
-                result
-                if last
-                else self.editor.new_value(f"{self.editor.whole.raw[result]}.scaled", anchor.owner)
+                result if last else self.editor.new_value(f"{self.view.raw[result]}.scaled", anchor.owner)
             )
             name = node.name if last else f"{node.name}.{role}"
             new = self.editor.insert(
@@ -301,12 +312,6 @@ def _trim(numbers: Array) -> Array:
     while numbers.ndim > 1 and numbers.shape[0] == 1:
         numbers = numbers[0]
     return numbers
-
-
-def _drop_attribute(node: onnx.NodeProto, name: str) -> None:
-    for place in range(len(node.attribute) - 1, -1, -1):
-        if node.attribute[place].name == name:
-            del node.attribute[place]
 
 
 # ---------------------------------------------------------------- can it be stored?

@@ -8,7 +8,7 @@ dtypes and so cannot run in float64) is said in the report's notes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, judge, measure
-from bnfold.errors import NotEquivalent, UnreadableModel
+from bnfold.equivalence import UNIT_ROUNDOFF, Comparison, Outputs, Unavailable
+from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
 from bnfold.report import Evidence, Report
 from bnfold.torch.double import double
@@ -69,21 +69,28 @@ def fold(
     """
     reading, journey = plan(model, example_inputs, Options(**options))
     size = _count(model)
-    changed = sum(node.linear is not None and node.linear.changed for node in journey.graph.nodes)
-    comparison = _Comparison(model, example_inputs, changed) if verify else None
-    if comparison is not None:
-        comparison.writes, comparison.dtype = reading.writes, _coarsest(model, reading.dtypes)
-        comparison.run_before(model)
-        comparison.run_exact(model, lambda twin: write(twin, reading, journey, inplace=True))
+    comparison = _compare(model, example_inputs, reading, journey, inplace) if verify else None
     folded = write(model, reading, journey, inplace)
-    evidence, notes = (
-        ((), ["unverified: verification was switched off"])
-        if comparison is None
-        else comparison.judge(folded, unfolded=None if inplace else model)
-    )
+    evidence = comparison.judge(folded) if comparison else ()
+    notes = comparison.notes if comparison else ["unverified: verification was switched off"]
     limits = tuple(_rests_on(head) for head in reading.heads)
     sizes = (size, _count(folded))
-    return folded, Report(journey.verdicts, tuple(evidence), (*notes, *reading.notes), sizes, limits)
+    return folded, Report(journey.verdicts, evidence, (*notes, *reading.notes), sizes, limits)
+
+
+def _compare(
+    model: nn.Module, example_inputs: Any, reading: Reading, journey: Journey, inplace: bool
+) -> Comparison:
+    changed = sum(node.linear is not None and node.linear.changed for node in journey.graph.nodes)
+    runs = ModuleRuns(
+        model,
+        example_inputs,
+        lambda twin: write(twin, reading, journey, inplace=True),
+        dtypes=reading.dtypes,
+        writes=reading.writes,
+        inplace=inplace,
+    )
+    return Comparison(runs, changed)
 
 
 def _rests_on(head: Idle) -> str:
@@ -139,12 +146,11 @@ def verify(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Evidence, 
         UnreadableModel: one of them does not run on these inputs.
     """
     weights = sum(isinstance(getattr(module, "weight", None), Tensor) for module in after.modules())
-    comparison = _Comparison(before, inputs, weights)
-    comparison.run_before(before)
-    comparison.run_exact(before, lambda twin: None, after)
-    if comparison.before is None and comparison.exact is None:
-        raise UnreadableModel(" ".join(comparison.notes) or "nothing could be compared")
-    return tuple(comparison.judge(after, rounded=True, unfolded=before)[0])
+    comparison = Comparison(ModuleRuns(before, inputs, lambda _: widen(after)), weights, rounded=True)
+    evidence = comparison.judge(after)
+    if not evidence:
+        raise UnreadableModel(" ".join(comparison.notes))
+    return evidence
 
 
 def _count(model: nn.Module) -> int:
@@ -203,50 +209,97 @@ class _Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-class _Comparison:
-    """The outputs before and after, in two precisions."""
+class ModuleRuns:
+    """The runs of one comparison, on the example inputs and on perturbed ones; see `bnfold.equivalence.Runs`."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, changed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        edit: Callable[[nn.Module], nn.Module],
+        *,
+        dtypes: Iterable[torch.dtype] = (),
+        writes: bool = True,
+        inplace: bool = False,
+    ) -> None:
+        """Prepare to run a module and what becomes of it.
+
+        Args:
+            model: the unfolded module.
+            example_inputs: see `fold`.
+            edit: makes the folded module in float64 of the unfolded one in float64, which may be changed.
+            dtypes: what the module computes in, besides the dtypes that it holds.
+            writes: whether it may write to its own parameters.
+            inplace: whether it will have become the folded module, so that it cannot be run again.
+        """
+        self.model, self.edit, self.writes, self.inplace = model, edit, writes, inplace
         self.inputs = [example_inputs, *_perturbed(example_inputs)]
-        self.dtype = _coarsest(model)
-        self.changed = changed
-        self.before: list[Outputs] | None = None
-        self.exact: tuple[list[Outputs], list[Outputs]] | None = None
-        self.narrow = False
-        self.writes = True
-        self.notes: list[str] = []
+        self.dtype, self.examples = _coarsest(model, dtypes), len(self.inputs)
+        self.doubt = ""
         tensors = [tensor for _, tensor in leaves(example_inputs)]
         everything = (*model.parameters(), *model.buffers(), *tensors)
         self.possible = not any(t.device.type == "meta" or nn.parameter.is_lazy(t) for t in everything)
-        if not self.possible:
-            self.notes.append("unverified: there are tensors without numbers (lazy, or on the meta device)")
 
-    def run_before(self, model: nn.Module) -> None:
-        if self.possible:
-            try:
-                self.before = [_run(model, each, self.writes) for each in self.inputs]
-            except Exception as error:  # noqa: BLE001 a dtype that some operator lacks
-                self.notes.append(
-                    f"not compared in {self.dtype}: the model does not run in it: {first_line(error)}"
-                )
+    def run_before(self) -> list[Outputs]:
+        """Run the unfolded module.
 
-    def run_exact(self, model: nn.Module, edit: Any, other: nn.Module | None = None) -> None:
-        """Run the model in float64, and then another one, or the same one after an edit."""
-        if not self.possible:
-            return
+        Raises:
+            Unavailable: it does not run in its own dtype, which some operator may lack.
+        """
+        self._require_numbers()
         try:
-            twin = widen(model)
+            return [_run(self.model, each, self.writes) for each in self.inputs]
+        except Exception as error:
+            why = f"the model does not run in it: {first_line(error)}"
+            raise Unavailable(f"not compared in {self.dtype}: {why}") from error
+
+    def run_exactly(self) -> tuple[list[Outputs], list[Outputs]]:
+        """Run a copy in float64, edit it, and run it again; be in doubt of it where it computes in less.
+
+        Raises:
+            Unavailable: it does not run in float64, since it fixes a dtype by itself.
+            UnreadableModel: it does not run once it is folded.
+        """
+        self._require_numbers()
+        try:
+            twin = widen(self.model)
             wide = [torch.utils._pytree.tree_map_only(Tensor, _wide, each) for each in self.inputs]
             with double(), _Narrow() as watch:
                 before: list[Outputs] = [_run(twin, each, self.writes) for each in wide]
-        except Exception as error:  # noqa: BLE001 a dtype that the model fixes by itself
-            self.notes.append(f"not compared in float64: the model does not run in it: {first_line(error)}")
-            return
-        self.narrow = watch.seen
-        edit(twin)
-        folded = twin if other is None else widen(other)
+        except Exception as error:
+            why = f"the model does not run in it: {first_line(error)}"
+            raise Unavailable(f"not compared in float64: {why}") from error
+        if watch.seen:
+            self.doubt = "not compared in float64: the model fixes a narrower dtype by itself"
+        folded = self.edit(twin)
         with double():
-            self.exact = (before, self._run_folded(folded, wide))
+            return before, self._run_folded(folded, wide)
+
+    def run_after(self, folded: nn.Module) -> list[Outputs]:
+        """Run the folded module.
+
+        Raises:
+            UnreadableModel: it does not run.
+        """
+        return self._run_folded(folded, self.inputs)
+
+    def run_nudged(self) -> list[Outputs]:
+        """Run the unfolded module on inputs that lie beside those that it ran on.
+
+        Raises:
+            Unavailable: it is not there any more, or only those values suit it.
+        """
+        if self.inplace:
+            raise Unavailable("the module was folded in place")
+        try:
+            near = [_nudged(each, UNIT_ROUNDOFF[self.dtype]) for each in self.inputs]
+            return [_run(self.model, each, self.writes) for each in near]
+        except Exception as error:
+            raise Unavailable(first_line(error)) from error
+
+    def _require_numbers(self) -> None:
+        if not self.possible:
+            raise Unavailable("unverified: there are tensors without numbers (lazy, or on the meta device)")
 
     def _run_folded(self, model: nn.Module, inputs: Sequence[Any]) -> list[Outputs]:
         try:
@@ -256,47 +309,6 @@ class _Comparison:
                 f"the folded model does not run: {type(error).__name__}: {first_line(error)}; "
                 "some code uses a BatchNorm otherwise than by calling it"
             ) from error
-
-    def judge(
-        self, folded: nn.Module, rounded: bool = False, unfolded: nn.Module | None = None
-    ) -> tuple[Sequence[Evidence], Sequence[str]]:
-        """Compare; a model that jumps (a hard attention) is asked how far one rounding of its inputs moves it."""
-        if not self.possible or (self.before is None and self.exact is None):
-            return (), self.notes or ["unverified"]
-        count = len(self.inputs)
-        if self.before is None:
-            assert self.exact is not None
-            return judge(
-                self.exact,
-                self.exact,
-                self.dtype if rounded else "float64",
-                self.changed,
-                count,
-                rounded=rounded,
-            ), self.notes
-        own = (self.before, self._run_folded(folded, self.inputs))
-        try:
-            return judge(own, self.exact, self.dtype, self.changed, count, rounded=rounded), self.notes
-        except NotEquivalent:
-            if not self.narrow or self.exact is None:
-                if unfolded is None:
-                    raise
-                noise = self._sensitivity(unfolded)
-                return judge(
-                    own, self.exact, self.dtype, self.changed, count, rounded=rounded, noise=noise
-                ), self.notes
-        self.notes.append("not compared in float64: the model fixes a narrower dtype by itself")
-        return judge(own, None, self.dtype, self.changed, count), self.notes
-
-    def _sensitivity(self, unfolded: nn.Module) -> float:
-        """How far the outputs move when every input moves by one unit roundoff: what any rounding may do to them."""
-        assert self.before is not None
-        near = [_nudged(each, UNIT_ROUNDOFF[self.dtype]) for each in self.inputs]
-        try:
-            moved = [_run(unfolded, each, self.writes) for each in near]
-        except Exception:  # noqa: BLE001 an input that only these values suit
-            return 0.0
-        return measure(self.before, moved, discrete=False).deviation
 
 
 def _nudged(example_inputs: Any, unit: float) -> Any:

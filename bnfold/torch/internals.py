@@ -26,6 +26,9 @@ Modules:
 - `_tensor_name` of the hooks of `torch.nn.utils.prune`.
 
 Trees: `torch.utils._pytree` (`tree_map_only`, `tree_structure`, `tree_unflatten`).
+
+Exported programs, for `archive`: `torch._export.serde`, of it `schema`, `ExportedProgramDeserializer` and
+`_dict_to_dataclass`, which are given nothing but what `archive` has looked at.
 """
 
 from __future__ import annotations

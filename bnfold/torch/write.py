@@ -317,7 +317,7 @@ def _leftover(module: nn.Module, place: NormPlace, affine: Affine) -> nn.Module:
 
 
 def _for_any_rank(module: nn.Module, numbers: Array) -> Array:
-    """One number per channel, shaped for inputs of every rank that a BatchNorm of torch's takes: channels come first."""
+    """One number per channel, shaped for inputs of every rank that a BatchNorm of torch takes."""
     ranks = {nn.BatchNorm1d: 2, nn.SyncBatchNorm: 4}
     wanted = next((rank for kind, rank in ranks.items() if isinstance(module, kind)), numbers.ndim)
     return numbers.reshape(numbers.shape + (1,) * (wanted - numbers.ndim))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bnfold.algebra import Linear, batchnorm, round_to
-from bnfold.equivalence import ALGEBRA, compare, judge, measure
+from bnfold.equivalence import ALGEBRA, Comparison, Unavailable, compare, judge, measure
 from bnfold.errors import NotEquivalent
 
 RANDOM = np.random.default_rng(3)
@@ -171,3 +171,95 @@ def test_movement_is_how_far_an_output_moves_between_two_inputs(arrays: Any, mov
     both = (outputs(*arrays), outputs(*arrays))
     (evidence,) = judge(both, both, "float64", 0, len(arrays))
     assert evidence.movement == movement
+
+
+# ---------------------------------------------------------------- one comparison
+
+
+class Made:
+    """Runs that are known beforehand; what is an exception is raised."""
+
+    dtype, examples = "float32", 64
+
+    def __init__(
+        self, before: Any, exact: Any, after: Any = None, nudged: Any = None, doubt: str = ""
+    ) -> None:
+        self.results, self.doubt, self.calls = [before, exact, after, nudged], doubt, list[int]()
+
+    def _give(self, which: int) -> Any:
+        self.calls.append(which)
+        if isinstance(self.results[which], Exception):
+            raise self.results[which]
+        return self.results[which]
+
+    def run_before(self) -> Any:
+        return self._give(0)
+
+    def run_exactly(self) -> Any:
+        return self._give(1)
+
+    def run_after(self, folded: Any) -> Any:
+        assert folded == "folded"
+        return self._give(2)
+
+    def run_nudged(self) -> Any:
+        return self._give(3)
+
+
+def questions(comparison: Comparison) -> list[str]:
+    return [item.question for item in comparison.judge("folded")]
+
+
+def test_a_comparison_that_agrees_runs_each_model_once_and_nudges_nothing() -> None:
+    before, after = pair(np.float32, *folded())
+    runs = Made(before, pair(np.float64, *folded()), after)
+    assert questions(Comparison(runs, 1)) == ["float64", "float32"]
+    assert runs.calls == [0, 1, 2]
+
+
+def test_the_folded_model_runs_last_since_it_may_be_the_unfolded_one_edited() -> None:
+    runs = Made(*pair(np.float32, *folded()))
+    Comparison(runs, 1)
+    assert runs.calls == [0, 1]
+
+
+def test_a_model_that_jumps_is_granted_what_rounded_inputs_do_to_it_and_no_more() -> None:
+    before, _ = pair(np.float32, *folded())
+    exact = pair(np.float64, *folded())
+    off = [{"logits": row["logits"] + np.float32(3e-4)} for row in before]
+    near = [{"logits": row["logits"] - np.float32(3e-4)} for row in before]
+    jumping, steady = Made(before, exact, off, near), Made(before, exact, off, before)
+    assert questions(Comparison(jumping, 1)) == ["float64", "float32"]
+    with pytest.raises(NotEquivalent):
+        Comparison(steady, 1).judge("folded")
+    with pytest.raises(NotEquivalent):
+        Comparison(Made(before, exact, off, Unavailable("gone")), 1).judge("folded")
+
+
+def test_what_cannot_be_run_is_left_out_with_its_note() -> None:
+    before, after = pair(np.float32, *folded())
+    exact = pair(np.float64, *folded())
+    narrow = Comparison(Made(before, Unavailable("no float64"), after), 1)
+    wide = Comparison(Made(Unavailable("no float32"), exact), 1)
+    none = Comparison(Made(Unavailable("neither"), Unavailable("neither")), 1)
+    assert (questions(narrow), narrow.notes) == (["float32"], ["no float64"])
+    assert (questions(wide), wide.notes) == (["float64"], ["no float32"])
+    assert (questions(none), none.notes) == ([], ["neither"])
+
+
+def test_a_rounded_model_that_runs_in_float64_only_is_held_to_its_own_dtype() -> None:
+    exact = net(W1, B1, (MEAN, VAR, GAMMA, BETA), np.float64), net(*folded(), None, np.float64)
+    exact[1][0]["logits"] += 1e-8
+    runs = Made(Unavailable("no kernel"), exact)
+    assert "float64" in questions(Comparison(runs, 1, rounded=True))
+    with pytest.raises(NotEquivalent):
+        Comparison(runs, 1).judge("folded")
+
+
+def test_float64_that_is_in_doubt_is_dropped_only_where_it_differs() -> None:
+    before, after = pair(np.float32, *folded())
+    right, wrong = pair(np.float64, *folded()), pair(np.float64, W1, B1)
+    agreed = Comparison(Made(before, right, after, doubt="narrow"), 1)
+    dropped = Comparison(Made(before, wrong, after, doubt="narrow"), 1)
+    assert (questions(agreed), agreed.notes) == (["float64", "float32"], [])
+    assert (questions(dropped), dropped.notes) == (["float32"], ["narrow"])

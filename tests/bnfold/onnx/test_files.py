@@ -350,12 +350,12 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(tmp_path, spoil, message,
 
 
 def test_a_model_that_is_not_equivalent_is_not_written(tmp_path, monkeypatch):
-    from bnfold.onnx import proof
+    from bnfold import equivalence
 
     def refuse(*_, **__):
         raise NotEquivalent("made up")
 
-    monkeypatch.setattr(proof, "judge", refuse)
+    monkeypatch.setattr(equivalence, "judge", refuse)
     source, target = save_external(tmp_path / "net.onnx"), tmp_path / "out.onnx"
     bnfold.fold_file(source, target, verify=False)
     before = contents(tmp_path)

@@ -318,6 +318,15 @@ def test_trees_of_tensors():
     assert tree.tree_unflatten([1, 2], tree.tree_structure({"a": [0, 0]})) == {"a": [1, 2]}
 
 
+def test_the_deserialiser_of_exported_programs():
+    from torch._export.serde import schema
+    from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
+
+    assert {"graph_module", "opset_version", "schema_version"} <= set(schema.ExportedProgram.__annotations__)
+    assert callable(ExportedProgramDeserializer.deserialize)
+    assert callable(_dict_to_dataclass)
+
+
 # ---------------------------------------------------------------- and no other
 
 
