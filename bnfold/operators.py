@@ -51,6 +51,7 @@ def _table() -> dict[str, Row]:
         "AveragePool ReduceMean Resize Pad": MEAN,  # whole; the scale alone where some weights do not sum to one
         "ReduceSum": TOTAL,  # the scale
         "MaxPool ReduceMax": MAXIMUM,  # if no scale is negative
+        "LpPool ReduceL1 ReduceL2": NORM,  # a scale that is nowhere negative, no shift
         "Relu LeakyRelu PRelu Abs": HOMOGENEOUS,  # a scale that is nowhere negative, no shift
     }
     return {op: row for ops, row in rows.items() for op in ops.split()}
@@ -710,8 +711,15 @@ TOTAL = _window(_linear_only)
 MAXIMUM = _window(_monotone, "all")
 
 
+def _scaled(node: Node, affine: Affine) -> Affine:
+    return _monotone(node, _linear_only(node, affine))
+
+
+NORM = _window(_scaled)
+
+
 def _homogeneous(node: Node, around: Surroundings, flow: Flow) -> Answer:
-    return [_monotone(node, _linear_only(node, _only(flow)))]
+    return [_scaled(node, _only(flow))]
 
 
 HOMOGENEOUS = Row(_homogeneous, _homogeneous)

@@ -74,6 +74,11 @@ def _windows(node: Node, x: np.ndarray, fill: float) -> np.ndarray:
     return seen.reshape(*seen.shape[:4], 4)
 
 
+def _norm(node: Node, x: np.ndarray, order: int) -> np.ndarray:
+    total = (np.abs(x) ** order).sum(node.attributes["axes"], keepdims=node.attributes["keepdims"])
+    return total ** (1 / order)
+
+
 def _max_pool(node: Node, weights: dict[str, Any], x: np.ndarray) -> Any:
     """The largest of each window and, where a second output is drawn, the first that is it, rounding aside."""
     seen = _windows(node, x, -np.inf)
@@ -153,6 +158,9 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "Mul": lambda node, w, x, y: x * y,
     "Div": lambda node, w, x, y: x / y,
     "AveragePool": lambda node, w, x: _windows(node, x, 0.0).mean(-1),
+    "LpPool": lambda node, w, x: np.sqrt((_windows(node, x, 0.0) ** 2).sum(-1)),
+    "ReduceL1": lambda node, w, x: _norm(node, x, 1),
+    "ReduceL2": lambda node, w, x: _norm(node, x, 2),
     "MaxPool": _max_pool,
     "ReduceMean": lambda node, w, x: x.mean(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
     "ReduceMax": lambda node, w, x: x.max(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
@@ -466,7 +474,7 @@ def window(sketch: Sketch, op: str) -> None:
     value = sketch.pick(lambda x: x.ndim == 4 and 3 < min(x.shape[2:]) < 20)
     partial = ""
     more: dict[str, Any] = {"axes": (2, 3), "keepdims": True}
-    if op in ("AveragePool", "MaxPool"):
+    if op in ("AveragePool", "MaxPool", "LpPool"):
         more |= {"pad": sketch.choose(0, 1)}
         partial = "it counts zero padding" if more["pad"] and op == "AveragePool" else ""
     elif op.startswith("Reduce"):
@@ -583,7 +591,8 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), blocks),
     **dict.fromkeys(("Add", "Sub", "Sum", "Mul", "Div"), combine),
     **dict.fromkeys(
-        ("AveragePool", "MaxPool", "ReduceMean", "ReduceMax", "ReduceSum", "Resize", "Pad"), window
+        "AveragePool MaxPool LpPool ReduceMean ReduceMax ReduceSum ReduceL1 ReduceL2 Resize Pad".split(),  # noqa: SIM905
+        window,
     ),
 }
 """How a node of each operator is drawn."""
