@@ -279,7 +279,7 @@ def _unpack(payload: Any) -> Checkpoint:
         if not isinstance(payload.get(key), kind):
             raise InputError(f"has no readable `{key}`")
         if key != "state":
-            _check_plain(key, payload[key])
+            _check_plain(key, payload.get(key))
     domain = _build_domain(payload["input"])
     vocabulary = _check_vocabulary(payload["vocabulary"], domain)
     model = _build(payload["architecture"], domain)

@@ -52,9 +52,9 @@ def _table() -> dict[str, Lowering]:
         "Concat": _concat,
         "Tile": _tile,
         "DepthToSpace SpaceToDepth": _depth_to_space,
-        "AveragePool MaxPool": _pool,
-        "GlobalAveragePool GlobalMaxPool": _global_pool,
-        "ReduceMean ReduceMax ReduceSum": _reduce,
+        "AveragePool MaxPool LpPool": _pool,
+        "GlobalAveragePool GlobalMaxPool GlobalLpPool": _global_pool,
+        "ReduceMean ReduceMax ReduceSum ReduceL1 ReduceL2": _reduce,
         "Resize Upsample": _resize,
         "Pad": _pad,
     }
@@ -459,8 +459,7 @@ def _pool(spot: Spot, scene: Scene) -> Node:
 def _global_pool(spot: Spot, scene: Scene) -> Node:
     data = _data(spot, scene)
     axes = tuple(range(2, _known_rank(scene, data)))
-    op = "AveragePool" if spot.op == "GlobalAveragePool" else "MaxPool"
-    return _node(spot, [data], op, axes=axes, keepdims=True)
+    return _node(spot, [data], spot.op.removeprefix("Global"), axes=axes, keepdims=True)
 
 
 def _reduce(spot: Spot, scene: Scene) -> Node:

@@ -316,3 +316,26 @@ def test_outputs_without_a_name_are_not_shown_to_onnxruntime():
     _, report = bnfold.onnx.fold(ragged)
     assert report.verified
     assert report.count("folded") == 1
+
+
+@pytest.mark.parametrize(
+    "norm_",
+    [
+        "r = LpPool<kernel_shape=[2, 2], p=3, strides=[2, 2], pads=[1, 0, 0, 1]>(h)",
+        "r = GlobalLpPool<p=1>(h)",
+        "r = ReduceL2(h, axes)",
+        "r = ReduceL1<keepdims=0>(h, axes) ",
+    ],
+)
+def test_a_scale_goes_up_through_a_norm_and_its_shift_stays(norm_):
+    numbers = {**norm(4), "axes": np.array([2, 3]), "w": weights(4, 3, 3, 3)}
+    numbers["s"] = np.abs(numbers["s"])
+    rank = 2 if "keepdims=0" in norm_ else 4
+    text = f"""g (float[2, 3, 6, 6] x) => (float[{", ".join("abcd"[:rank])}] y) {{ h = Conv(x, w) {norm_}
+        y = BatchNormalization(r, s, b, m, v) }}"""
+    used = {
+        name: array for name, array in numbers.items() if name in ("w", "s", "b", "m", "v") or name in norm_
+    }
+    _, report = bnfold.onnx.fold(model(text, used, opset=18))
+    assert [(v.outcome, v.into) for v in report.verdicts] == [("scale folded", ("h",))]
+    assert report.verified
