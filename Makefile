@@ -1,9 +1,9 @@
 # Every target makes its own environment in .venv, from the pins in constraints.txt.
-# Another Python: make PYTHON=python3.12 test. Fewer tests: make test TESTS=tests/data. In parallel: WORKERS=4.
+# Another Python: make PYTHON=python3.12 test. Fewer tests: make test TESTS=tests/data. One after another: WORKERS=0.
 
 PYTHON ?= python3
 TESTS ?=
-WORKERS ?= 0
+WORKERS ?= auto
 DEMO ?= runs/demo
 
 BIN := .venv/bin
@@ -28,10 +28,10 @@ demo: $(READY)
 	$(call road,export.sample ckpt.onnx --count 20 --seed 1)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 $(TESTS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m '' $(TESTS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 -m '' $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -536,6 +536,22 @@ def _reduce(draft: Draft, call: Call, x: Value, dim: Any = None, keepdim: Any = 
         draft.node("ArgMax", [x], call.made[1:])
 
 
+@lowering("linalg_vector_norm")
+def _vector_norm(
+    draft: Draft,
+    call: Call,
+    x: Value,
+    ord: Any = 2,
+    dim: Any = None,
+    keepdim: Any = False,
+    **rest: Any,  # noqa: A002
+) -> None:
+    y = call.made[0]
+    _need(_computed(x), _floating(x, y), x.dtype == y.dtype, _plain(ord, dim), ord in (1, 2))
+    axes = _axes((dim,) if isinstance(dim, int) else dim, x.rank)
+    draft.node("ReduceL1" if ord == 1 else "ReduceL2", [x], [y], axes=axes, keepdims=bool(keepdim))
+
+
 _ACTIVATIONS = {
     "relu": "Relu",
     "leaky_relu": "LeakyRelu",

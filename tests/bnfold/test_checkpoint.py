@@ -353,6 +353,12 @@ class TestMalformedFiles:
         torch.save(payload | {"claim": checkpoint.FORMAT}, path)
         assert refusal(path)
 
+    def test_a_record_of_a_fold_that_is_missing_is_none(self, path: Path) -> None:
+        payload = payload_of(path)
+        del payload["folded"]
+        torch.save(payload, path)
+        assert checkpoint.load(path).folded is None
+
     def test_a_tensor_that_is_missing(self, path: Path) -> None:
         payload = payload_of(path)
         del payload["state"]["bn1.running_var"]

@@ -388,3 +388,22 @@ def test_a_model_that_cannot_run_is_refused_by_name():
 
     with pytest.raises(UnreadableModel, match="inner"):
         fold(Broken(), torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("keepdim", [True, False])
+def test_a_scale_goes_up_through_a_norm_and_its_shift_stays(order, keepdim):
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4) if keepdim else nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.bn(torch.linalg.vector_norm(self.conv(x), order, (2, 3), keepdim))
+
+    torch.manual_seed(0)
+    model = Norms()
+    model(torch.randn(8, 3, 6, 6))
+    _, report = fold(model.eval(), torch.randn(2, 3, 6, 6))
+    assert [(v.outcome, v.into) for v in report.verdicts] == [("scale folded", ("conv",))]
+    assert report.verified
