@@ -541,10 +541,10 @@ def _vector_norm(
     draft: Draft,
     call: Call,
     x: Value,
-    ord: Any = 2,
+    ord: Any = 2,  # noqa: A002 its name in the schema
     dim: Any = None,
     keepdim: Any = False,
-    **rest: Any,  # noqa: A002
+    **rest: Any,
 ) -> None:
     y = call.made[0]
     _need(_computed(x), _floating(x, y), x.dtype == y.dtype, _plain(ord, dim), ord in (1, 2))
