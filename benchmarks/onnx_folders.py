@@ -178,7 +178,7 @@ def feeds(path: Path) -> Iterator[dict[str, np.ndarray]]:
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     given = [item.name for item in model.graph.input if item.name in stored] if model.ir_version >= 4 else []
     draw = np.random.default_rng(3)
-    for feed in candidates(model, read(model).scene, seed=11):
+    for feed in candidates(model, read(model).context, seed=11):
         for name in given:
             array = onnx.numpy_helper.to_array(stored[name])
             feed[name] = draw.standard_normal(array.shape).astype(array.dtype)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from bnfold.algebra import Affine, Linear
-from bnfold.graph import Graph, Node
+from bnfold.ir import Graph, Node
 from bnfold.travel import travel
 
 SIZES = (1_000, 10_000, 50_000)
@@ -187,8 +187,8 @@ def measure(draw: Callable[[Sketch, int], Graph], size: int) -> tuple[float, int
     """Seconds for one graph, and how many BatchNorms stay."""
     graph = draw(Sketch(), size)
     start = time.perf_counter()
-    journey = travel(graph)
-    return time.perf_counter() - start, journey.kept
+    plan = travel(graph)
+    return time.perf_counter() - start, plan.kept
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ so it is an `Affine`. A linear operator `y = W x + b` absorbs one on either side
 
     above it   W (s x + t) + b  =  (W diag s) x + (b + W t)              `Linear.absorb_before`
     below it   s (W x + b) + t  =  (diag s W) x + (s b + t)              `Linear.absorb_after`
-    beside it  W x + b + (s x + t)  =  (W + diag s) x + (b + t)          `Linear.absorb_beside`
+    beside it  W x + b + (s x + t)  =  (W + diag s) x + (b + t)          `Linear.absorb_parallel`
 
 Any number of those compose into three vectors per operator, so a plan is decided without touching a weight, and each
 weight is then computed once, from its stored numbers, in float64, and rounded once (`Linear.fold`).
@@ -204,12 +204,12 @@ class Linear:
     biasless: str = ""
     before: tuple[Array, Array] | None = None
     after: tuple[Array, Array] | None = None
-    beside: Array | None = field(default=None)
+    parallel: Array | None = field(default=None)
 
     @property
     def changed(self) -> bool:
         """Whether anything has been absorbed."""
-        return self.before is not None or self.after is not None or self.beside is not None
+        return self.before is not None or self.after is not None or self.parallel is not None
 
     @property
     def shifts(self) -> bool:
@@ -228,7 +228,7 @@ class Linear:
         pairs = [pair for pair in (self.before, self.after) if pair is not None]
         numbers = [
             *(number for pair in pairs for number in pair),
-            *([] if self.beside is None else [self.beside]),
+            *([] if self.parallel is None else [self.parallel]),
         ]
         return all(bool(np.isfinite(each).all()) for each in numbers)
 
@@ -237,32 +237,35 @@ class Linear:
         if self.after is not None:
             shift = scale * self.after[1] + shift
         first = 1.0 if self.after is None else self.after[0]
-        beside = None if self.beside is None else scale * self.beside
-        return replace(self, after=(scale * first, shift), beside=beside)
+        parallel = None if self.parallel is None else scale * self.parallel
+        return replace(self, after=(scale * first, shift), parallel=parallel)
 
     def absorb_before(self, scale: Array, shift: Array) -> Linear:
         """Above it: `W (scale x + shift) + b`, both `(inputs,)`."""
         outer = self.before or (np.ones(self.inputs), np.zeros(self.inputs))
         before = (outer[0] * scale, outer[0] * shift + outer[1])
-        if self.beside is None:
+        if self.parallel is None:
             return replace(self, before=before)
         after = self.after or (np.ones(self.outputs), np.zeros(self.outputs))
         return replace(
-            self, before=before, beside=self.beside * scale, after=(after[0], after[1] + self.beside * shift)
+            self,
+            before=before,
+            parallel=self.parallel * scale,
+            after=(after[0], after[1] + self.parallel * shift),
         )
 
-    def absorb_beside(self, scale: Array, shift: Array) -> Linear:
+    def absorb_parallel(self, scale: Array, shift: Array) -> Linear:
         """Beside it: `W x + b + (scale x + shift)`, both `(outputs,)`; needs a `centre`."""
-        beside = scale if self.beside is None else self.beside + scale
+        parallel = scale if self.parallel is None else self.parallel + scale
         after = self.after or (np.ones(self.outputs), np.zeros(self.outputs))
-        return replace(self, beside=beside, after=(after[0], after[1] + shift))
+        return replace(self, parallel=parallel, after=(after[0], after[1] + shift))
 
     def equals(self, other: Linear) -> bool:
         """Whether two operators that share one weight have absorbed the same, so that one new weight serves both."""
         if (self.order, self.groups) != (other.order, other.groups):
             return False
-        mine = [*(self.before or (None, None)), *(self.after or (None, None)), self.beside]
-        theirs = [*(other.before or (None, None)), *(other.after or (None, None)), other.beside]
+        mine = [*(self.before or (None, None)), *(self.after or (None, None)), self.parallel]
+        theirs = [*(other.before or (None, None)), *(other.after or (None, None)), other.parallel]
         return all(
             (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
             for a, b in zip(mine, theirs, strict=True)
@@ -288,7 +291,7 @@ class Linear:
             folded *= np.reshape(self.before[0], (self.groups, 1, -1, 1))
         if self.after is not None:
             folded *= np.reshape(self.after[0], (self.groups, -1, 1, 1))
-        if self.beside is not None:
+        if self.parallel is not None:
             self._add_identity(folded, np.shape(weight)[2:])
         return self._unview(folded, np.shape(weight))
 
@@ -316,11 +319,11 @@ class Linear:
 
     def _add_identity(self, seen: Array, kernel: tuple[int, ...]) -> None:
         """Add `beside` to the tap that reads an output's own position, in place."""
-        assert self.beside is not None
+        assert self.parallel is not None
         assert self.centre is not None
         tap = int(np.ravel_multi_index(self.centre, kernel)) if kernel else 0
         own = np.arange(self.outputs // self.groups)
-        seen[:, own, own, tap] += np.reshape(self.beside, (self.groups, -1))
+        seen[:, own, own, tap] += np.reshape(self.parallel, (self.groups, -1))
 
 
 def round_to(values: Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnfold.algebra import Affine, Array, Linear, batchnorm
-from bnfold.graph import Dim, Shape
+from bnfold.ir import Dim, Shape
 
 __all__ = [
     "Window",

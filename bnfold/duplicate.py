@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from bnfold.graph import Graph, Node
+from bnfold.ir import Graph, Node
 
 __all__ = ["copy_producers", "original"]
 

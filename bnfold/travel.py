@@ -1,7 +1,7 @@
 """The driver: every affine goes up, else down, else its scale goes alone, else it stays; with a verdict for each.
 
 Pure: a `Graph` in, a `Graph` and the verdicts out; no framework, no weight is touched. How an affine passes one
-operator is a row of `operators.TABLE`; here is only who must be asked, in which order, and what follows.
+operator is a row of `rules.TABLE`; here is only who must be asked, in which order, and what follows.
 
 **Up.** "Make this value arrive already scaled and shifted." The wish goes from the BatchNorm's input to whoever
 computes it, and on through the table's rows until linear operators have absorbed it. Nodes are asked in reverse order
@@ -32,11 +32,11 @@ import numpy as np
 
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.duplicate import copy_producers, original
-from bnfold.graph import Graph, Node, Shape
-from bnfold.operators import TABLE, Refuse, find, sign_of
+from bnfold.ir import Graph, Node, Shape
 from bnfold.report import Outcome, Verdict
+from bnfold.rules import TABLE, Refuse, find, sign_of
 
-__all__ = ["Journey", "Options", "travel"]
+__all__ = ["Options", "Plan", "travel"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Journey:
+class Plan:
     """Where every affine went: the graph afterwards, and one verdict for every BatchNorm."""
 
     graph: Graph
@@ -67,9 +67,7 @@ class Journey:
         return sum(verdict.outcome != "folded" for verdict in self.verdicts)
 
 
-def travel(
-    graph: Graph, options: Options | None = None, fits: Callable[[Node], str] | None = None
-) -> Journey:
+def travel(graph: Graph, options: Options | None = None, fits: Callable[[Node], str] | None = None) -> Plan:
     """Move every BatchNorm of a graph into the linear operators around it.
 
     Args:
@@ -84,30 +82,30 @@ def travel(
     """
     options, fits = options or Options(), fits or (lambda node: "")
     with np.errstate(over="ignore", invalid="ignore"):
-        journey = _travel(graph, options, fits)
-        return _duplicate(graph, options, fits, journey) if options.duplicate and journey.kept else journey
+        plan = _travel(graph, options, fits)
+        return _duplicate(graph, options, fits, plan) if options.duplicate and plan.kept else plan
 
 
-def _duplicate(graph: Graph, options: Options, fits: Callable[[Node], str], journey: Journey) -> Journey:
+def _duplicate(graph: Graph, options: Options, fits: Callable[[Node], str], plan: Plan) -> Plan:
     """Fold once more, with copies for those that were kept; copies that do not help are taken back."""
-    kept = {verdict.name for verdict in journey.verdicts if verdict.outcome != "folded"}
+    kept = {verdict.name for verdict in plan.verdicts if verdict.outcome != "folded"}
     while kept:
         copied, readers = copy_producers(graph, [node.name for node in graph.nodes if node.place in kept])
         again = _travel(copied, options, original(fits))
         stayed = {name for name in readers if name in again.graph}
         if not stayed:
-            return again if readers else journey
+            return again if readers else plan
         kept = {graph[name].place for name in readers - stayed}
-    return journey
+    return plan
 
 
-def _travel(graph: Graph, options: Options, fits: Callable[[Node], str]) -> Journey:
+def _travel(graph: Graph, options: Options, fits: Callable[[Node], str]) -> Plan:
     """Fold, with both orders of composing where the choice can matter."""
     driver = _Driver(graph, options, fits, (Attempt.up, Attempt.down))
-    journey = driver.run()
-    if not driver.composed or not journey.kept:
-        return journey
-    return min(journey, _Driver(graph, options, fits, (Attempt.down, Attempt.up)).run(), key=lambda j: j.kept)
+    plan = driver.run()
+    if not driver.composed or not plan.kept:
+        return plan
+    return min(plan, _Driver(graph, options, fits, (Attempt.down, Attempt.up)).run(), key=lambda j: j.kept)
 
 
 class _Driver:
@@ -226,7 +224,7 @@ class _Driver:
 
     # -- moving
 
-    def run(self) -> Journey:
+    def run(self) -> Plan:
         units = self._units()
         waiting = self._whole(list(units))
         if self.options.halves:
@@ -237,7 +235,7 @@ class _Driver:
         changed = self.graph.replace(
             {name: node for name, node in self.nodes.items() if node is not self.graph[name]}
         )
-        return Journey(changed.bypass(self.erased), verdicts)
+        return Plan(changed.bypass(self.erased), verdicts)
 
     def _units(self) -> dict[str, None]:
         """The places of all BatchNorms, in order."""
@@ -354,19 +352,19 @@ class Attempt:
 
     def up(self) -> None:
         """Wish every member's input to arrive as the member's output is."""
-        wishes = _Wishes(self)
+        demands = _Demands(self)
         queue = [(-self.driver.position[node.name], node.name) for node in self._members()]
         heapq.heapify(queue)
         seen = {name for _, name in queue}
         while queue:
             node = self._now(heapq.heappop(queue)[1])
             sources = [self.driver.source(value) for value in node.inputs]
-            for value, affine in zip(sources, self._asked_up(node, wishes), strict=True):
+            for value, affine in zip(sources, self._asked_up(node, demands), strict=True):
                 if affine is None or affine.is_identity:
                     if sources.count(value) > 1:
-                        wishes.add(value, node.name, affine or self._identity(value))
+                        demands.add(value, node.name, affine or self._identity(value))
                     continue
-                wishes.add(value, node.name, affine)
+                demands.add(value, node.name, affine)
                 producer = self.driver.graph.producer(value)
                 if producer is None:
                     raise Refuse(f"`{value}` is an input of the model")
@@ -376,13 +374,13 @@ class Attempt:
 
     def down(self) -> None:
         """Give every reader of a member's output the raw value, with what it lacks."""
-        lacks: dict[str, Affine] = {}
+        residues: dict[str, Affine] = {}
         queue = [(self.driver.position[node.name], node.name) for node in self._members()]
         heapq.heapify(queue)
         seen = {name for _, name in queue}
         while queue:
             node = self._now(heapq.heappop(queue)[1])
-            given = [lacks.get(self.driver.source(value)) for value in node.inputs]
+            given = [residues.get(self.driver.source(value)) for value in node.inputs]
             for value, affine in zip(node.outputs, self._asked_down(node, given), strict=True):
                 if not value or affine is None or affine.is_identity:
                     continue
@@ -390,7 +388,7 @@ class Attempt:
                     raise Refuse(f"the output of `{node.name}` ({node.op}) is an output of the model")
                 if value in self.driver.dead_ends:
                     raise Refuse(self.driver.dead_ends[value])
-                lacks[value] = affine
+                residues[value] = affine
                 for reader in self.driver.readers(value):
                     if reader.name not in seen:
                         seen.add(reader.name)
@@ -409,14 +407,14 @@ class Attempt:
         """A node with what it has absorbed so far, in this attempt too."""
         return self.changed.get(name, self.driver.nodes[name])
 
-    def _asked_up(self, node: Node, wishes: _Wishes) -> Sequence[Affine | None]:
+    def _asked_up(self, node: Node, demands: _Demands) -> Sequence[Affine | None]:
         """As what each input of a node must arrive, given what is wished of its outputs."""
-        wanted = [wishes.agreed(value, node) for value in node.outputs]
+        wanted = [demands.agreed(value, node) for value in node.outputs]
         if self._is_member(node):
             return self._take(node, [self._own_up(node, wanted[0])], len(node.inputs))
         if all(affine is None for affine in wanted):
             return [None] * len(node.inputs)
-        leaning = self._lean_up(node, wanted[0])
+        leaning = self._parallel_up(node, wanted[0])
         if 0 in leaning and wanted[0] is not None:
             wanted = [Affine(wanted[0].scale, sign_of(node, 1) * wanted[0].shift)]
         operands = replace(
@@ -429,7 +427,7 @@ class Attempt:
         """What each output of a node lacks, given what its inputs lack."""
         if self._is_member(node):
             return self._take(node, [self._own_down(node, given[0])], len(node.outputs))
-        given = self._lean_down(node, given)
+        given = self._parallel_down(node, given)
         if all(affine is None for affine in given):
             return [None] * len(node.outputs)
         return self._take(node, find(node).down(node, self.driver, given), len(node.outputs))
@@ -440,7 +438,7 @@ class Attempt:
         """Note what a node has absorbed, and return what it passes on, which is the same in either direction."""
         if isinstance(answer, Linear):
             for scale in self.extra.get(node.name, ()):
-                answer = answer.absorb_beside(scale, np.zeros_like(scale))
+                answer = answer.absorb_parallel(scale, np.zeros_like(scale))
             self.changed[node.name] = replace(node, linear=answer)
         elif isinstance(answer, Affine):
             if not self.compose:
@@ -484,20 +482,20 @@ class Attempt:
 
     # -- a linear operator beside: L(x) + x
 
-    def _lean_up(self, node: Node, wanted: Affine | None) -> set[int]:
+    def _parallel_up(self, node: Node, wanted: Affine | None) -> set[int]:
         """The operands of a sum that another operand makes up for: `s (L x + x) = (s L + (s - 1) I) x + x`."""
         leaning: set[int] = set()
         if not _is_sum(node) or wanted is None or not np.any(wanted.scale != 1):
             return leaning
         for place in range(len(node.inputs)):
-            beside = self._beside(node, place, members=False)
-            vectors = beside and self._along(beside, wanted.settle(beside[1].out_axis))
-            if beside and vectors:
-                self.extra.setdefault(beside[0], []).append(beside[2] * (vectors[0] - 1.0))
+            parallel = self._parallel(node, place, members=False)
+            vectors = parallel and self._along(parallel, wanted.settle(parallel[1].out_axis))
+            if parallel and vectors:
+                self.extra.setdefault(parallel[0], []).append(parallel[2] * (vectors[0] - 1.0))
                 leaning.add(place)
         return leaning if len(leaning) < len(node.inputs) else set()
 
-    def _lean_down(self, node: Node, given: list[Affine | None]) -> list[Affine | None]:
+    def _parallel_down(self, node: Node, given: list[Affine | None]) -> list[Affine | None]:
         """What is left for a sum to pass on, once a linear operator beside made up for it.
 
         `L x + (s x + t) = (L + (s - 1) I) x + t + x`
@@ -509,20 +507,20 @@ class Attempt:
         for place, affine in enumerate(given):
             if affine is None:
                 continue
-            beside = self._beside(node, place, members=True)
-            vectors = beside and self._along(beside, affine)
-            if beside and vectors and not (beside[1].biasless and np.any(vectors[1] != 0)):
-                name, linear, sign = beside
+            parallel = self._parallel(node, place, members=True)
+            vectors = parallel and self._along(parallel, affine)
+            if parallel and vectors and not (parallel[1].biasless and np.any(vectors[1] != 0)):
+                name, linear, sign = parallel
                 scale, shift = vectors
-                absorbed = linear.absorb_beside(sign * (scale - 1.0), sign * shift)
+                absorbed = linear.absorb_parallel(sign * (scale - 1.0), sign * shift)
                 self.changed[name] = replace(self._now(name), linear=absorbed)
                 rest[place] = None
         return rest
 
-    def _along(self, beside: tuple[str, Linear, float], affine: Affine) -> tuple[Array, Array] | None:
-        return affine.vectors(beside[1].out_axis, beside[1].outputs)
+    def _along(self, parallel: tuple[str, Linear, float], affine: Affine) -> tuple[Array, Array] | None:
+        return affine.vectors(parallel[1].out_axis, parallel[1].outputs)
 
-    def _beside(self, node: Node, place: int, members: bool) -> tuple[str, Linear, float] | None:
+    def _parallel(self, node: Node, place: int, members: bool) -> tuple[str, Linear, float] | None:
         """A linear operator that reads what one operand of this sum is, and whose output is another one of its own.
 
         With it comes -1 where one of the two is added and the other subtracted, else 1.
@@ -607,15 +605,15 @@ class _Join(Exception):
         self.places = dict.fromkeys(places)
 
 
-class _Wishes:
+class _Demands:
     """What is wished of each value, by whom, during one way up."""
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt, self.driver = attempt, attempt.driver
-        self.wishes: dict[str, list[tuple[str, Affine]]] = {}
+        self.demands: dict[str, list[tuple[str, Affine]]] = {}
 
     def add(self, value: str, reader: str, affine: Affine) -> None:
-        self.wishes.setdefault(value, []).append((reader, affine))
+        self.demands.setdefault(value, []).append((reader, affine))
 
     def agreed(self, value: str, producer: Node) -> Affine | None:
         """What all readers of a value can live with; None where nobody wished anything.
@@ -624,15 +622,15 @@ class _Wishes:
             Refuse: they cannot, or the value is an output of the model.
             _Join: another BatchNorm wants the same and may come along.
         """
-        wishes = self.wishes.get(value)
-        if wishes is None:
+        demands = self.demands.get(value)
+        if demands is None:
             return None
         name = f"the output of `{producer.name}` ({producer.op})"
         if self.driver.is_output(value):
             raise Refuse(f"{name} is an output of the model too")
         alike: list[str] = []
-        merged = wishes[0][1]
-        for reader, affine in chain(wishes[1:], self._needs(value, wishes, alike)):
+        merged = demands[0][1]
+        for reader, affine in chain(demands[1:], self._needs(value, demands, alike)):
             both = merged.merge(affine)
             if both is None:
                 raise Refuse(f"{name} is also read by `{reader}` ({self.driver.nodes[reader].op})")
@@ -642,22 +640,22 @@ class _Wishes:
         return merged
 
     def _needs(
-        self, value: str, wishes: list[tuple[str, Affine]], alike: list[str]
+        self, value: str, demands: list[tuple[str, Affine]], alike: list[str]
     ) -> Iterator[tuple[str, Affine]]:
         """What the readers need who wished nothing: that what they read stays; `alike` gets who may come along."""
-        spoken, wish = {reader for reader, _ in wishes}, wishes[0][1]
+        spoken, demand = {reader for reader, _ in demands}, demands[0][1]
         for reader in self.driver.readers(value):
             if reader.name in spoken:
                 continue
-            if self._may_join(reader, wish):
+            if self._may_join(reader, demand):
                 alike.append(reader.place)
             else:
-                yield reader.name, self._need(reader, wish.rank)
+                yield reader.name, self._need(reader, demand.rank)
 
-    def _may_join(self, reader: Node, wish: Affine) -> bool:
+    def _may_join(self, reader: Node, demand: Affine) -> bool:
         if self.attempt.half or not reader.is_batchnorm or reader.place in self.attempt.units:
             return False
-        return reader.affine is not None and reader.affine.equals(wish)
+        return reader.affine is not None and reader.affine.equals(demand)
 
     def _need(self, reader: Node, rank: int, patience: int = 64) -> Affine:
         """What a reader needs of a value: that what it selects stays; after so many selectors in a row, all of it."""

@@ -90,10 +90,10 @@ def fold(
     assert (report.count("folded"), len(report.verdicts)) == (gone, gone + left), str(report)
     onnx.checker.check_model(folded, full_check=True)
     assert [o.name for o in folded.graph.output] == [o.name for o in some.graph.output]
-    scene = bnfold.onnx.read(some).scene
+    context = bnfold.onnx.read(some).context
     from bnfold.onnx.inputs import candidates
 
-    feed = options.get("inputs") or next(candidates(some, scene, seed=5))
+    feed = options.get("inputs") or next(candidates(some, context, seed=5))
     wanted = run(some, feed)
     for optimised in (False, True):
         for name, array in run(folded, feed, optimised).items():

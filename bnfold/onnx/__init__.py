@@ -3,9 +3,9 @@
     folded, report = fold(model)                      # onnx.ModelProto or onnx_ir.Model
     report = fold_file("model.onnx", "model.folded.onnx")
 
-    read (scope, shapes, constants, lower) -> Graph -> travel -> Graph' -> write -> edits -> apply -> run -> compare
+    read (flatten, shapes, constant_folding, lower) -> Graph -> travel -> Plan -> write -> edits -> run -> compare
 
-`read` draws a picture of the model, `travel` decides, `write` turns the difference into edits, which are applied to a
+`read` imports the model as a graph, `travel` decides, `write` turns the difference into edits, which are applied to a
 copy, and the copy is run against the original before anybody gets it. torch is never imported here, onnxruntime only
 when something is run.
 
@@ -29,13 +29,13 @@ from onnx import TensorProto
 
 from bnfold.errors import BnfoldError, InputError
 from bnfold.onnx import files
-from bnfold.onnx.constants import FLOATS
+from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.edit import Edit, Store, apply
-from bnfold.onnx.read import Picture, read
-from bnfold.onnx.run import run, widen
+from bnfold.onnx.read import ImportedModel, read
+from bnfold.onnx.run import run, to_float64
 from bnfold.onnx.write import fits, write
 from bnfold.report import Evidence, Report, Verdict
-from bnfold.travel import Journey, Options, travel
+from bnfold.travel import Options, Plan, travel
 
 if TYPE_CHECKING:
     from bnfold.equivalence import Comparison
@@ -160,9 +160,9 @@ def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ..
     (first, folder), (second, other) = _to_proto(before), _to_proto(after)
     files.check(first, "the first model")
     files.check(second, "the second model")
-    picture = read(first, folder)
-    weights = sum(node.linear is not None for node in picture.graph.nodes)
-    runs = ModelRuns(picture, lambda _: widen(second, other), inputs, folder=other)
+    imported = read(first, folder)
+    weights = sum(node.linear is not None for node in imported.graph.nodes)
+    runs = ModelRuns(imported, lambda _: to_float64(second, other), inputs, folder=other)
     return _judge(Comparison(runs, weights, rounded=True), second)
 
 
@@ -170,26 +170,24 @@ def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ..
 
 
 @dataclass(frozen=True)
-class _Plan:
-    picture: Picture
-    journey: Journey
+class _Decision:
+    imported: ImportedModel
+    plan: Plan
 
     @property
     def changed(self) -> int:
         """How many nodes get new numbers."""
-        new = (
-            node for node in self.journey.graph.nodes if node.linear is not None or node.affine is not None
-        )
-        old = {node.name: node for node in self.picture.graph.nodes}
+        new = (node for node in self.plan.graph.nodes if node.linear is not None or node.affine is not None)
+        old = {node.name: node for node in self.imported.graph.nodes}
         return sum(node.name not in old or _differs(old[node.name], node) for node in new)
 
     @property
     def erased(self) -> int:
-        return sum(verdict.outcome == "folded" for verdict in self.journey.verdicts)
+        return sum(verdict.outcome == "folded" for verdict in self.plan.verdicts)
 
     @property
     def does_something(self) -> bool:
-        return bool(self.changed) or len(self.journey.graph.nodes) != len(self.picture.graph.nodes)
+        return bool(self.changed) or len(self.plan.graph.nodes) != len(self.imported.graph.nodes)
 
 
 def _differs(old: Any, new: Any) -> bool:
@@ -198,15 +196,15 @@ def _differs(old: Any, new: Any) -> bool:
     return bool(old.op != new.op or old.affine is None or not new.affine.equals(old.affine))
 
 
-def _decide(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Plan:
+def _decide(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Decision:
     """Read and travel; spelt-out affines that stay are drawn as plain ones, and it is tried again."""
     demoted: frozenset[str] = frozenset()
     while True:
-        picture = read(model, folder, freeze_initializers=choices.freeze_initializers, demote=demoted)
-        journey = travel(picture.graph, choices.travel, fits(picture))
-        stay = {v.name for v in journey.verdicts if v.outcome != "folded"} & picture.weak
+        imported = read(model, folder, freeze_initializers=choices.freeze_initializers, demote=demoted)
+        plan = travel(imported.graph, choices.travel, fits(imported))
+        stay = {v.name for v in plan.verdicts if v.outcome != "folded"} & imported.weak
         if not stay:
-            return _Plan(picture, journey)
+            return _Decision(imported, plan)
         demoted |= stay
 
 
@@ -224,21 +222,21 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
     Raises:
         InputError: the model is not valid, or cannot be run and is to be compared.
     """
-    plan, hidden, notes = _choose(model, folder, choices)
-    picture, verdicts = plan.picture, (*plan.journey.verdicts, *hidden)
-    notes += picture.notes
-    before = _count(picture.model)
+    decision, hidden, notes = _choose(model, folder, choices)
+    imported, verdicts = decision.imported, (*decision.plan.verdicts, *hidden)
+    notes += imported.notes
+    before = _count(imported.model)
     if not choices.verify:
-        _refuse(picture.contradiction)
-    if not plan.does_something:
-        notes += _check_unchanged(picture, choices)
+        _refuse(imported.contradiction)
+    if not decision.does_something:
+        notes += _check_unchanged(imported, choices)
         notes += ["nothing was changed, so there was nothing to compare"] if verdicts else []
         return _Folded(
-            _copy(picture.model), Report(verdicts, notes=tuple(notes), parameters=(before, before))
+            _copy(imported.model), Report(verdicts, notes=tuple(notes), parameters=(before, before))
         )
-    edits = write(picture, plan.journey.graph)
-    comparison = _compare(plan, edits, choices, model) if choices.verify else None
-    folded = apply(edits, _copy(picture.model))
+    edits = write(imported, decision.plan.graph)
+    comparison = _compare(decision, edits, choices, model) if choices.verify else None
+    folded = apply(edits, _copy(imported.model))
     if choices.freeze_initializers:
         _freeze(folded)
     _check_validity(folded, model, choices.verify)
@@ -249,34 +247,34 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
 
 def _choose(
     model: onnx.ModelProto, folder: Path | None, choices: _Choices
-) -> tuple[_Plan, list[Verdict], list[str]]:
+) -> tuple[_Decision, list[Verdict], list[str]]:
     """What to do, with the model's functions inlined where that erases more.
 
     Where it does not, the BatchNorms in their bodies are owed a verdict all the same.
     """
-    plan = _decide(model, folder, choices)
+    decision = _decide(model, folder, choices)
     inlined, names = _inline(model)
     if inlined is None:
-        return plan, [], []
+        return decision, [], []
     other = _decide(inlined, folder, choices)
-    if other.erased > plan.erased:
+    if other.erased > decision.erased:
         return (
             other,
             [],
             [f"the functions {', '.join(names)} were inlined, since all calls share their bodies"],
         )
-    seen = {verdict.name for verdict in plan.journey.verdicts}
-    return plan, [verdict for verdict in other.journey.verdicts if verdict.name not in seen], []
+    seen = {verdict.name for verdict in decision.plan.verdicts}
+    return decision, [verdict for verdict in other.plan.verdicts if verdict.name not in seen], []
 
 
 def _compare(
-    plan: _Plan, edits: tuple[Edit, ...], choices: _Choices, original: onnx.ModelProto
+    decision: _Decision, edits: tuple[Edit, ...], choices: _Choices, original: onnx.ModelProto
 ) -> Comparison:
     from bnfold.equivalence import Comparison
     from bnfold.onnx.proof import ModelRuns
 
-    picture, edit = plan.picture, partial(apply, edits, exact=True)
-    return Comparison(ModelRuns(picture, edit, choices.inputs, original, picture.folder), plan.changed)
+    imported, edit = decision.imported, partial(apply, edits, exact=True)
+    return Comparison(ModelRuns(imported, edit, choices.inputs, original, imported.folder), decision.changed)
 
 
 def _judge(comparison: Comparison, folded: onnx.ModelProto | Path) -> tuple[Evidence, ...]:
@@ -286,20 +284,20 @@ def _judge(comparison: Comparison, folded: onnx.ModelProto | Path) -> tuple[Evid
     return evidence
 
 
-def _check_unchanged(picture: Picture, choices: _Choices) -> list[str]:
+def _check_unchanged(imported: ImportedModel, choices: _Choices) -> list[str]:
     """Refuse a model that nothing was changed in and that is not valid; return what should be said otherwise.
 
     Where onnxruntime may be asked, what it can run is valid; what it has no kernel for, and nobody else objects to, is
     given back with a note.
     """
-    complaint = _complaint(picture.model) or picture.scene.found.complaint or picture.contradiction
+    complaint = _complaint(imported.model) or imported.context.found.complaint or imported.contradiction
     if not choices.verify:
         _refuse(complaint)
         return []
     from bnfold.onnx.proof import check_runs
 
     try:
-        check_runs(picture, choices.inputs, once=bool(complaint))
+        check_runs(imported, choices.inputs, once=bool(complaint))
     except InputError as error:
         if complaint:
             raise

@@ -24,8 +24,8 @@ import onnx
 from onnx import AttributeProto, SparseTensorProto, TensorProto
 
 from bnfold.errors import InputError
-from bnfold.onnx.constants import bits
-from bnfold.onnx.scope import bodies
+from bnfold.onnx.constant_folding import bits
+from bnfold.onnx.flatten import bodies
 
 __all__ = ["accept"]
 

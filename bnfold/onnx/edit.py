@@ -1,8 +1,8 @@
-"""Edits to a model: planned on its picture, carried out on any copy of it.
+"""Edits to a model: planned on what was read of it, carried out on any copy of it.
 
 An `Editor` plans: it knows every place where a value is read, gives new things names that nobody has, and takes away
-what nobody reads any more once `finish` is called. It changes neither the picture nor the model. What it gives back is
-data, which `apply` carries out on the model that was read or on an unchanged copy of it, the float64 one included:
+what nobody reads any more once `finish` is called. It changes neither what was read nor the model. What it gives back
+is data, which `apply` carries out on the model that was read or on an unchanged copy of it, the float64 one included:
 nodes are told by their place in their graph, tensors by their name. Nodes and initializers that no edit names are
 never copied or reordered, so their bytes stay as they are.
 """
@@ -19,9 +19,9 @@ from onnx import TensorProto
 
 from bnfold.algebra import Array, round_to
 from bnfold.errors import InputError
-from bnfold.onnx.constants import FLOATS
-from bnfold.onnx.read import Picture
-from bnfold.onnx.scope import Spot, Survey, Use, bodies
+from bnfold.onnx.constant_folding import FLOATS
+from bnfold.onnx.flatten import FlatModel, NodeRef, Use, bodies
+from bnfold.onnx.read import ImportedModel
 
 __all__ = ["Edit", "Editor", "Forget", "Insert", "Remove", "Rewire", "SetAttribute", "Store", "apply"]
 
@@ -208,12 +208,12 @@ class View:
         idle: values that lost their last reader.
     """
 
-    def __init__(self, whole: Survey) -> None:
+    def __init__(self, whole: FlatModel) -> None:
         self.raw, self.home, self.makers = dict(whole.raw), dict(whole.home), dict(whole.makers)
         self.uses = {value: list(uses) for value, uses in whole.uses.items()}
-        self.inputs = {spot: list(spot.inputs) for spot in whole.spots}
-        self.outputs = {spot: list(spot.outputs) for spot in whole.spots}
-        self.changed: dict[Spot, None] = {}
+        self.inputs = {ref: list(ref.inputs) for ref in whole.refs}
+        self.outputs = {ref: list(ref.outputs) for ref in whole.refs}
+        self.changed: dict[NodeRef, None] = {}
         self.idle: list[str] = []
 
     def define(self, name: str, owner: onnx.GraphProto) -> str:
@@ -221,74 +221,74 @@ class View:
         self.raw[name], self.home[name], self.uses[name] = name, owner, []
         return name
 
-    def set_input(self, spot: Spot, place: int, value: str) -> None:
+    def set_input(self, ref: NodeRef, place: int, value: str) -> None:
         """Let a node read another value."""
-        inputs = self.inputs[spot]
+        inputs = self.inputs[ref]
         inputs += [""] * (place + 1 - len(inputs))
-        self._release(spot, place)
+        self._release(ref, place)
         inputs[place] = value
-        self.uses.setdefault(value, []).append(Use(spot, spot.owner, place))
-        self.changed[spot] = None
+        self.uses.setdefault(value, []).append(Use(ref, ref.owner, place))
+        self.changed[ref] = None
 
-    def set_output(self, spot: Spot, place: int, value: str) -> None:
+    def set_output(self, ref: NodeRef, place: int, value: str) -> None:
         """Let a node compute another value."""
-        self.outputs[spot][place] = value
-        self.makers[value] = spot
-        self.changed[spot] = None
+        self.outputs[ref][place] = value
+        self.makers[value] = ref
+        self.changed[ref] = None
 
-    def release(self, spot: Spot) -> None:
+    def release(self, ref: NodeRef) -> None:
         """Let a node read nothing any more."""
-        for place in range(len(self.inputs[spot])):
-            self._release(spot, place)
-        self.inputs[spot] = [""] * len(self.inputs[spot])
+        for place in range(len(self.inputs[ref])):
+            self._release(ref, place)
+        self.inputs[ref] = [""] * len(self.inputs[ref])
 
-    def _release(self, spot: Spot, place: int) -> None:
-        value = self.inputs[spot][place]
+    def _release(self, ref: NodeRef, place: int) -> None:
+        value = self.inputs[ref][place]
         if value:
             uses = self.uses[value]
-            uses[:] = [use for use in uses if use.spot is not spot or use.place != place]
+            uses[:] = [use for use in uses if use.ref is not ref or use.place != place]
             if not uses:
                 self.idle.append(value)
 
     def move_uses(self, uses: Sequence[Use], source: str) -> None:
         """Let the nodes of these uses read `source` instead."""
         for use in uses:
-            if use.spot is not None:
-                self.inputs[use.spot][use.place] = source
+            if use.ref is not None:
+                self.inputs[use.ref][use.place] = source
                 self.uses.setdefault(source, []).append(use)
-                self.changed[use.spot] = None
+                self.changed[use.ref] = None
 
     def rename(self, value: str, name: str) -> None:
         """Call a value otherwise, wherever it is computed and read."""
         self.raw[value] = name
-        readers = (use.spot for use in self.uses[value] if use.spot is not None)
+        readers = (use.ref for use in self.uses[value] if use.ref is not None)
         self.changed.update(dict.fromkeys([self.makers[value], *readers]))
 
-    def is_read(self, spot: Spot) -> bool:
+    def is_read(self, ref: NodeRef) -> bool:
         """Whether anybody reads what a node computes."""
-        return any(self.uses.get(value) for value in self.outputs[spot] if value)
+        return any(self.uses.get(value) for value in self.outputs[ref] if value)
 
-    def names(self, spot: Spot) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def names(self, ref: NodeRef) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What a node reads and computes, as it stands in the file."""
         inputs, outputs = (
             tuple(self.raw.get(value, "") for value in values)
-            for values in (self.inputs[spot], self.outputs[spot])
+            for values in (self.inputs[ref], self.outputs[ref])
         )
         return inputs, outputs
 
 
 class Editor:
-    """Plans edits to the model of a picture, on a view of it."""
+    """Plans edits to an imported model, on a view of it."""
 
-    def __init__(self, picture: Picture) -> None:
-        self.model, self.scene = picture.model, picture.scene
-        self.view = View(picture.scene.whole)
-        self._names = {name for name in picture.scene.whole.names if name}
-        self._node_names = {spot.node.name for spot in picture.scene.whole.spots}
-        self._attributes: dict[Spot, dict[str, float | None]] = {}
+    def __init__(self, imported: ImportedModel) -> None:
+        self.model, self.context = imported.model, imported.context
+        self.view = View(imported.context.whole)
+        self._names = {name for name in imported.context.whole.names if name}
+        self._node_names = {ref.node.name for ref in imported.context.whole.refs}
+        self._attributes: dict[NodeRef, dict[str, float | None]] = {}
         self._stored: dict[str, Store] = {}
-        self._removed: set[Spot] = set()
-        self._anchors: dict[Spot, Spot] = {}
+        self._removed: set[NodeRef] = set()
+        self._anchors: dict[NodeRef, NodeRef] = {}
         self._forgotten: dict[int, tuple[onnx.GraphProto, set[str]]] = {}
 
     # -- values
@@ -302,21 +302,21 @@ class Editor:
     ) -> str:
         """Add an initializer to the main graph and return the value."""
         name = self.new_value(wish, self.model.graph)
-        old, location = self.scene.whole.tensors.get(replaces), ""
+        old, location = self.context.whole.tensors.get(replaces), ""
         if old is not None and old.data_location == TensorProto.EXTERNAL:
             location = next(item.value for item in old.external_data if item.key == "location")
         self._stored[name] = Store(name, tuple(dims), data_type, numbers, location)
         return name
 
-    def bypass(self, spots: Sequence[Spot], source: str, target: str) -> None:
+    def bypass(self, refs: Sequence[NodeRef], source: str, target: str) -> None:
         """Remove nodes that compute `target` from `source`, and let `source` take its place everywhere."""
-        for spot in spots:
-            self.remove(spot)
+        for ref in refs:
+            self.remove(ref)
         uses = self.view.uses.pop(target, [])
-        returned = [use for use in uses if use.spot is None]
+        returned = [use for use in uses if use.ref is None]
         if returned and not self._take_name(source, target, returned):
             self.view.uses[target] = list(returned)
-            self.insert(spots[-1], "Identity", self.fresh_node(spots[-1].node.name), [source], target)
+            self.insert(refs[-1], "Identity", self.fresh_node(refs[-1].node.name), [source], target)
         self.view.move_uses(uses, source)
         if not returned:
             self._forget(target)
@@ -325,7 +325,7 @@ class Editor:
         """Let `source` have the name of `target`, which a graph returns; False where it must keep its own."""
         maker = self.view.makers.get(source)
         uses = self.view.uses.setdefault(source, [])
-        taken = any(use.spot is None for use in uses)
+        taken = any(use.ref is None for use in uses)
         if maker is None or taken or maker.owner is not returned[0].owner:
             return False
         self._forget(source)
@@ -344,36 +344,36 @@ class Editor:
         """A name for a node that no node has; none where the wish is empty."""
         return _fresh(wish, self._node_names) if wish else ""
 
-    def set_attribute(self, spot: Spot, name: str, value: float) -> None:
+    def set_attribute(self, ref: NodeRef, name: str, value: float) -> None:
         """Give an attribute of a node of the file another value."""
-        self._attributes.setdefault(spot, {})[name] = value
+        self._attributes.setdefault(ref, {})[name] = value
 
-    def drop_attribute(self, spot: Spot, name: str) -> None:
+    def drop_attribute(self, ref: NodeRef, name: str) -> None:
         """Take an attribute away from a node, if it has it."""
-        if any(item.name == name for item in spot.node.attribute):
-            self._attributes.setdefault(spot, {})[name] = None
+        if any(item.name == name for item in ref.node.attribute):
+            self._attributes.setdefault(ref, {})[name] = None
 
-    def remove(self, spot: Spot) -> None:
+    def remove(self, ref: NodeRef) -> None:
         """Take a node away; its outputs must find another maker or no reader."""
-        self._removed.add(spot)
-        self.view.release(spot)
+        self._removed.add(ref)
+        self.view.release(ref)
 
-    def insert(self, anchor: Spot, op: str, name: str, inputs: Sequence[str], output: str) -> Spot:
+    def insert(self, anchor: NodeRef, op: str, name: str, inputs: Sequence[str], output: str) -> NodeRef:
         """Add a node after another one, in the same graph."""
-        spot = Spot(onnx.NodeProto(op_type=op, name=name), anchor.owner, list(inputs), [output], [], name)
-        self.view.inputs[spot], self.view.outputs[spot] = [], [output]
+        ref = NodeRef(onnx.NodeProto(op_type=op, name=name), anchor.owner, list(inputs), [output], [], name)
+        self.view.inputs[ref], self.view.outputs[ref] = [], [output]
         for place, value in enumerate(inputs):
-            self.view.set_input(spot, place, value)
-        self.view.makers[output] = spot
-        self._anchors[spot] = self._anchors.get(anchor, anchor)
-        return spot
+            self.view.set_input(ref, place, value)
+        self.view.makers[output] = ref
+        self._anchors[ref] = self._anchors.get(anchor, anchor)
+        return ref
 
-    def insert_copy(self, spot: Spot, inputs: Sequence[str], output: str) -> Spot:
+    def insert_copy(self, ref: NodeRef, inputs: Sequence[str], output: str) -> NodeRef:
         """Add a copy of a node, attributes and all, that reads and computes other values."""
-        name = self.fresh_node(f"{spot.node.name}.copy" if spot.node.name else "")
-        copy = self.insert(spot, spot.op, name, inputs, output)
-        copy.node.attribute.extend(spot.node.attribute)
-        copy.node.domain = spot.node.domain
+        name = self.fresh_node(f"{ref.node.name}.copy" if ref.node.name else "")
+        copy = self.insert(ref, ref.op, name, inputs, output)
+        copy.node.attribute.extend(ref.node.attribute)
+        copy.node.domain = ref.node.domain
         return copy
 
     # -- the end
@@ -383,9 +383,7 @@ class Editor:
         self._sweep()
         paths, places = _addresses(self.model)
         touched = {*self.view.changed, *self._attributes, *self._removed, *self._anchors.values()}
-        where = {
-            spot: (paths[id(spot.owner)], places[id(spot.node)]) for spot in touched - self._anchors.keys()
-        }
+        where = {ref: (paths[id(ref.owner)], places[id(ref.node)]) for ref in touched - self._anchors.keys()}
         forgotten = (Forget(paths[id(home)], frozenset(names)) for home, names in self._forgotten.values())
         return (*self._changes(where), *self._stored.values(), *forgotten, *self._moves(where))
 
@@ -397,42 +395,42 @@ class Editor:
             maker = self.view.makers.get(value)
             if self.view.uses.get(value) or self._stored.pop(value, None) is not None:
                 continue
-            if value in self.scene.whole.tensors and value not in self.scene.overridable:
+            if value in self.context.whole.tensors and value not in self.context.overridable:
                 self._forget(value)
             elif maker is not None and self._is_idle(maker):
                 self.remove(maker)
                 for output in filter(None, self.view.outputs[maker]):
                     self._forget(output)
 
-    def _is_idle(self, spot: Spot) -> bool:
-        return spot not in self._removed and not spot.results and not self.view.is_read(spot)
+    def _is_idle(self, ref: NodeRef) -> bool:
+        return ref not in self._removed and not ref.results and not self.view.is_read(ref)
 
-    def _changes(self, where: Mapping[Spot, Address]) -> Iterator[Edit]:
+    def _changes(self, where: Mapping[NodeRef, Address]) -> Iterator[Edit]:
         """What changes nodes of the file that stay."""
-        for spot in self.view.changed:
-            if spot in where and spot not in self._removed:
-                yield Rewire(*where[spot], *self.view.names(spot))
-        for spot, attributes in self._attributes.items():
-            if spot in where and spot not in self._removed:
-                yield from (SetAttribute(*where[spot], name, value) for name, value in attributes.items())
+        for ref in self.view.changed:
+            if ref in where and ref not in self._removed:
+                yield Rewire(*where[ref], *self.view.names(ref))
+        for ref, attributes in self._attributes.items():
+            if ref in where and ref not in self._removed:
+                yield from (SetAttribute(*where[ref], name, value) for name, value in attributes.items())
 
-    def _moves(self, where: Mapping[Spot, Address]) -> list[Edit]:
+    def _moves(self, where: Mapping[NodeRef, Address]) -> list[Edit]:
         """What moves nodes, from the back to the front, so that places in front of it stay as they are."""
         moves: list[tuple[Address, int, Edit]] = [
-            (where[spot], -1, Remove(*where[spot])) for spot in self._removed if spot in where
+            (where[ref], -1, Remove(*where[ref])) for ref in self._removed if ref in where
         ]
         moves += [
-            (where[anchor], number, self._insertion(spot, where[anchor]))
-            for number, (spot, anchor) in enumerate(self._anchors.items())
-            if spot not in self._removed
+            (where[anchor], number, self._insertion(ref, where[anchor]))
+            for number, (ref, anchor) in enumerate(self._anchors.items())
+            if ref not in self._removed
         ]
         return [edit for *_, edit in sorted(moves, key=lambda move: move[:2], reverse=True)]
 
-    def _insertion(self, spot: Spot, address: Address) -> Insert:
-        node, gone = spot.node, self._attributes.get(spot, {})
+    def _insertion(self, ref: NodeRef, address: Address) -> Insert:
+        node, gone = ref.node, self._attributes.get(ref, {})
         kept = tuple(item for item in node.attribute if item.name not in gone)
         domain = node.domain if node.HasField("domain") else None
-        return Insert(*address, node.op_type, node.name, *self.view.names(spot), domain, kept)
+        return Insert(*address, node.op_type, node.name, *self.view.names(ref), domain, kept)
 
 
 def _addresses(model: onnx.ModelProto) -> tuple[dict[int, Path], dict[int, int]]:

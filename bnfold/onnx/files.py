@@ -28,8 +28,8 @@ from onnx import TensorProto
 from bnfold.archive import name_stranger
 from bnfold.errors import InputError
 from bnfold.onnx.accept import accept
-from bnfold.onnx.constants import check_external, map_bytes, width
-from bnfold.onnx.scope import bodies
+from bnfold.onnx.constant_folding import check_external, map_bytes, width
+from bnfold.onnx.flatten import bodies
 from bnfold.output import replacing
 
 __all__ = ["load_file", "save_file", "size", "stored_tensors", "writing"]

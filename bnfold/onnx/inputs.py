@@ -16,9 +16,9 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.errors import InputError
-from bnfold.graph import Dim
-from bnfold.onnx.constants import FLOATS
-from bnfold.onnx.scene import Scene
+from bnfold.ir import Dim
+from bnfold.onnx.constant_folding import FLOATS
+from bnfold.onnx.context import ImportContext
 
 __all__ = ["Feed", "candidates"]
 
@@ -54,9 +54,9 @@ _THROUGH = frozenset({
 })  # fmt: skip
 
 
-def candidates(model: onnx.ModelProto, scene: Scene, seed: int = 0) -> Iterator[Feed]:
+def candidates(model: onnx.ModelProto, context: ImportContext, seed: int = 0) -> Iterator[Feed]:
     """Feeds to try, the most likely first."""
-    given = [item for item in model.graph.input if item.name in scene.whole.inputs]
+    given = [item for item in model.graph.input if item.name in context.whole.inputs]
     is_open = any(not isinstance(size, int) for item in given for size in _shape(item))
     is_whole = any(_kind(item) not in FLOATS for item in given)
     for item in given:
@@ -68,11 +68,11 @@ def candidates(model: onnx.ModelProto, scene: Scene, seed: int = 0) -> Iterator[
             raise InputError(f"the input `{item.name}` {fact}; give inputs, or fold without verifying")
     for whole in _WHOLE if is_whole else (None,):
         for sizes in _SIZES if is_open else _SIZES[:1]:
-            yield from _small(given, scene, sizes, whole, seed)
-        for channels in _channels(scene) if is_open else ():
+            yield from _small(given, context, sizes, whole, seed)
+        for channels in _channels(context) if is_open else ():
             for size in (16, 64):
                 for axis in (-1, 1):
-                    yield from _small(given, scene, (2, size), whole, seed, (axis, channels))
+                    yield from _small(given, context, (2, size), whole, seed, (axis, channels))
 
 
 def _small(*arguments: Any) -> Iterator[Feed]:
@@ -83,11 +83,11 @@ def _small(*arguments: Any) -> Iterator[Feed]:
         return
 
 
-def _channels(scene: Scene) -> list[int]:
+def _channels(context: ImportContext) -> list[int]:
     """How many channels the weights of the model read, first come first."""
     found: dict[int, None] = {}
-    for spot in scene.whole.spots:
-        dims = scene.constants.dims(spot.inputs[1]) if len(spot.inputs) > 1 and spot.op in _READERS else None
+    for ref in context.whole.refs:
+        dims = context.constants.dims(ref.inputs[1]) if len(ref.inputs) > 1 and ref.op in _READERS else None
         if dims:
             found.update(dict.fromkeys(dims[:2]))
     return list(found)[:6]
@@ -98,7 +98,7 @@ _READERS = frozenset({"MatMul", "Gemm", "Conv", "BatchNormalization"})
 
 def make(
     given: list[onnx.ValueInfoProto],
-    scene: Scene,
+    context: ImportContext,
     sizes: tuple[int, int],
     whole: int | None,
     seed: int,
@@ -114,7 +114,7 @@ def make(
             shape[channels[0]] = channels[1]
         if math.prod(shape) > LARGEST and any(not isinstance(size, int) for size in declared):
             raise InputError(f"the input `{item.name}` would be too large")
-        feed[item.name] = np.asarray(_array(item, shape, scene, whole, random))
+        feed[item.name] = np.asarray(_array(item, shape, context, whole, random))
     return feed
 
 
@@ -134,7 +134,11 @@ def _size(dim: Dim, axis: int, sizes: tuple[int, int]) -> int:
 
 
 def _array(
-    item: onnx.ValueInfoProto, shape: list[int], scene: Scene, whole: int | None, random: np.random.Generator
+    item: onnx.ValueInfoProto,
+    shape: list[int],
+    context: ImportContext,
+    whole: int | None,
+    random: np.random.Generator,
 ) -> np.ndarray[Any, Any]:
     kind = _kind(item)
     dtype = np.dtype(object) if kind == TensorProto.STRING else onnx.helper.tensor_dtype_to_np_dtype(kind)
@@ -146,7 +150,7 @@ def _array(
         return np.asarray(random.random(shape) < 0.7)
     if kind == TensorProto.STRING:
         return np.full(shape, "a", object)
-    rows = _rows(item.name, scene)
+    rows = _rows(item.name, context)
     if whole is not None and rows is None:
         return np.full(shape, whole, dtype)
     return np.asarray(random.integers(0, rows or (256 if kind == TensorProto.UINT8 else 8), shape)).astype(
@@ -171,28 +175,28 @@ def signal(shape: list[int], random: np.random.Generator) -> np.ndarray[Any, np.
     return np.asarray(result + 0.5 * offsets)
 
 
-def _rows(name: str, scene: Scene) -> int | None:
+def _rows(name: str, context: ImportContext) -> int | None:
     """How many rows the smallest table has that an input is looked up in."""
     waiting, seen, rows = [name], {name}, []
     while waiting:
         value = waiting.pop()
-        for use in scene.whole.uses.get(value, ()):
-            spot = use.spot
-            if spot is None:
+        for use in context.whole.uses.get(value, ()):
+            ref = use.ref
+            if ref is None:
                 continue
-            if (spot.op in ("Gather", "GatherElements", "OneHot") and use.place == 1) or spot.op == "OneHot":
-                rows += _table_rows(spot.inputs, spot.node, scene)
-            elif (spot.op in _THROUGH and use.place == 0) or spot.op == "Concat":
-                waiting += [output for output in spot.outputs if output not in seen]
-                seen.update(spot.outputs)
+            if (ref.op in ("Gather", "GatherElements", "OneHot") and use.place == 1) or ref.op == "OneHot":
+                rows += _table_rows(ref.inputs, ref.node, context)
+            elif (ref.op in _THROUGH and use.place == 0) or ref.op == "Concat":
+                waiting += [output for output in ref.outputs if output not in seen]
+                seen.update(ref.outputs)
     return min(rows, default=None)
 
 
-def _table_rows(inputs: list[str], node: onnx.NodeProto, scene: Scene) -> list[int]:
+def _table_rows(inputs: list[str], node: onnx.NodeProto, context: ImportContext) -> list[int]:
     if node.op_type == "OneHot":
-        depth = scene.constants.integers(inputs[1])
+        depth = context.constants.integers(inputs[1])
         return depth[:1] if depth else []
     axis = next((item.i for item in node.attribute if item.name == "axis"), 0)
-    shape = scene.shape(inputs[0])
+    shape = context.shape(inputs[0])
     size = shape[axis] if shape else None
     return [size] if isinstance(size, int) and size > 0 else []

@@ -20,11 +20,11 @@ from onnx import TensorProto
 from bnfold.equivalence import UNIT_ROUNDOFF, Unavailable
 from bnfold.errors import InputError
 from bnfold.onnx import inputs as made
-from bnfold.onnx.constants import FLOATS
+from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.files import stored_tensors
 from bnfold.onnx.inputs import Feed
-from bnfold.onnx.read import Picture
-from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, widen
+from bnfold.onnx.read import ImportedModel
+from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, to_float64
 
 __all__ = ["ModelRuns", "check_runs"]
 
@@ -59,7 +59,7 @@ class ModelRuns:
 
     def __init__(
         self,
-        picture: Picture,
+        imported: ImportedModel,
         edit: Callable[[onnx.ModelProto], onnx.ModelProto],
         inputs: Any = None,
         original: onnx.ModelProto | None = None,
@@ -67,21 +67,21 @@ class ModelRuns:
     ) -> None:
         """Prepare to run a model and what becomes of it.
 
-        Where it draws random numbers, the picture's model is run: the nodes of a function share a seed in all calls.
+        Where it draws random numbers, the imported model is run: the nodes of a function share a seed in all calls.
 
         Args:
-            picture: of the unfolded model.
+            imported: the unfolded model, as it was read.
             edit: makes the folded model in float64 of the unfolded one in float64, which may be changed.
             inputs: one feed, several, a file with one, or None to make them up.
-            original: the unfolded model, if the picture's is that one with functions inlined.
+            original: the unfolded model, if the imported one is that with functions inlined.
             folder: where the external data of the folded model lies.
 
         Raises:
             InputError: the inputs are none.
         """
-        self.picture, self.edit, self.folder = picture, edit, folder
+        self.imported, self.edit, self.folder = imported, edit, folder
         self.given = _given(inputs)
-        self.original = picture.model if original is None or is_random(picture.model) else original
+        self.original = imported.model if original is None or is_random(imported.model) else original
         self.feeds: list[Feed] = []
         self.before: list[Outputs] = []
         self.seconds = 0.0
@@ -89,7 +89,7 @@ class ModelRuns:
     @property
     def dtype(self) -> str:
         """The coarsest floating-point type of the model."""
-        kinds = set(self.picture.scene.found.types.values())
+        kinds = set(self.imported.context.found.types.values())
         return next((name for kind, name in _NAMES.items() if kind in kinds), "float32")
 
     @property
@@ -111,7 +111,7 @@ class ModelRuns:
             Unavailable: it ran in float64.
         """
         try:
-            runner: Callable[[Feed], Outputs] = Runner(self.original, self.picture.folder)
+            runner: Callable[[Feed], Outputs] = Runner(self.original, self.imported.folder)
         except InputError as error:
             if "NOT_IMPLEMENTED" not in str(error):
                 raise
@@ -146,14 +146,14 @@ class ModelRuns:
 
     def run_nudged(self) -> list[Outputs]:
         """Run the original on inputs that lie beside those that it ran on."""
-        runner, random = Runner(self.original, self.picture.folder), np.random.default_rng(1)
+        runner, random = Runner(self.original, self.imported.folder), np.random.default_rng(1)
         unit = UNIT_ROUNDOFF[self.dtype]
         near = ({name: _nudge(array, unit, random) for name, array in feed.items()} for feed in self.feeds)
         return [runner(feed) for feed in near]
 
     def _run_wide_instead(self, error: InputError) -> Callable[[Feed], Outputs]:
         """Run in float64 what onnxruntime has no kernel for (bfloat16 on a CPU)."""
-        wide = widen(self.picture.model, self.picture.folder)
+        wide = to_float64(self.imported.model, self.imported.folder)
 
         def run(feed: Feed) -> Outputs:
             try:
@@ -165,11 +165,11 @@ class ModelRuns:
 
     def _widened(self) -> onnx.ModelProto:
         numbers = sum(
-            int(np.prod(t.dims)) for t in stored_tensors(self.picture.model) if t.data_type in FLOATS
+            int(np.prod(t.dims)) for t in stored_tensors(self.imported.model) if t.data_type in FLOATS
         )
         if self.seconds > SLOW or numbers > HEAVY:
             raise InputError("it is too large to be run in float64")
-        return widen(self.picture.model, self.picture.folder)
+        return to_float64(self.imported.model, self.imported.folder)
 
     # -- the inputs
 
@@ -195,12 +195,12 @@ class ModelRuns:
             self._run(runner, next(islice(self._candidates(seed), tried, None)))
 
     def _candidates(self, seed: int) -> Iterator[Feed]:
-        return made.candidates(self.picture.model, self.picture.scene, seed)
+        return made.candidates(self.imported.model, self.imported.context, seed)
 
     def _check_names(self, feeds: Sequence[Feed]) -> None:
-        known = {item.name for item in self.picture.model.graph.input}
+        known = {item.name for item in self.imported.model.graph.input}
         for feed in feeds:
-            wrong = set(feed) - known or set(self.picture.scene.whole.inputs) - set(feed)
+            wrong = set(feed) - known or set(self.imported.context.whole.inputs) - set(feed)
             if wrong:
                 has = f"the model has {sorted(known)}"
                 raise InputError(f"the inputs do not suit the model: {has}; look at {sorted(wrong)}")
@@ -212,15 +212,15 @@ class ModelRuns:
         self.seconds = time.perf_counter() - start
 
 
-def check_runs(picture: Picture, inputs: Any = None, once: bool = False) -> None:
+def check_runs(imported: ImportedModel, inputs: Any = None, once: bool = False) -> None:
     """Load a model in onnxruntime and, with `once`, run it on the first of a few inputs that it takes.
 
     Raises:
         InputError: it cannot be loaded, or runs on none.
     """
-    runner = Runner(picture.model, picture.folder)
+    runner = Runner(imported.model, imported.folder)
     failure: InputError | None = None
-    feeds = _given(inputs) or islice(made.candidates(picture.model, picture.scene), TRIES)
+    feeds = _given(inputs) or islice(made.candidates(imported.model, imported.context), TRIES)
     for feed in feeds if once else ():
         try:
             runner(feed)

@@ -1,7 +1,7 @@
-"""Draw the picture of an ONNX model on which folding is decided.
+"""Import an ONNX model as the graph on which folding is decided.
 
-`read` flattens the model (`scope`), infers shapes (`shapes`), finds out what is constant (`constants`) and draws each
-node in its canonical form (`lower`). Two patterns of several nodes are drawn as one:
+`read` flattens the model (`flatten`), infers shapes (`shapes`), finds out what is constant (`constant_folding`) and
+lowers each node to its canonical form (`lower`). Two patterns of several nodes become one:
 
 - a MatMul by a constant and the Add of a constant vector along its output channels: one MatMul with a bias;
 - a BatchNormalization spelt out as Sub, Div, Mul and Add of constants: a maximal chain of affines, each link read by
@@ -10,7 +10,7 @@ node in its canonical form (`lower`). Two patterns of several nodes are drawn as
   scale with a shift (a rescaled input, say) is only drawn as one if it disappears: `demote` draws it as plain affines
   again. The tail of a LayerNorm that is computed by hand never is.
 
-A body of If, Loop or Scan is a part of the picture: its nodes stand before the node that runs it.
+A body of If, Loop or Scan is a part of the graph: its nodes stand before the node that runs it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ import onnx
 
 from bnfold.algebra import Affine
 from bnfold.errors import InputError
-from bnfold.graph import Graph, Node
-from bnfold.onnx.constants import Constants
+from bnfold.ir import Graph, Node
+from bnfold.onnx.constant_folding import Constants
+from bnfold.onnx.context import ImportContext
+from bnfold.onnx.flatten import NodeRef, flatten
 from bnfold.onnx.lower import MISMATCH, lower
-from bnfold.onnx.scene import Scene
-from bnfold.onnx.scope import Spot, survey
 from bnfold.onnx.shapes import Shapes, infer
 
-__all__ = ["Picture", "read"]
+__all__ = ["ImportedModel", "read"]
 
 OLDEST = 7
 """The oldest operator set that is read: before it, operands were broadcast by an `axis` attribute."""
 
 
 @dataclass(eq=False)
-class Picture:
+class ImportedModel:
     """A model and its graph.
 
     Attributes:
@@ -52,8 +52,8 @@ class Picture:
 
     model: onnx.ModelProto
     graph: Graph
-    scene: Scene
-    spots: dict[str, list[Spot]]
+    context: ImportContext
+    refs: dict[str, list[NodeRef]]
     weak: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
 
@@ -66,7 +66,7 @@ class Picture:
     @property
     def folder(self) -> Path | None:
         """Where external data lies."""
-        return self.scene.constants.folder
+        return self.context.constants.folder
 
 
 def read(
@@ -75,11 +75,11 @@ def read(
     *,
     freeze_initializers: bool = False,
     demote: Iterable[str] = (),
-) -> Picture:
+) -> ImportedModel:
     """Draw a model.
 
     Args:
-        model: is not changed, but `Picture` refers to it.
+        model: is not changed, but `ImportedModel` refers to it.
         folder: where its external data lies.
         freeze_initializers: take initializers that are also inputs for constants.
         demote: spelt-out BatchNorms to draw as plain affines.
@@ -88,24 +88,24 @@ def read(
         InputError: the model is older than operator set 7, or its graph does not hang together.
     """
     try:
-        scene, notes = _survey(model, folder, freeze_initializers)
+        context, notes = _flatten(model, folder, freeze_initializers)
     except UnicodeDecodeError as error:
         raise InputError(f"the model holds text that is not UTF-8: {error}") from error
     nodes: list[Node] = []
-    spots: dict[str, list[Spot]] = {}
-    for spot in scene.whole.spots:
-        if not any(output in scene.constants for output in spot.outputs):
-            nodes.append(lower(spot, scene))
-            spots[spot.name] = [spot]
-    picture = Picture(model, _graph(nodes, scene), scene, spots, notes=notes)
-    _join_biases(picture)
-    _join_affines(picture, frozenset(demote))
-    return picture
+    refs: dict[str, list[NodeRef]] = {}
+    for ref in context.whole.refs:
+        if not any(output in context.constants for output in ref.outputs):
+            nodes.append(lower(ref, context))
+            refs[ref.name] = [ref]
+    imported = ImportedModel(model, _graph(nodes, context), context, refs, notes=notes)
+    _join_biases(imported)
+    _join_affines(imported, frozenset(demote))
+    return imported
 
 
-def _survey(model: onnx.ModelProto, folder: Path | None, freeze: bool) -> tuple[Scene, list[str]]:
+def _flatten(model: onnx.ModelProto, folder: Path | None, freeze: bool) -> tuple[ImportContext, list[str]]:
     opset = _opset(model)
-    whole = survey(model)
+    whole = flatten(model)
     listed = {given.name for given in model.graph.input} & {tensor.name for tensor in model.graph.initializer}
     overridable = frozenset(listed) if model.ir_version >= 4 and not freeze else frozenset()
     stored = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
@@ -124,7 +124,7 @@ def _survey(model: onnx.ModelProto, folder: Path | None, freeze: bool) -> tuple[
         notes.append(
             f"{len(listed)} initializers are also inputs of the model and were taken for constants ({why})"
         )
-    return Scene(whole, found, constants, sizes, opset, overridable), notes
+    return ImportContext(whole, found, constants, sizes, opset, overridable), notes
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -136,88 +136,90 @@ def _opset(model: onnx.ModelProto) -> int:
     return opset
 
 
-def _graph(nodes: Iterable[Node], scene: Scene) -> Graph:
+def _graph(nodes: Iterable[Node], context: ImportContext) -> Graph:
     """The graph of these nodes, in which a copy of a value is the value."""
     drawn: list[Node] = []
     for node in nodes:
-        inputs = tuple(scene.copies.get(value, value) for value in node.inputs)
+        inputs = tuple(context.copies.get(value, value) for value in node.inputs)
         if node.op in ("Identity", "Dropout") and len(inputs) == 1:
-            scene.copies[node.outputs[0]] = inputs[0]
+            context.copies[node.outputs[0]] = inputs[0]
         else:
             drawn.append(node if inputs == node.inputs else replace(node, inputs=inputs))
-    outputs = tuple(scene.copies.get(value, value) for value in scene.whole.outputs)
-    return Graph(tuple(drawn), (*scene.whole.inputs, *sorted(scene.overridable)), outputs, scene.found.shapes)
+    outputs = tuple(context.copies.get(value, value) for value in context.whole.outputs)
+    return Graph(
+        tuple(drawn), (*context.whole.inputs, *sorted(context.overridable)), outputs, context.found.shapes
+    )
 
 
 # ---------------------------------------------------------------- patterns of several nodes
 
 
-def _is_private(picture: Picture, value: str, reader: str) -> bool:
+def _is_private(imported: ImportedModel, value: str, reader: str) -> bool:
     """Whether a value is read once, by this node of the same graph, and nowhere else."""
-    uses = picture.scene.whole.uses.get(value, [])
-    spots = picture.spots[reader]
-    return len(uses) == 1 and uses[0].spot is spots[0] and uses[0].owner is picture.scene.whole.home[value]
+    uses = imported.context.whole.uses.get(value, [])
+    refs = imported.refs[reader]
+    return len(uses) == 1 and uses[0].ref is refs[0] and uses[0].owner is imported.context.whole.home[value]
 
 
-def _follower(picture: Picture, node: Node) -> Node | None:
+def _follower(imported: ImportedModel, node: Node) -> Node | None:
     """The affine that alone reads what a node computes."""
-    readers = picture.graph.readers(node.outputs[0])
-    if len(readers) != 1 or readers[0].op != "Affine" or len(picture.spots[readers[0].name]) > 1:
+    readers = imported.graph.readers(node.outputs[0])
+    if len(readers) != 1 or readers[0].op != "Affine" or len(imported.refs[readers[0].name]) > 1:
         return None
-    return readers[0] if _is_private(picture, node.outputs[0], readers[0].name) else None
+    return readers[0] if _is_private(imported, node.outputs[0], readers[0].name) else None
 
 
-def _join_biases(picture: Picture) -> None:
+def _join_biases(imported: ImportedModel) -> None:
     """Draw MatMul and the Add of a vector along its output channels as one."""
     joined: dict[str, Node] = {}
     gone: set[str] = set()
-    for node in picture.graph.nodes:
+    for node in imported.graph.nodes:
         if node.op != "MatMul" or node.linear is None:
             continue
-        reader = _follower(picture, node)
-        if reader is None or reader.affine is None or picture.spots[reader.name][0].op != "Add":
+        reader = _follower(imported, node)
+        if reader is None or reader.affine is None or imported.refs[reader.name][0].op != "Add":
             continue
         if reader.affine.vectors(node.linear.out_axis, node.linear.outputs) is not None:
             joined[node.name] = replace(node, outputs=reader.outputs)
-            picture.spots[node.name] += picture.spots[reader.name]
+            imported.refs[node.name] += imported.refs[reader.name]
             gone.add(reader.name)
-    _redraw(picture, joined, gone)
+    _redraw(imported, joined, gone)
 
 
-def _redraw(picture: Picture, changed: dict[str, Node], gone: set[str]) -> None:
-    nodes = [changed.get(node.name, node) for node in picture.graph.nodes if node.name not in gone]
-    picture.graph = replace(picture.graph, nodes=tuple(nodes))
+def _redraw(imported: ImportedModel, changed: dict[str, Node], gone: set[str]) -> None:
+    nodes = [changed.get(node.name, node) for node in imported.graph.nodes if node.name not in gone]
+    imported.graph = replace(imported.graph, nodes=tuple(nodes))
 
 
-def _join_affines(picture: Picture, demoted: frozenset[str]) -> None:
+def _join_affines(imported: ImportedModel, demoted: frozenset[str]) -> None:
     """Draw chains of affines that amount to a BatchNorm as one."""
     changed: dict[str, Node] = {}
     gone: set[str] = set()
     weak: set[str] = set()
-    for node in picture.graph.nodes:
+    for node in imported.graph.nodes:
         if node.op != "Affine" or node.name in gone:
             continue
-        chain = _chain(picture, node)
+        chain = _chain(imported, node)
         gone.update(link.name for link in chain[1:])
-        kind = _kind(picture, chain)
+        kind = _kind(imported, chain)
         if not kind or node.name in demoted:
             gone.difference_update(link.name for link in chain[1:])
             continue
         changed[node.name] = _composed(chain)
-        picture.spots[node.name] = [spot for link in chain for spot in picture.spots[link.name]]
+        imported.refs[node.name] = [ref for link in chain for ref in imported.refs[link.name]]
         if kind == "weak":
             weak.add(node.name)
-    picture.weak = frozenset(weak)
-    _redraw(picture, changed, gone)
+    imported.weak = frozenset(weak)
+    _redraw(imported, changed, gone)
 
 
-def _chain(picture: Picture, node: Node) -> list[Node]:
+def _chain(imported: ImportedModel, node: Node) -> list[Node]:
     """The longest chain of affines that begins here."""
     chain = [node]
-    following = _follower(picture, node)
+    following = _follower(imported, node)
     while following is not None:
         chain.append(following)
-        following = _follower(picture, following)
+        following = _follower(imported, following)
     return chain
 
 
@@ -229,7 +231,7 @@ def _composed(chain: list[Node]) -> Node:
     return replace(chain[0], op="BatchNormalization", outputs=chain[-1].outputs, affine=affine.collapse())
 
 
-def _kind(picture: Picture, chain: list[Node]) -> str:
+def _kind(imported: ImportedModel, chain: list[Node]) -> str:
     """Return "strong" for what can only be a BatchNorm, "weak" for what may be one, "" for what is none."""
     affines = [link.affine for link in chain if link.affine is not None]
     scales = [place for place, affine in enumerate(affines) if np.any(affine.scale != 1)]
@@ -240,43 +242,43 @@ def _kind(picture: Picture, chain: list[Node]) -> str:
         or not shifts
         or whole is None
         or len(whole.axes) > 1
-        or not _per_channel(picture, chain, whole)
+        or not _per_channel(imported, chain, whole)
     ):
         return ""
     centred = shifts[0] < scales[0] and shifts[-1] > scales[0]
-    if (centred and len(chain) >= 3) or any(_has_root(picture, link) for link in chain):
+    if (centred and len(chain) >= 3) or any(_has_root(imported, link) for link in chain):
         return "strong"
-    return "" if _normalises(picture, chain[0]) else "weak"
+    return "" if _normalises(imported, chain[0]) else "weak"
 
 
-def _per_channel(picture: Picture, chain: list[Node], whole: Affine) -> bool:
+def _per_channel(imported: ImportedModel, chain: list[Node], whole: Affine) -> bool:
     """Whether it is one number per channel, be it that there is only one channel."""
-    shape = picture.graph.shapes.get(chain[0].inputs[0], ())
+    shape = imported.graph.shapes.get(chain[0].inputs[0], ())
     return bool(whole.axes) or (len(shape) > 1 and shape[1] == 1)
 
 
-def _has_root(picture: Picture, link: Node) -> bool:
+def _has_root(imported: ImportedModel, link: Node) -> bool:
     """Whether the constant of a link is computed with a square root."""
-    scene = picture.scene
-    waiting = [v for spot in picture.spots[link.name] for v in spot.inputs if v in scene.constants]
+    context = imported.context
+    waiting = [v for ref in imported.refs[link.name] for v in ref.inputs if v in context.constants]
     seen: set[str] = set()
     while waiting:
         value = waiting.pop()
-        maker = scene.whole.makers.get(value)
+        maker = context.whole.makers.get(value)
         if maker is None or value in seen:
             continue
         seen.add(value)
         if maker.op in ("Sqrt", "Pow"):
             return True
-        waiting.extend(v for v in maker.inputs if v in scene.constants)
+        waiting.extend(v for v in maker.inputs if v in context.constants)
     return False
 
 
-def _normalises(picture: Picture, node: Node) -> bool:
+def _normalises(imported: ImportedModel, node: Node) -> bool:
     """Whether the value before a chain is divided by something computed, as in a LayerNorm."""
-    producer = picture.graph.producer(node.inputs[0])
+    producer = imported.graph.producer(node.inputs[0])
     while producer is not None and producer.op in ("Reshape", "Transpose", "Cast") and producer.inputs:
-        producer = picture.graph.producer(producer.inputs[0])
+        producer = imported.graph.producer(producer.inputs[0])
     if producer is None:
         return False
     return producer.op in ("Mul", "Div", "LayerNormalization", "InstanceNormalization", "unusual Div")

@@ -24,12 +24,12 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.errors import InputError
-from bnfold.onnx.constants import FLOATS, densify, load
+from bnfold.onnx.constant_folding import FLOATS, densify, load
 from bnfold.onnx.files import size
+from bnfold.onnx.flatten import bodies
 from bnfold.onnx.inputs import Feed
-from bnfold.onnx.scope import bodies
 
-__all__ = ["Outputs", "Runner", "run", "widen"]
+__all__ = ["Outputs", "Runner", "run", "to_float64"]
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 
@@ -76,7 +76,7 @@ class Runner:
         """
         try:
             session = self._open() if self._is_random else self.session
-            return flatten(self.names, session.run(None, inputs))
+            return name_outputs(self.names, session.run(None, inputs))
         except Exception as error:
             raise InputError(f"onnxruntime cannot run the model: {brief(error)}") from error
 
@@ -106,14 +106,14 @@ def _session(model: onnx.ModelProto | Path, folder: Path | None, options: Any) -
         return onnxruntime.InferenceSession(str(path), options, **more)
 
 
-def flatten(names: Sequence[str], results: Sequence[Any]) -> Outputs:
+def name_outputs(names: Sequence[str], results: Sequence[Any]) -> Outputs:
     """Outputs by name; the members of a sequence or a map by name and place."""
     found: Outputs = {}
     for name, result in zip(names, results, strict=True):
         if isinstance(result, dict):
-            found.update(flatten([f"{name}.{key}" for key in result], list(result.values())))
+            found.update(name_outputs([f"{name}.{key}" for key in result], list(result.values())))
         elif isinstance(result, list):
-            found.update(flatten([f"{name}[{place}]" for place in range(len(result))], result))
+            found.update(name_outputs([f"{name}[{place}]" for place in range(len(result))], result))
         elif result is not None:
             found[name] = np.asarray(result)
     return found
@@ -190,40 +190,40 @@ def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed]) -> list[Outputs]:
             return [runner(feed) for feed in wide]
         except InputError:
             pass
-    from bnfold.onnx.exact import evaluate
+    from bnfold.onnx.reference import evaluate
 
-    return [flatten(names, results) for results in evaluate(seed(model), wide)]
+    return [name_outputs(names, results) for results in evaluate(seed(model), wide)]
 
 
 def _wide(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return array.astype(np.float64) if array.dtype.kind == "f" or array.dtype.name == "bfloat16" else array
 
 
-def widen(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
+def to_float64(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
     """A copy of a model in which every floating-point type is float64, external data included."""
     wide = onnx.ModelProto(ir_version=max(model.ir_version, 3))
     wide.opset_import.extend(model.opset_import)
     wide.functions.extend(model.functions)
-    _widen_graph(model.graph, wide.graph, folder)
+    _graph_to_float64(model.graph, wide.graph, folder)
     return wide
 
 
-def _widen_graph(graph: onnx.GraphProto, wide: onnx.GraphProto, folder: Path | None) -> None:
+def _graph_to_float64(graph: onnx.GraphProto, wide: onnx.GraphProto, folder: Path | None) -> None:
     wide.name = graph.name
     for name in ("input", "output", "value_info"):
         for item in getattr(graph, name):
             copy = getattr(wide, name).add()
             copy.CopyFrom(item)
-            _widen_type(copy.type)
+            _type_to_float64(copy.type)
     fixed = {
         node.input[place] for node in graph.node for place in _fixed_inputs(node) if place < len(node.input)
     }
     for tensor in graph.initializer:
-        _widen_tensor(tensor, wide.initializer.add(), folder, tensor.name in fixed)
+        _tensor_to_float64(tensor, wide.initializer.add(), folder, tensor.name in fixed)
     for sparse in graph.sparse_initializer:
-        _widen_tensor(densify(sparse), wide.initializer.add(), folder, sparse.values.name in fixed)
+        _tensor_to_float64(densify(sparse), wide.initializer.add(), folder, sparse.values.name in fixed)
     for node in graph.node:
-        _widen_node(node, wide.node.add(), folder, bool(fixed.intersection(node.output)))
+        _node_to_float64(node, wide.node.add(), folder, bool(fixed.intersection(node.output)))
 
 
 def _fixed_inputs(node: onnx.NodeProto) -> tuple[int, ...]:
@@ -233,16 +233,18 @@ def _fixed_inputs(node: onnx.NodeProto) -> tuple[int, ...]:
     return (1,) if node.op_type == "Upsample" else ()
 
 
-def _widen_type(kind: onnx.TypeProto) -> None:
+def _type_to_float64(kind: onnx.TypeProto) -> None:
     if kind.HasField("sequence_type"):
-        _widen_type(kind.sequence_type.elem_type)
+        _type_to_float64(kind.sequence_type.elem_type)
     elif kind.HasField("optional_type"):
-        _widen_type(kind.optional_type.elem_type)
+        _type_to_float64(kind.optional_type.elem_type)
     elif kind.tensor_type.elem_type in FLOATS:
         kind.tensor_type.elem_type = TensorProto.DOUBLE
 
 
-def _widen_tensor(tensor: TensorProto, wide: TensorProto, folder: Path | None, fixed: bool = False) -> None:
+def _tensor_to_float64(
+    tensor: TensorProto, wide: TensorProto, folder: Path | None, fixed: bool = False
+) -> None:
     if tensor.data_type not in FLOATS or fixed:
         wide.CopyFrom(onnx.numpy_helper.from_array(np.asarray(load(tensor, folder)), tensor.name))
         return
@@ -252,7 +254,7 @@ def _widen_tensor(tensor: TensorProto, wide: TensorProto, folder: Path | None, f
         wide.raw_data = np.asarray(load(tensor, folder), np.float64).tobytes()
 
 
-def _widen_node(node: onnx.NodeProto, wide: onnx.NodeProto, folder: Path | None, fixed: bool) -> None:
+def _node_to_float64(node: onnx.NodeProto, wide: onnx.NodeProto, folder: Path | None, fixed: bool) -> None:
     wide.op_type, wide.domain, wide.name, wide.overload = node.op_type, node.domain, node.name, node.overload
     wide.input.extend(node.input)
     wide.output.extend(node.output)
@@ -260,19 +262,19 @@ def _widen_node(node: onnx.NodeProto, wide: onnx.NodeProto, folder: Path | None,
         copy = wide.attribute.add()
         if item.type == onnx.AttributeProto.TENSOR:
             copy.name, copy.type = item.name, item.type
-            _widen_tensor(item.t, copy.t, folder, fixed)
+            _tensor_to_float64(item.t, copy.t, folder, fixed)
         elif item.type == onnx.AttributeProto.GRAPH:
             copy.name, copy.type = item.name, item.type
-            _widen_graph(item.g, copy.g, folder)
+            _graph_to_float64(item.g, copy.g, folder)
         else:
             copy.CopyFrom(item)
-            _widen_attribute(node, copy, fixed)
+            _attribute_to_float64(node, copy, fixed)
     if node.op_type == "ConstantOfShape" and not node.attribute and node.domain in ("", "ai.onnx"):
         zero = onnx.numpy_helper.from_array(np.zeros(1))
         wide.attribute.append(onnx.helper.make_attribute("value", zero))
 
 
-def _widen_attribute(node: onnx.NodeProto, item: onnx.AttributeProto, fixed: bool) -> None:
+def _attribute_to_float64(node: onnx.NodeProto, item: onnx.AttributeProto, fixed: bool) -> None:
     if item.name in ("to", "dtype", "output_dtype") and item.i in FLOATS:
         item.i = TensorProto.DOUBLE
     if node.op_type == "Constant" and item.name in ("value_float", "value_floats") and not fixed:

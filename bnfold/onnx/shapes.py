@@ -31,9 +31,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from bnfold.graph import Dim, Shape
-from bnfold.onnx.constants import Constants
-from bnfold.onnx.scope import Spot, Survey, bodies, survey
+from bnfold.ir import Dim, Shape
+from bnfold.onnx.constant_folding import Constants
+from bnfold.onnx.flatten import FlatModel, NodeRef, bodies, flatten
 from bnfold.onnx.sizes import VECTOR, Sizes
 
 __all__ = ["Shapes", "infer", "skeleton"]
@@ -70,7 +70,7 @@ Vector = npt.NDArray[Any]
 
 def infer(
     model: onnx.ModelProto,
-    whole: Survey,
+    whole: FlatModel,
     constants: Callable[[type[Constants], Shapes], Any],
     overridable: frozenset[str] = frozenset(),
 ) -> tuple[Shapes, Constants, Sizes]:
@@ -90,23 +90,23 @@ def infer(
     tensors = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
     found = _infer_once(bare, whole.types, tensors, not _has_long_vectors(plain))
     sizes = constants(Sizes, Shapes(dict(found.shapes), found.types))
-    spots = [spot for spot in whole.spots if spot.owner is model.graph]
-    start = _Start(bare, tensors, spots, constants, found)
+    refs = [ref for ref in whole.refs if ref.owner is model.graph]
+    start = _Start(bare, tensors, refs, constants, found)
     readings = _read(start, symbols) if _is_open(found, whole) else []
     _agree(found, readings, symbols)
     known = constants(Constants, found)
     vectors = _alike([reading.vectors for reading in readings])
-    for spot in whole.spots:
-        if not spot.results:
-            known.add_node(spot.node, spot.inputs, spot.outputs)
-            sizes.add_node(spot.node, spot.inputs, spot.outputs)
-        for value in spot.outputs:
+    for ref in whole.refs:
+        if not ref.results:
+            known.add_node(ref.node, ref.inputs, ref.outputs)
+            sizes.add_node(ref.node, ref.inputs, ref.outputs)
+        for value in ref.outputs:
             if value in vectors:
                 known.add_sizes(value, vectors[value])
     return found, known, sizes
 
 
-def _is_open(found: Shapes, whole: Survey) -> bool:
+def _is_open(found: Shapes, whole: FlatModel) -> bool:
     """Whether the inference has left a size open in the main graph."""
     shapes = (found.shapes.get(value, (None,)) for value, raw in whole.raw.items() if value == raw)
     return any(not isinstance(size, int) for shape in shapes for size in shape)
@@ -141,7 +141,7 @@ class _Start:
 
     bare: onnx.ModelProto
     tensors: Mapping[str, TensorProto]
-    spots: Sequence[Spot]
+    refs: Sequence[NodeRef]
     constants: Callable[[type[Constants], Shapes], Any]
     inferred: Shapes
 
@@ -180,22 +180,22 @@ class _Reading:
             self._note(value, onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims))
         for given in start.bare.graph.input:
             self._note(given.name, _filled(given.type, sizes))
-        for spot in start.spots:
-            self._walk(spot)
+        for ref in start.refs:
+            self._walk(ref)
 
-    def _walk(self, spot: Spot) -> None:
-        constant = not spot.results and self.known.add_node(spot.node, spot.inputs, spot.outputs)
-        schema = _schema(spot.node, self.opsets)
-        sure = {value: self._as_inferred(value) for value in spot.outputs if value}
-        made = self._infer(spot, schema) if spot.op != "Constant" and None in sure.values() else {}
+    def _walk(self, ref: NodeRef) -> None:
+        constant = not ref.results and self.known.add_node(ref.node, ref.inputs, ref.outputs)
+        schema = _schema(ref.node, self.opsets)
+        sure = {value: self._as_inferred(value) for value in ref.outputs if value}
+        made = self._infer(ref, schema) if ref.op != "Constant" and None in sure.values() else {}
         for value, kind in sure.items():
             kind = kind or made.get(value) or self._as_constant(value)
             if kind is not None:
                 self._note(value, kind)
-            if schema is None or not self.guessed.isdisjoint(spot.inputs):
+            if schema is None or not self.guessed.isdisjoint(ref.inputs):
                 self.guessed.add(value)
-        if constant and spot.op != "Constant":
-            self._keep(spot.outputs[0])
+        if constant and ref.op != "Constant":
+            self._keep(ref.outputs[0])
 
     def _keep(self, value: str) -> None:
         array = self._vector(value)
@@ -206,17 +206,17 @@ class _Reading:
         self.types[value] = kind
         _note(self.found, value, kind)
 
-    def _infer(self, spot: Spot, schema: Any) -> Mapping[str, onnx.TypeProto]:
+    def _infer(self, ref: NodeRef, schema: Any) -> Mapping[str, onnx.TypeProto]:
         """What the inference says of one node; of an operator that ONNX does not know, that it makes floats."""
         if schema is None:
-            return dict.fromkeys(spot.outputs, onnx.helper.make_tensor_type_proto(TensorProto.FLOAT, None))
-        if spot.results or not all(value in self.types for value in spot.inputs if value):
+            return dict.fromkeys(ref.outputs, onnx.helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+        if ref.results or not all(value in self.types for value in ref.inputs if value):
             return {}
-        data = {value: tensor for value in spot.inputs if (tensor := self._data(value)) is not None}
-        types = {value: self.types[value] for value in spot.inputs if value}
+        data = {value: tensor for value in ref.inputs if (tensor := self._data(value)) is not None}
+        types = {value: self.types[value] for value in ref.inputs if value}
         try:
             return onnx.shape_inference.infer_node_outputs(
-                schema, spot.node, types, data, opset_imports=self.opsets
+                schema, ref.node, types, data, opset_imports=self.opsets
             )
         except _FAILURES as error:
             self.complaint = self.complaint or str(error)
@@ -359,7 +359,7 @@ def _infer_once(
         except _FAILURES:
             inferred = bare
     found = Shapes({}, {}, complaint)
-    for types in (survey(inferred).types, declared):
+    for types in (flatten(inferred).types, declared):
         for value, kind in types.items():
             _note(found, value, kind)
     for value, tensor in tensors.items():

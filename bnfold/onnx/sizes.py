@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from bnfold.graph import Shape
-from bnfold.onnx.constants import Constants, Tensor, Unworkable, attributes
+from bnfold.ir import Shape
+from bnfold.onnx.constant_folding import Constants, Tensor, Unworkable, attributes
 
 __all__ = ["VECTOR", "Sizes"]
 

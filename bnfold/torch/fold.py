@@ -36,9 +36,9 @@ from bnfold.torch.running import (
 )
 from bnfold.torch.tensors import leaves, put_back
 from bnfold.torch.write import check_fit, widen, write
-from bnfold.travel import Journey, Options, travel
+from bnfold.travel import Options, Plan, travel
 
-__all__ = ["fold", "plan", "run", "verify"]
+__all__ = ["decide", "fold", "run", "verify"]
 
 
 @exclusive()
@@ -67,25 +67,25 @@ def fold(
         UnreadableModel: the module cannot be run on the example inputs, or not copied.
         NotEquivalent: the folded module computes something else. With `inplace` it has been edited by then.
     """
-    reading, journey = plan(model, example_inputs, Options(**options))
+    reading, plan = decide(model, example_inputs, Options(**options))
     size = _count(model)
-    comparison = _compare(model, example_inputs, reading, journey, inplace) if verify else None
-    folded = write(model, reading, journey, inplace)
+    comparison = _compare(model, example_inputs, reading, plan, inplace) if verify else None
+    folded = write(model, reading, plan, inplace)
     evidence = comparison.judge(folded) if comparison else ()
     notes = comparison.notes if comparison else ["unverified: verification was switched off"]
     limits = tuple(_rests_on(head) for head in reading.heads)
     sizes = (size, _count(folded))
-    return folded, Report(journey.verdicts, evidence, (*notes, *reading.notes), sizes, limits)
+    return folded, Report(plan.verdicts, evidence, (*notes, *reading.notes), sizes, limits)
 
 
 def _compare(
-    model: nn.Module, example_inputs: Any, reading: Reading, journey: Journey, inplace: bool
+    model: nn.Module, example_inputs: Any, reading: Reading, plan: Plan, inplace: bool
 ) -> Comparison:
-    changed = sum(node.linear is not None and node.linear.changed for node in journey.graph.nodes)
+    changed = sum(node.linear is not None and node.linear.changed for node in plan.graph.nodes)
     runs = ModuleRuns(
         model,
         example_inputs,
-        lambda twin: write(twin, reading, journey, inplace=True),
+        lambda twin: write(twin, reading, plan, inplace=True),
         dtypes=reading.dtypes,
         writes=reading.writes,
         inplace=inplace,
@@ -98,43 +98,43 @@ def _rests_on(head: Idle) -> str:
     return f"this fold holds only as long as `{head.path}` does not run: it did not on the example inputs"
 
 
-def plan(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Journey]:
+def decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan]:
     """Read a module and decide; take back what the module's own code would not go along with (see `rehearse`).
 
     Raises:
         UnreadableModel: the module cannot be run on the example inputs, or not copied.
     """
-    reading, journey = _read_and_decide(model, example_inputs, options)
+    reading, plan = _read_and_decide(model, example_inputs, options)
     for repair in (read_again, find_fault, refuse_everything):
-        if not reading.steps or _is_rehearsed(model, example_inputs, reading, journey):
+        if not reading.steps or _is_rehearsed(model, example_inputs, reading, plan):
             break
         reading = repair(model, example_inputs, reading)
-        journey = travel(reading.graph, options, check_fit(model, reading))
-    return reading, journey
+        plan = travel(reading.graph, options, check_fit(model, reading))
+    return reading, plan
 
 
-def _read_and_decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Journey]:
+def _read_and_decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan]:
     """Where heads that did not run cost a fold, it is made all the same, and rests on their not running."""
     reading = read(model, example_inputs)
-    journey = travel(reading.graph, options, check_fit(model, reading))
-    if not reading.heads or all(verdict.outcome == "folded" for verdict in journey.verdicts):
-        return replace(reading, heads=()), journey
+    plan = travel(reading.graph, options, check_fit(model, reading))
+    if not reading.heads or all(verdict.outcome == "folded" for verdict in plan.verdicts):
+        return replace(reading, heads=()), plan
     other = read(model, example_inputs, headless=True)
     farther = travel(other.graph, options, check_fit(model, other))
-    if farther.verdicts == journey.verdicts:
-        return replace(reading, heads=()), journey
+    if farther.verdicts == plan.verdicts:
+        return replace(reading, heads=()), plan
     return other, farther
 
 
-def _is_rehearsed(model: nn.Module, example_inputs: Any, reading: Reading, journey: Journey) -> bool:
+def _is_rehearsed(model: nn.Module, example_inputs: Any, reading: Reading, plan: Plan) -> bool:
     """Whether nothing changes, or the folded module runs the calls that were read."""
-    if not any(verdict.outcome != "kept" for verdict in journey.verdicts):
+    if not any(verdict.outcome != "kept" for verdict in plan.verdicts):
         return True
     try:
         twin = copy_structure(model)
     except UnreadableModel:
         return True
-    return runs_alike(write(twin, reading, journey, inplace=True), example_inputs, reading, journey)
+    return runs_alike(write(twin, reading, plan, inplace=True), example_inputs, reading, plan)
 
 
 @exclusive()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from bnfold.algebra import Affine
 from bnfold.errors import UnreadableModel
-from bnfold.graph import Graph, Node, Shape
+from bnfold.ir import Graph, Node, Shape
 from bnfold.torch.alignment import Alignment
 from bnfold.torch.capture import capture, computes_weight
 from bnfold.torch.constants import Evaluator, slots_of
@@ -535,8 +535,8 @@ class _Reader:
         if item.op == "Hook":
             return f"a hook on {path}"
         if item.op == "If":
-            beside = f", where {self.causes[path]} did not run" if path in self.causes else ""
-            return f"a branch in {path or type(self.model).__name__}{beside}"
+            parallel = f", where {self.causes[path]} did not run" if path in self.causes else ""
+            return f"a branch in {path or type(self.model).__name__}{parallel}"
         if item.weight is not None and any(slot.module == path for slot in item.weight.slots):
             return path or item.call.label
         if path and alone[path] == 1:

@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnfold.graph import Graph, Node
+from bnfold.ir import Graph, Node
 from bnfold.torch.read import Reading, Step, draw_steps
 from bnfold.torch.running import copy_structure
 from bnfold.torch.write import become
-from bnfold.travel import Journey
+from bnfold.travel import Plan
 
 __all__ = ["find_fault", "read_again", "refuse_everything", "runs_alike"]
 
 _ALIKE = {"clamp": "hardtanh"}
 
 
-def runs_alike(folded: nn.Module, example_inputs: Any, reading: Reading, journey: Journey) -> bool:
+def runs_alike(folded: nn.Module, example_inputs: Any, reading: Reading, plan: Plan) -> bool:
     """Whether the folded module runs the calls that were read, and passes on each bias that it was given."""
-    shifted = (node for node in journey.graph.nodes if node.linear is not None and node.linear.shifts)
+    shifted = (node for node in plan.graph.nodes if node.linear is not None and node.linear.shifts)
     places = (reading.linears[node.name] for node in shifted if node.name in reading.linears)
     biased = {place.weight.name for place in places if place.bias is not None}
     return _matches(folded, example_inputs, reading, biased)

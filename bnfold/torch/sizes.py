@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from bnfold.graph import Shape
+from bnfold.ir import Shape
 from bnfold.torch.alignment import Alignment
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import Draft, Item

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.algebra import Affine, Array, round_to_odd
-from bnfold.graph import Node
+from bnfold.ir import Node
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace, NormPlace
@@ -29,12 +29,12 @@ from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail
 from bnfold.torch.read import Reading
 from bnfold.torch.running import copy_structure
 from bnfold.torch.tensors import leaves
-from bnfold.travel import Journey
+from bnfold.travel import Plan
 
 __all__ = ["become", "check_fit", "settle_weight", "widen", "write"]
 
 
-def write(model: nn.Module, reading: Reading, journey: Journey, inplace: bool = False) -> nn.Module:
+def write(model: nn.Module, reading: Reading, plan: Plan, inplace: bool = False) -> nn.Module:
     """The folded module: a copy, or with `inplace` the module itself.
 
     Args:
@@ -45,7 +45,7 @@ def write(model: nn.Module, reading: Reading, journey: Journey, inplace: bool = 
         UnreadableModel: the module cannot be copied.
     """
     target = model if inplace else copy_structure(model)
-    made = _edit(target, reading, journey)
+    made = _edit(target, reading, plan)
     return target if inplace else _part(target, made)
 
 
@@ -87,9 +87,9 @@ def _widened(tensor: Tensor) -> Tensor:
     return nn.Parameter(wide, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide
 
 
-def _edit(model: nn.Module, reading: Reading, journey: Journey) -> list[Tensor]:
+def _edit(model: nn.Module, reading: Reading, plan: Plan) -> list[Tensor]:
     """Apply the difference; return the tensors that are new."""
-    after = {node.name: node for node in journey.graph.nodes}
+    after = {node.name: node for node in plan.graph.nodes}
     made: list[Tensor] = []
     done: set[str] = set()
     for node in sorted(reading.graph.nodes, key=lambda node: -node.affine.rank if node.affine else 0):
@@ -355,6 +355,6 @@ def _is_moderate(node: Node) -> bool:
     linear = node.linear
     pairs = [pair for pair in (linear.before, linear.after) if pair is not None]
     arrays = [array for pair in pairs for array in pair] + (
-        [linear.beside] if linear.beside is not None else []
+        [linear.parallel] if linear.parallel is not None else []
     )
     return all(np.abs(array).max(initial=0.0) < 1e12 for array in arrays)

@@ -108,7 +108,7 @@ def test_every_report_that_a_test_makes_and_every_graph_that_it_sends_travelling
 import torch
 from torch import nn
 import bnfold
-from bnfold.graph import Graph
+from bnfold.ir import Graph
 from bnfold.travel import travel
 
 def test_fold():

@@ -103,8 +103,8 @@ def test_what_was_absorbed_in_any_order_is_the_same_as_the_dense_operator_betwee
     size = (outputs, inputs // groups) if order == "oi" else (inputs, outputs // groups)
     weight, bias = random.normal(size=(*size, *kernel)), random.normal(size=outputs) if biased else None
     plain = Linear(order, inputs, outputs, 1, 1, groups=groups, centre=centre)
-    for steps in permutations(["before", "after", "beside", "after", "before"], 4):
-        if "beside" in steps and not square:
+    for steps in permutations(["before", "after", "parallel", "after", "before"], 4):
+        if "parallel" in steps and not square:
             continue
         linear, (matrix, vector) = plain, dense(plain, weight, bias)
         for step in steps:
@@ -161,7 +161,7 @@ def test_two_operators_that_share_a_weight_agree_only_if_they_read_it_alike() ->
     assert not straight.equals(turned)
     assert not straight.equals(Linear("oi", 2, 2, 1, 1).absorb_before(scale, shift))
     assert not straight.equals(
-        Linear("oi", 2, 2, 1, 1, centre=()).absorb_after(scale, shift).absorb_beside(scale, shift)
+        Linear("oi", 2, 2, 1, 1, centre=()).absorb_after(scale, shift).absorb_parallel(scale, shift)
     )
 
 
@@ -174,7 +174,7 @@ def test_changed_shifts_and_is_finite_say_what_was_absorbed() -> None:
     assert (plain.changed, scaled.changed, shifted.changed) == (False, True, True)
     assert (plain.shifts, scaled.shifts, shifted.shifts) == (False, False, True)
     assert (plain.is_finite, scaled.is_finite) == (True, True)
-    assert not plain.absorb_beside(np.array([np.inf, 1.0]), np.zeros(2)).is_finite
+    assert not plain.absorb_parallel(np.array([np.inf, 1.0]), np.zeros(2)).is_finite
     assert not plain.absorb_before(np.array([np.nan, 1.0]), np.zeros(2)).is_finite
 
 

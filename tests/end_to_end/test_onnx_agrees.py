@@ -90,14 +90,14 @@ def export(module, example, dynamo):
 
 def numbers(file):
     """Every linear operator's stored weight and bias, in order; a bias of zeros is none."""
-    picture = bnfold.onnx.read(file)
-    constants = picture.scene.constants
+    imported = bnfold.onnx.read(file)
+    constants = imported.context.constants
     found = []
-    for node in picture.graph.nodes:
+    for node in imported.graph.nodes:
         if node.linear is None:
             continue
-        slots = find_slots(picture, node.name)
-        weight = constants.array(slots.spot.inputs[slots.weight])
+        slots = find_slots(imported, node.name)
+        weight = constants.array(slots.ref.inputs[slots.weight])
         found.append(weight if node.linear.order == "oi" or weight.ndim > 2 else weight.T)
         found.append(
             constants.array(slots.bias_value)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from bnfold import operators
+from bnfold import rules as operators
 from bnfold.algebra import Affine, Linear
-from bnfold.graph import Node
+from bnfold.ir import Node
 from tests.fuzz.drawing import Finding, complaint, findings
 from tests.fuzz.graphs import FEATURES, judge
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from bnfold.algebra import Affine, Linear
-from bnfold.graph import Graph, Node
+from bnfold.ir import Graph, Node
 
 Arrays = dict[str, np.ndarray]
 

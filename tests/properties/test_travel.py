@@ -10,34 +10,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnfold.graph import Graph
-from bnfold.operators import TABLE, Refuse
-from bnfold.travel import Attempt, Journey, Options, _Driver, travel
+from bnfold.ir import Graph
+from bnfold.rules import TABLE, Refuse
+from bnfold.travel import Attempt, Options, Plan, _Driver, travel
 from tests.properties import machine
 
 TOLERANCE = 1e-12
 FEW, MANY = range(300), range(1_000, 31_000)
 
 
-def folded(seed: int, size: int, options: Options | None = None) -> tuple[Journey, float]:
+def folded(seed: int, size: int, options: Options | None = None) -> tuple[Plan, float]:
     """One random graph, folded, and how far its outputs moved."""
     with np.errstate(all="ignore"):
         graph, weights, inputs = machine.draw(seed, size)
         before = machine.run(graph, weights, inputs)
-    journey = travel(graph, options)
+    plan = travel(graph, options)
     with np.errstate(all="ignore"):
-        after = machine.run(journey.graph, weights, inputs)
-    assert len(journey.verdicts) == len({node.place for node in graph.nodes if node.is_batchnorm})
-    outputs = zip(graph.outputs, journey.graph.outputs, strict=True)
-    return journey, machine.deviation(before, after, outputs)
+        after = machine.run(plan.graph, weights, inputs)
+    assert len(plan.verdicts) == len({node.place for node in graph.nodes if node.is_batchnorm})
+    outputs = zip(graph.outputs, plan.graph.outputs, strict=True)
+    return plan, machine.deviation(before, after, outputs)
 
 
 def test_hundreds_of_random_graphs_compute_the_same_once_folded() -> None:
     outcomes: Counter[str] = Counter()
     for seed in FEW:
-        journey, deviation = folded(seed, 4 + seed % 14)
+        plan, deviation = folded(seed, 4 + seed % 14)
         assert deviation <= TOLERANCE, seed
-        outcomes.update(verdict.outcome for verdict in journey.verdicts)
+        outcomes.update(verdict.outcome for verdict in plan.verdicts)
     assert min(outcomes[outcome] for outcome in ("folded", "scale folded", "kept")) >= 20
 
 

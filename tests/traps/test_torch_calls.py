@@ -166,13 +166,13 @@ LOOKS = {
 
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
 def test_numbers_of_a_batchnorm_that_other_code_finds_by_itself(look):
-    def beside(net, x):
+    def parallel(net, x):
         return net.block(net.bn(net.conv(x))) + look(net)
 
     def returned(net, x):
         return net.block(net.bn(net.conv(x))), look(net)
 
-    for forward in (beside, returned):
+    for forward in (parallel, returned):
         _, report = check(Net(forward), IMAGES, kept=["bn"], folded=["block.1"])
         assert "its numbers are used by" in report.verdicts[0].reason
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 import bnfold
 import bnfold.onnx
 from bnfold.errors import BnfoldError, InputError
-from bnfold.onnx import constants
+from bnfold.onnx import constant_folding as constants
 from tests.onnx_models import kept, model, norm, weights, write
 
 BN = "y = BatchNormalization(h, s, b, m, v)"

@@ -12,7 +12,7 @@ import bnfold.onnx
 from bnfold.errors import InputError, NotEquivalent
 from bnfold.onnx import proof
 from bnfold.onnx.edit import Forget, Insert, Remove, Rewire, Store, apply
-from bnfold.onnx.run import widen
+from bnfold.onnx.run import to_float64
 from bnfold.onnx.write import fits, write
 from bnfold.travel import Options, travel
 from tests.onnx_models import count, model, norm, random, run, weights
@@ -40,9 +40,9 @@ def chain(text: str = CHAIN, **options: int) -> onnx.ModelProto:
     return model(text, {name: array for name, array in tensors.items() if name in used}, **options)
 
 
-def plan(some: onnx.ModelProto) -> tuple[object, ...]:
-    picture = bnfold.onnx.read(some)
-    return write(picture, travel(picture.graph, Options(), fits(picture)).graph)
+def edits_of(some: onnx.ModelProto) -> tuple[object, ...]:
+    imported = bnfold.onnx.read(some)
+    return write(imported, travel(imported.graph, Options(), fits(imported)).graph)
 
 
 def copy(some: onnx.ModelProto) -> onnx.ModelProto:
@@ -55,7 +55,7 @@ def copy(some: onnx.ModelProto) -> onnx.ModelProto:
 def test_edits_leave_the_model_alone_that_they_were_planned_on_and_suit_any_copy(text):
     some = chain(text)
     before = some.SerializeToString()
-    edits = plan(some)
+    edits = edits_of(some)
     first, second = apply(edits, copy(some)), apply(edits, copy(some))
     assert some.SerializeToString() == before
     assert first.SerializeToString() == second.SerializeToString()
@@ -68,8 +68,8 @@ def test_edits_leave_the_model_alone_that_they_were_planned_on_and_suit_any_copy
 @pytest.mark.parametrize("text", [CHAIN, BRANCHES])
 def test_the_same_edits_give_the_float64_copy_weights_that_are_not_rounded(text):
     some = chain(text)
-    edits = plan(some)
-    narrow, wide = apply(edits, copy(some)), apply(edits, widen(some, None), exact=True)
+    edits = edits_of(some)
+    narrow, wide = apply(edits, copy(some)), apply(edits, to_float64(some, None), exact=True)
     numbers = [
         {t.name: onnx.numpy_helper.to_array(t) for t in each.graph.initializer} for each in (narrow, wide)
     ]
@@ -83,7 +83,7 @@ def test_the_same_edits_give_the_float64_copy_weights_that_are_not_rounded(text)
 
 
 def test_edits_name_what_they_change_and_nothing_else():
-    edits = plan(chain())
+    edits = edits_of(chain())
     kinds = Counter(type(edit) for edit in edits)
     assert kinds == {Rewire: 3, Store: 4, Forget: 1, Remove: 2, Insert: 2}
     assert {edit.place for edit in edits if isinstance(edit, Remove)} == {1, 4}
@@ -100,7 +100,7 @@ def test_weights_are_computed_when_they_are_stored_and_not_when_they_are_planned
     fold_weight = Linear.fold_weight
     monkeypatch.setattr(Linear, "fold_weight", lambda *a: seen.append(1) or fold_weight(*a))
     some = chain()
-    edits = plan(some)
+    edits = edits_of(some)
     assert not seen
     apply(edits, copy(some))
     assert len(seen) == 2

@@ -11,8 +11,8 @@ from tests.onnx_models import model, weights
 
 
 def shape(text, value, **options):
-    picture = bnfold.onnx.read(model(text, **options))
-    return picture.graph.shapes.get(value)
+    imported = bnfold.onnx.read(model(text, **options))
+    return imported.graph.shapes.get(value)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_what_is_the_same_at_every_size_that_was_tried_is_no_proof(size, known):
         h = Gather<axis = 0>(s, at) least = Constant<value_ints = [16]>() nothing = Constant<value_ints = [0]>()
         short = Sub(least, h) more = Max(short, nothing) front = Constant<value_ints = [0, 0, 0, 0, 0]>()
         pads = Concat<axis = 0>(front, more) y = Pad(x, pads) }}"""
-    scene = bnfold.onnx.read(model(text)).scene
-    assert scene.constants.integers("pads") == [0] * 6
-    assert scene.sizes.numbers("pads") == (0, 0, 0, 0, 0, known)
+    context = bnfold.onnx.read(model(text)).context
+    assert context.constants.integers("pads") == [0] * 6
+    assert context.sizes.numbers("pads") == (0, 0, 0, 0, 0, known)
 
 
 def test_a_reshape_by_computed_sizes():
@@ -85,7 +85,7 @@ def test_the_rank_behind_an_operator_that_nobody_knows():
 
 def feed(text, **options):
     some = model(text, **options)
-    return next(candidates(some, bnfold.onnx.read(some).scene))
+    return next(candidates(some, bnfold.onnx.read(some).context))
 
 
 def test_whole_numbers_stay_within_the_table_they_are_looked_up_in():

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from bnfold.onnx.run import run_exactly, widen
+from bnfold.onnx.run import run_exactly, to_float64
 from tests.onnx_models import model, norm, run, weights
 
 POOLS = [
@@ -31,7 +31,7 @@ CONVS = [
 
 def assert_agrees(some, feed, tolerance=1e-4):
     wanted = run(some, feed)
-    found = run_exactly(widen(some, None), [feed])[0]
+    found = run_exactly(to_float64(some, None), [feed])[0]
     for name, array in found.items():
         assert array.shape == wanted[name].shape
         assert array.dtype == np.float64
@@ -92,5 +92,5 @@ def test_random_numbers_are_the_same_in_both_copies():
 def test_the_widened_copy_leaves_the_original_alone():
     some = model("g (float[2, 3] x) => (float[2, 3] y) { y = Relu(x) }")
     before = onnx.ModelProto.FromString(some.SerializeToString())
-    widen(some, None)
+    to_float64(some, None)
     assert some == before

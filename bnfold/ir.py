@@ -1,7 +1,7 @@
-"""The picture of a model on which folding is decided: who computes what from what. Immutable, and of no framework.
+"""The graph of a model on which folding is decided: who computes what from what. Immutable, and of no framework.
 
-A frontend's `read` draws it, `travel` returns another one, and the frontend's `write` applies the difference to a copy
-of the model: a node that is gone is bypassed, a `linear` that has absorbed something gives a new weight and bias.
+A frontend's `read` imports it, `travel` returns another one, and the frontend's `write` applies the difference to a
+copy of the model: a node that is gone is bypassed, a `linear` that has absorbed something gives a new weight and bias.
 
 The vocabulary is ONNX's operator names, in a canonical form that `read` makes once, whatever the file or module says:
 
@@ -12,7 +12,7 @@ The vocabulary is ONNX's operator names, in a canonical form that `read` makes o
   training mode, say) has none, and a `reason`. So has a linear operator that cannot absorb.
 - Any other Add, Sub, Mul or Div by a constant is Affine, with its `affine`.
 - A body (If, Loop, Scan, a scripted call) is one node that reads every value it captures.
-- What the table in `operators` does not know stands under its own name, and nothing travels through it.
+- What the table in `rules` does not know stands under its own name, and nothing travels through it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Node:
         name: unique in its graph; what a reader of the report will recognise (`layer1.0.bn2`).
         op: its ONNX operator name.
         inputs, outputs: names of values.
-        attributes: what the operator's row in `operators` asks for.
+        attributes: what the operator's row in `rules` asks for.
         site: where its numbers are stored, by default its own name. Nodes of one site share their numbers (one module
             called twice), so they must come out of folding alike: all erased, or all with the same new weight.
         linear: of a linear operator.

@@ -24,7 +24,7 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.errors import InputError
-from bnfold.graph import Shape
+from bnfold.ir import Shape
 
 __all__ = ["FLOATS", "Constants", "attribute", "attributes", "bits", "densify", "load"]
 

@@ -1,20 +1,20 @@
-"""What drawing the nodes of a model may look at: the flattened model, its shapes and types, and what is constant."""
+"""What lowering the nodes of a model may look at: the flattened model, its shapes and types, and what is constant."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bnfold.graph import Shape
-from bnfold.onnx.constants import Constants
-from bnfold.onnx.scope import Spot, Survey
+from bnfold.ir import Shape
+from bnfold.onnx.constant_folding import Constants
+from bnfold.onnx.flatten import FlatModel, NodeRef
 from bnfold.onnx.shapes import Shapes
 from bnfold.onnx.sizes import Sizes
 
-__all__ = ["Scene"]
+__all__ = ["ImportContext"]
 
 
 @dataclass(eq=False)
-class Scene:
+class ImportContext:
     """What drawing a node may look at.
 
     Attributes:
@@ -27,7 +27,7 @@ class Scene:
         copies: values that are the copy of another one, which stands for them in the graph.
     """
 
-    whole: Survey
+    whole: FlatModel
     found: Shapes
     constants: Constants
     sizes: Sizes
@@ -48,9 +48,9 @@ class Scene:
         """The element type of a value, 0 if it is not known."""
         return self.found.types.get(value, 0)
 
-    def computed(self, spot: Spot) -> tuple[str, ...]:
+    def computed(self, ref: NodeRef) -> tuple[str, ...]:
         """The values that a node reads and that are not constant, what its bodies return included."""
-        return tuple(v for v in (*spot.inputs, *spot.results) if v and v not in self.constants)
+        return tuple(v for v in (*ref.inputs, *ref.results) if v and v not in self.constants)
 
     def why(self, role: str, value: str) -> str:
         """Why a value that should be constant is not, as a clause."""

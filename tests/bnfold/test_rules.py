@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnfold.algebra import Affine, Linear
-from bnfold.graph import Node, Shape
-from bnfold.operators import TABLE, Refuse, find, groups
+from bnfold.ir import Node, Shape
+from bnfold.rules import TABLE, Refuse, find, groups
 from tests.properties import machine
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bnfold.graph import Graph, Node
+from bnfold.ir import Graph, Node
 
 A = Node("a", "Conv", ("x",), ("a.out",))
 B = Node("b", "BatchNormalization", ("a.out",), ("b.out",), site="shared")

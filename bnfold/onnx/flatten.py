@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import onnx
 
 from bnfold.errors import InputError
-from bnfold.onnx.constants import densify
+from bnfold.onnx.constant_folding import densify
 
-__all__ = ["Spot", "Survey", "bodies", "survey"]
+__all__ = ["FlatModel", "NodeRef", "bodies", "flatten"]
 
 
 @dataclass(eq=False)
-class Spot:
+class NodeRef:
     """One node of the file.
 
     Attributes:
@@ -51,13 +51,13 @@ class Spot:
 class Use:
     """One place where a value is read: an input of a node, or an output of a graph (`node` is None)."""
 
-    spot: Spot | None
+    ref: NodeRef | None
     owner: onnx.GraphProto
     place: int
 
 
 @dataclass(eq=False)
-class Survey:
+class FlatModel:
     """The model, flattened.
 
     Attributes:
@@ -72,11 +72,11 @@ class Survey:
         types: what the file declares about values, main graph and bodies.
     """
 
-    spots: list[Spot] = field(default_factory=list)
+    refs: list[NodeRef] = field(default_factory=list)
     home: dict[str, onnx.GraphProto] = field(default_factory=dict)
     raw: dict[str, str] = field(default_factory=dict)
     uses: dict[str, list[Use]] = field(default_factory=dict)
-    makers: dict[str, Spot] = field(default_factory=dict)
+    makers: dict[str, NodeRef] = field(default_factory=dict)
     tensors: dict[str, onnx.TensorProto] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
@@ -93,19 +93,19 @@ def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from item.graphs
 
 
-def survey(model: onnx.ModelProto) -> Survey:
+def flatten(model: onnx.ModelProto) -> FlatModel:
     """Flatten a model.
 
     Raises:
         InputError: a value is read that nothing computes, is computed twice, or depends on itself.
     """
-    result = Survey()
+    result = FlatModel()
     _Walk(result).graph(model.graph, {}, "")
     return result
 
 
 class _Walk:
-    def __init__(self, result: Survey) -> None:
+    def __init__(self, result: FlatModel) -> None:
         self.result = result
         self.taken: dict[str, int] = {}
 
@@ -149,22 +149,22 @@ class _Walk:
         return value
 
     def _node(self, node: onnx.NodeProto, graph: onnx.GraphProto, here: dict[str, str], prefix: str) -> None:
-        spot = Spot(node, graph, [], [], [])
+        ref = NodeRef(node, graph, [], [], [])
         label = node.name or next((name for name in node.output if name), node.op_type)
-        spot.name = self._unique(label)
+        ref.name = self._unique(label)
         for place, name in enumerate(node.input):
-            value = self._find(here, name, f"`{spot.name}` ({node.op_type})") if name else ""
-            spot.inputs.append(value)
+            value = self._find(here, name, f"`{ref.name}` ({node.op_type})") if name else ""
+            ref.inputs.append(value)
             if value:
-                self.result.uses.setdefault(value, []).append(Use(spot, graph, place))
+                self.result.uses.setdefault(value, []).append(Use(ref, graph, place))
         for place, body in enumerate(bodies(node)):
-            spot.results += self.graph(body, here, f"{spot.name}.{place}/")
-        self.result.spots.append(spot)
+            ref.results += self.graph(body, here, f"{ref.name}.{place}/")
+        self.result.refs.append(ref)
         for name in node.output:
             value = self._define(here, name, prefix, graph) if name else ""
-            spot.outputs.append(value)
+            ref.outputs.append(value)
             if value:
-                self.result.makers[value] = spot
+                self.result.makers[value] = ref
 
     def _unique(self, label: str) -> str:
         count = self.taken.get(label, 0)

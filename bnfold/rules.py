@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from bnfold.algebra import Affine, Array, Linear
-from bnfold.graph import Dim, Node, Shape
+from bnfold.ir import Dim, Node, Shape
 
 __all__ = ["TABLE", "Refuse", "Row", "Surroundings", "find"]
 
