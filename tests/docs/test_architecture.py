@@ -1,0 +1,40 @@
+"""docs/pictures/architecture.svg: drawn from the code's own imports, with every module in its place."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("draw_architecture", ROOT / "docs" / "draw_architecture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_shows_the_imports_that_there_are():
+    drawn = script()
+    due = "the picture is out of date; run python docs/draw_architecture.py"
+    assert drawn.PICTURE.read_text(encoding="utf-8") == drawn.draw(), due
+
+
+def test_every_module_has_a_place():
+    drawn = script()
+    placed = set(drawn.modules())
+    for lane, names in drawn.BESIDE.items():
+        placed |= {f"{lane}.{name}".strip(".") for name in names.split()}
+    found = {
+        ".".join(path.relative_to(ROOT / "bnfold").with_suffix("").parts)
+        for path in (ROOT / "bnfold").rglob("*.py")
+        if not path.name.startswith("__")
+    }
+    assert placed == found
+
+
+def test_no_frontend_imports_the_other_and_no_core_module_a_frontend():
+    lanes = {module: lane for module, (lane, *_) in script().modules().items()}
+    crossing = {(a, b) for a, b in script().arrows() if lanes[a] not in ("", lanes[b])}
+    assert not crossing
