@@ -10,7 +10,8 @@ computed on the way; and all of that again with other numbers. A size that is th
 one that goes with the sizes of an input is that input's symbol, and sizes that go together are one symbol. The numbers
 share no factor and are odd and even, since half of a size, rounded up, must not pass for half of it rounded down.
 Sizes at which the inference finds a contradiction are sizes that the model does not take, and no reading; so a model
-that takes multiples only is read at multiples.
+that takes multiples only is read at multiples. One that takes none of the sizes tried still shows the ranks and the
+numbers that they all have in common.
 
 What is the same in every reading is no proof that it is so at all sizes (`max(16 - size, 0)`): where that matters,
 `Sizes` tells what does not depend on an open size. Sizes that the file declares for inner values are those of one run
@@ -95,7 +96,7 @@ def infer(
     readings = _read(start, symbols) if _is_open(found, whole) else []
     _agree(found, readings, symbols)
     known = constants(Constants, found)
-    vectors = _alike([reading.vectors for reading in readings])
+    vectors = _alike([reading.vectors for reading in readings if found.complaint or not reading.complaint])
     for ref in whole.refs:
         if not ref.results:
             known.add_node(ref.node, ref.inputs, ref.outputs)
@@ -147,15 +148,16 @@ class _Start:
 
 
 def _read(start: _Start, symbols: Mapping[str, int]) -> list[_Reading]:
-    """Readings at sizes that the model takes; none where there are too few to compare."""
+    """Readings at sizes that the model takes; where those are too few to compare, at sizes that it does not."""
     readings: list[_Reading] = []
+    refused: list[_Reading] = []
     for sizes in _choices(symbols):
         reading = _Reading(start, dict(zip(symbols, sizes, strict=True)))
-        if start.inferred.complaint or not reading.complaint:
-            readings.append(reading)
+        taken = start.inferred.complaint or not reading.complaint
+        (readings if taken else refused).append(reading)
         if len(readings) == (READINGS if symbols else 1):
             return readings
-    return readings if len(readings) > 1 else []
+    return readings if len(readings) > 1 else refused
 
 
 class _Reading:
@@ -190,10 +192,9 @@ class _Reading:
         made = self._infer(ref, schema) if ref.op != "Constant" and None in sure.values() else {}
         for value, kind in sure.items():
             kind = kind or made.get(value) or self._as_constant(value)
-            if kind is not None:
-                self._note(value, kind)
-            if schema is None or not self.guessed.isdisjoint(ref.inputs):
+            if kind is None or schema is None or not self.guessed.isdisjoint(ref.inputs):
                 self.guessed.add(value)
+            self._note(value, kind or onnx.helper.make_tensor_type_proto(TensorProto.FLOAT, None))
         if constant and ref.op != "Constant":
             self._keep(ref.outputs[0])
 
@@ -207,20 +208,33 @@ class _Reading:
         _note(self.found, value, kind)
 
     def _infer(self, ref: NodeRef, schema: Any) -> Mapping[str, onnx.TypeProto]:
-        """What the inference says of one node; of an operator that ONNX does not know, that it makes floats."""
-        if schema is None:
-            return dict.fromkeys(ref.outputs, onnx.helper.make_tensor_type_proto(TensorProto.FLOAT, None))
-        if ref.results or not all(value in self.types for value in ref.inputs if value):
+        """What the inference says of one node; nothing of an operator that ONNX does not know."""
+        if schema is None or ref.results or not all(value in self.types for value in ref.inputs if value):
             return {}
         data = {value: tensor for value in ref.inputs if (tensor := self._data(value)) is not None}
         types = {value: self.types[value] for value in ref.inputs if value}
         try:
-            return onnx.shape_inference.infer_node_outputs(
-                schema, ref.node, types, data, opset_imports=self.opsets
-            )
+            return self._infer_from(ref, schema, types, data)
         except _FAILURES as error:
             self.complaint = self.complaint or str(error)
+        try:
+            return self._infer_from(
+                ref, schema, {value: _rank_alone(kind) for value, kind in types.items()}, {}
+            )
+        except _FAILURES:
             return {}
+
+    def _infer_from(
+        self,
+        ref: NodeRef,
+        schema: Any,
+        types: Mapping[str, onnx.TypeProto],
+        data: Mapping[str, TensorProto],
+    ) -> Mapping[str, onnx.TypeProto]:
+        found: Mapping[str, onnx.TypeProto] = onnx.shape_inference.infer_node_outputs(
+            schema, ref.node, dict(types), dict(data), opset_imports=self.opsets
+        )
+        return found
 
     def _as_inferred(self, value: str) -> onnx.TypeProto | None:
         """What the inference of the whole model says, where that leaves nothing open but sizes of the inputs."""
@@ -247,6 +261,15 @@ class _Reading:
         return array if array is not None and array.ndim < 2 else None
 
 
+def _rank_alone(kind: onnx.TypeProto) -> onnx.TypeProto:
+    """A type without its sizes: what is left to go on with behind a contradiction."""
+    bare = onnx.TypeProto()
+    bare.CopyFrom(kind)
+    for dim in bare.tensor_type.shape.dim:
+        dim.Clear()
+    return bare
+
+
 def _filled(kind: onnx.TypeProto, sizes: Mapping[str, int]) -> onnx.TypeProto:
     """A type with numbers in the place of symbols."""
     filled = onnx.TypeProto()
@@ -269,9 +292,9 @@ def _schema(node: onnx.NodeProto, opsets: Iterable[onnx.OperatorSetIdProto]) -> 
 
 def _agree(found: Shapes, readings: list[_Reading], symbols: Iterable[str]) -> None:
     """Take over what all readings say; a size that differs between them is a symbol."""
-    names = dict(
-        zip(zip(*(reading.sizes.values() for reading in readings), strict=True), symbols, strict=False)
-    )
+    taken = not any(reading.complaint for reading in readings) or bool(found.complaint)
+    sizes = zip(*(reading.sizes.values() for reading in readings), strict=True)
+    names = dict(zip(sizes, symbols, strict=False)) if taken else None
     for value in readings[0].found.shapes if readings else ():
         shapes = [reading.found.shapes.get(value, ()) for reading in readings]
         if len({len(shape) for shape in shapes}) == 1:
@@ -282,11 +305,11 @@ def _agree(found: Shapes, readings: list[_Reading], symbols: Iterable[str]) -> N
             found.types.setdefault(value, kind)
 
 
-def _common(sizes: tuple[Dim, ...], names: Mapping[tuple[Dim, ...], str]) -> Dim:
-    """What several readings of one size have in common."""
-    if not all(isinstance(size, int) for size in sizes):
+def _common(sizes: tuple[Dim, ...], names: Mapping[tuple[Dim, ...], str] | None) -> Dim:
+    """What several readings of one size have in common; no name at sizes that the model does not take."""
+    if not all(isinstance(size, int) for size in sizes) or (names is None and len(set(sizes)) > 1):
         return None
-    return sizes[0] if len(set(sizes)) == 1 else names.get(sizes, "|".join(map(str, sizes)))
+    return sizes[0] if names is None or len(set(sizes)) == 1 else names.get(sizes, "|".join(map(str, sizes)))
 
 
 def _merge(known: Shape, better: Shape) -> Shape:

@@ -107,3 +107,12 @@ def test_equal_symbols_are_equal_sizes():
     feeds = feed("g (float[B, T] x, int64[B, T] i, bool flag) => (float[B, T] y) { y = Relu(x) }")
     assert feeds["x"].shape == feeds["i"].shape
     assert feeds["flag"].shape == ()
+
+
+def test_a_model_that_takes_one_size_only_shows_its_ranks_behind_what_contradicts_at_others():
+    text = """g (float[N, 4, H, 48] x) => (float[a, b, c, d] y) { p = AveragePool<kernel_shape = [48, 1]>(x)
+        to = Constant<value_ints = [0, 4, 1, 48]>() r = Reshape(x, to) one = GlobalAveragePool(r)
+        w = Constant<value_ints = [1, 1, 1, 48]>() e = Expand(one, w) c = Concat<axis = 1>(p, e) y = Relu(c) }"""
+    found = shape(text, "y")
+    assert found is not None
+    assert len(found) == 4
