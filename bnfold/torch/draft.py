@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from bnfold.algebra import Affine, Array, Linear, batchnorm
+from bnfold.ir import Node
 from bnfold.torch.constants import Evaluator
 from bnfold.torch.lower import lower
 from bnfold.torch.trace import Call, Slot, Trace, Value
 
-__all__ = ["Draft", "Item", "LinearPlace", "NormPlace"]
+__all__ = ["Draft", "Item", "LinearPlace", "NormPlace", "readers_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,30 @@ class Item:
         """Keep it where it is, for this reason."""
         self.affine = self.linear = None
         self.attributes, self.reason = {}, reason
+
+    def node(self) -> Node:
+        """The node as it is now."""
+        return Node(
+            self.name,
+            self.op,
+            tuple(self.inputs),
+            tuple(self.outputs),
+            self.attributes,
+            site=self.site,
+            linear=self.linear,
+            affine=self.affine,
+            reason=self.reason,
+            partial=self.partial,
+        )
+
+
+def readers_of(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """The nodes that read each value."""
+    readers: dict[str, list[Item]] = {}
+    for item in items:
+        for name in dict.fromkeys(item.inputs):
+            readers.setdefault(name, []).append(item)
+    return readers
 
 
 class Draft:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Slot", "held", "leaves", "put_back", "returned"]
+__all__ = ["Slot", "held", "inside", "leaves", "put_back", "returned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +90,8 @@ def returned(result: Any) -> Iterator[Tensor]:
     elif isinstance(result, list | tuple):
         for part in result:
             yield from returned(part)
+
+
+def inside(path: str, outer: str) -> bool:
+    """Whether the module of one path is that of another, or lies in it."""
+    return path == outer or not outer or path.startswith(f"{outer}.")

@@ -1,0 +1,342 @@
+"""Find the BatchNorms by what runs, not by class.
+
+A module call whose whole work is one affine map of its input is a BatchNorm if its numbers come from its buffers:
+`nn.BatchNorm*`, frozen and hand-written ones alike. One that goes on with an activation is a BatchNorm with a tail,
+which stays. `F.batch_norm` in the middle of other code is owed a verdict, but cannot be taken out of it; so is every
+module that calls itself a BatchNorm and was not met as one (`add_absent`).
+
+A BatchNorm whose tensors other code reads as well is found, and refused: without it, that code would not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from bnfold.algebra import Affine
+from bnfold.torch.constants import slots_of
+from bnfold.torch.draft import Item, NormPlace, readers_of
+from bnfold.torch.modules import TAILS
+from bnfold.torch.storage import HOMELESS, roots_of
+from bnfold.torch.tensors import inside
+from bnfold.torch.trace import Call, Frame, Trace
+
+__all__ = ["absent", "add_absent", "calls_itself_batchnorm", "find_norms"]
+
+_Tail = tuple[tuple[str, nn.Module | None], ...]
+
+
+def find_norms(model: nn.Module, trace: Trace, items: Sequence[Item], outputs: Sequence[str]) -> list[Item]:
+    """The nodes with one BatchNormalization for each BatchNorm, which has its place or the reason why it stays."""
+    return _Finder(model, trace, items, outputs).find()
+
+
+class _Finder:
+    """Looks at one module call after another, inner ones first."""
+
+    def __init__(self, model: nn.Module, trace: Trace, items: Sequence[Item], outputs: Sequence[str]) -> None:
+        self.model, self.trace, self.items, self.outputs = model, trace, list(items), outputs
+        self.readers = readers_of(items)
+        self.drawn: dict[int, list[Item]] = {}
+        self.children: dict[int, list[Frame]] = {}
+        self.merged: dict[str, list[Item]] = {}
+        self.obstacles: dict[int, str] = {}
+        self.foreign = _foreign_reads(model, trace)
+        for item in items:
+            self.drawn.setdefault(id(item.call), []).append(item)
+        for frame in trace.frames:
+            self.children.setdefault(id(frame.parent), []).append(frame)
+
+    def find(self) -> list[Item]:
+        """Make one BatchNormalization of each BatchNorm."""
+        for frame in self.trace.frames:
+            if frame.module is not None and frame.path:
+                self.obstacles[id(frame)] = _obstacle(frame) or self._find_norm(frame)
+        self._compare_calls()
+        for item in self.items:
+            if item.is_batchnorm and item.place is None:
+                self._leave_functional(item)
+        return self.items
+
+    def _within(self, frame: Frame) -> list[Item]:
+        calls = self.trace.calls[frame.start : frame.stop]
+        items = (item for call in calls for item in self.drawn.get(id(call), ()))
+        return [item for item in items if item.op not in ("If", "Hook")]
+
+    def _compare_calls(self) -> None:
+        """Keep a BatchNorm that is not the same, tail included, in every call of its module."""
+        for path, items in self.merged.items():
+            calls = sum(frame.path == path for frame in self.trace.frames)
+            tails = {repr(item.place.tail) for item in items if isinstance(item.place, NormPlace)}
+            if calls != len(items) or len(tails) > 1:
+                for item in items:
+                    item.refuse(f"it is called {calls} times and does not do the same each time")
+
+    def _find_norm(self, frame: Frame) -> str:
+        """Make one BatchNormalization of what a module call does first, if that is one affine map; else say why not."""
+        within = self._within(frame)
+        head: list[Item] = []
+        value = frame.given[0].name
+        for item in within:
+            if (
+                item.call.frame is not frame
+                or item.inputs != [value]
+                or len(item.outputs) != 1
+                or item.place is not None
+            ):
+                break
+            if item.op not in ("BatchNormalization", "Affine", "Identity", "Dropout", "Cast", "Transpose"):
+                break
+            head.append(item)
+            value = item.outputs[0]
+        while head and value != frame.made[0].name and head[-1].op not in ("BatchNormalization", "Affine"):
+            value = head.pop().inputs[0]
+        if not any(item.op in ("BatchNormalization", "Affine") for item in head) or not _is_norm(frame, head):
+            return _more(within)
+        tail = self._find_tail(frame, within[len(head) :], value)
+        if tail is None or not self._is_private(head) or not _is_straight(head):
+            return _more(within)
+        self._merge(frame, head, tail)
+        return ""
+
+    def _is_private(self, head: list[Item]) -> bool:
+        """Whether nobody else reads what lies between the parts of an affine map."""
+        between = [item.outputs[0] for item in head[:-1]]
+        return all(len(self.readers.get(name, ())) == 1 and name not in self.outputs for name in between)
+
+    def _find_tail(self, frame: Frame, rest: list[Item], value: str) -> _Tail | None:
+        """What a module does after its affine map: its own children and plain activations, one after another."""
+        assert frame.module is not None
+        steps: list[tuple[str, nn.Module | None]] = []
+        children = self.children.get(id(frame), [])
+        while rest or children:
+            inner = self._within(children[0]) if children else []
+            if children and (not rest or not inner or inner[0] is rest[0]):
+                child, children = children[0], children[1:]
+                name = next((n for n, held in frame.module._modules.items() if held is child.module), None)
+                chained = child.plain and child.given[0].name == value and rest[: len(inner)] == inner
+                if name is None or not chained:
+                    return None
+                steps.append((name, None))
+                value, rest = child.made[0].name, rest[len(inner) :]
+                continue
+            if not rest:
+                return None
+            step = _stand_in(rest[0], value)
+            if step is None:
+                return None
+            steps.append((f"step{len(steps)}", step))
+            value, rest = rest[0].outputs[0], rest[1:]
+        return tuple(steps) if value == frame.made[0].name else None
+
+    def _merge(self, frame: Frame, head: list[Item], tail: _Tail) -> None:
+        first = next((item for item in head if item.reason), head[0])
+        whole = _compose(head)
+        one = _replace(first, head)
+        one.affine = None if first.reason else whole
+        narrowing = frame.given[0].dtype != (
+            head[-1].call.made[0].dtype if head[-1].call.made else frame.given[0].dtype
+        )
+        one.place = NormPlace(frame.path or "", tail, frame.given[0].dtype)
+        one.site = frame.path or ""
+        self.merged.setdefault(one.site, []).append(one)
+        if narrowing:
+            one.refuse(f"it also changes the type of its input, from {frame.given[0].dtype}")
+        self._refuse_borrowed(one, frame)
+        at = self.items.index(head[0])
+        gone = {id(item) for item in head}
+        for item in head:
+            self.drawn[id(item.call)] = [one] if item is first else []
+        self.items = [item for item in self.items[:at] if id(item) not in gone] + [
+            one,
+            *(item for item in self.items[at:] if id(item) not in gone),
+        ]
+
+    def _refuse_borrowed(self, item: Item, frame: Frame) -> None:
+        """A module whose tensors are fetched by other code cannot be taken out."""
+        if item.affine is not None and (who := self.foreign.get(frame.path or "")):
+            item.refuse(f"its numbers are used by {who} as well")
+        for (path, attribute), who in self.trace.borrowed.items():
+            if path == frame.path and item.affine is not None:
+                item.refuse(
+                    f"its `{attribute}` is used by the code of `{who or type(self.model).__name__}` as well"
+                )
+
+    def _leave_functional(self, item: Item) -> None:
+        mean = item.statistics.get("running_mean")
+        owner = mean.slots[0].module if mean is not None and mean.slots else None
+        frame = item.call.frame
+        path = frame.path or ""
+        item.site = owner or (f"{path}.{item.call.label}" if path else item.call.label)
+        if frame.module is not None and frame.path is None:
+            item.refuse(HOMELESS)
+        elif frame.module is self.model and owner == "":
+            item.site = type(self.model).__name__
+            item.refuse("it is the whole model")
+        elif item.affine is not None:
+            obstacle = self.obstacles.get(id(frame), "") if owner == frame.path else ""
+            item.refuse(
+                obstacle
+                or f"it is called as a function in the code of `{path or type(self.model).__name__}`; "
+                "make it an nn.BatchNorm module of its own"
+            )
+
+
+def _is_norm(frame: Frame, head: list[Item]) -> bool:
+    if any(item.is_batchnorm for item in head):
+        return True
+    named = frame.module is not None and calls_itself_batchnorm(frame.module)
+    constants = (value for item in head for value in item.call.reads.values())
+    slots = [slot for value in constants for root in slots_of(value).values() for slot in root.slots]
+    return any(
+        (named or slot.kind != "parameter") and inside(slot.module, frame.path or "") for slot in slots
+    )
+
+
+def _foreign_reads(model: nn.Module, trace: Trace) -> dict[str, str]:
+    """The modules that hold a tensor which other code reads, however that came by it, and whose code that is."""
+    foreign: dict[str, str] = {}
+    for call in trace.calls:
+        running = {frame.path for frame in call.frame.line()}
+        who = f"the code of `{call.frame.path or type(model).__name__}`"
+        for value in call.reads.values() if not call.constant else ():
+            for root in roots_of(value).values():
+                if not any(slot.module in running for slot in root.slots):
+                    foreign.update((slot.module, who) for slot in root.slots)
+    returned = (v for name, v in trace.outputs.items() if not name.startswith("kept alive"))
+    for root in (root for value in returned for root in roots_of(value).values()):
+        if not any(slot.module == "" for slot in root.slots):
+            foreign.update((slot.module, "the output of the model") for slot in root.slots)
+    return foreign
+
+
+def _obstacle(frame: Frame) -> str:
+    """Why a module call cannot be a BatchNorm that could go, whatever it computes."""
+    if type(frame.module).__call__ is not nn.Module.__call__:
+        return "its class has a `__call__` of its own"
+    if not frame.plain:
+        return "it is called with more than one argument, or returns more than one tensor"
+    return "its code does not always do the same" if frame.branches else ""
+
+
+def _more(within: Sequence[Item]) -> str:
+    """What the code of a module does besides normalising."""
+    labels = dict.fromkeys(item.call.label for item in within if not item.is_batchnorm)
+    names = ", ".join(f"`{label}`" for label in list(labels)[:3])
+    return f"its own code does more than normalise and activate: {names or 'it keeps what it computes'}"
+
+
+def _turns(head: Sequence[Item]) -> Iterator[tuple[Item, list[int]]]:
+    """The parts of an affine map, each with the axes of its input as axes of the whole map's."""
+    axes: list[int] = []
+    for item in head:
+        rank = (
+            len(item.attributes["perm"]) if item.op == "Transpose" else item.affine.rank if item.affine else 0
+        )
+        axes = axes or list(range(rank))
+        yield item, axes
+        if item.op == "Transpose":
+            axes = [axes[axis] for axis in item.attributes["perm"]]
+    yield head[-1], axes
+
+
+def _is_straight(head: Sequence[Item]) -> bool:
+    """Whether the axes come out of an affine map in the order in which they went in."""
+    *_, (_, axes) = _turns(head)
+    return axes == sorted(axes)
+
+
+def _compose(head: Sequence[Item]) -> Affine | None:
+    """One affine map of several parts, with the axes of the first one's input."""
+    whole: Affine | None = None
+    for item, axes in list(_turns(head))[:-1]:
+        if item.affine is not None:
+            order = np.argsort(axes)
+            here = Affine(item.affine.scale.transpose(order), item.affine.shift.transpose(order))
+            whole = here if whole is None else here.after(whole)
+    return whole
+
+
+def _replace(first: Item, head: list[Item]) -> Item:
+    """One BatchNormalization in the place of the parts of an affine map."""
+    one = Item("BatchNormalization", list(head[0].inputs), list(head[-1].outputs), first.call)
+    one.reason = first.reason
+    one.statistics = first.statistics
+    return one
+
+
+def _stand_in(item: Item, value: str) -> nn.Module | None:
+    """A module that computes what a call does after an affine map, where that is a plain activation."""
+    make = TAILS.get(item.call.label)
+    if make is None or item.inputs != [value] or len(item.outputs) != 1 or len(item.call.reads) != 1:
+        return None
+    try:
+        return make(*item.call.args[1:], **{k: v for k, v in item.call.kwargs.items() if k != "inplace"})
+    except TypeError:
+        return None
+
+
+def add_absent(model: nn.Module, trace: Trace, items: Sequence[Item]) -> list[Item]:
+    """The nodes, and one with a verdict for every module that calls itself a BatchNorm and was not met as one."""
+    modules = dict(model.named_modules())
+    missed: list[Item] = []
+    met = {item.site for item in items if item.is_batchnorm}
+    ran = {frame.path for frame in trace.frames}
+    taken = {item.name for item in items}
+    used = _used_modules(model, trace)
+    for path, module in modules.items():
+        if (path or type(module).__name__) in met or not calls_itself_batchnorm(module):
+            continue
+        if any(site.startswith(f"{path}.") for site in met):
+            continue
+        compiled = next((p for p in _parents(path) if isinstance(modules[p], torch.jit.ScriptModule)), None)
+        if compiled is not None or isinstance(module, torch.jit.ScriptModule):
+            reason = f"it is compiled into the ScriptModule `{compiled or path}`; fold before scripting"
+        elif path not in ran:
+            who = used.get(path)
+            reason = f"it is not called; the code of `{who}` uses its numbers" if who else _IDLE
+        elif module.training:
+            reason = "it is in training mode and would normalise by the batch; call model.eval() first"
+        else:
+            reason = "what it computes is not one affine map per channel"
+        one = absent(path, reason)
+        one.name += " (not met)" if path in taken else ""
+        missed.append(one)
+    return [*items, *missed]
+
+
+def _used_modules(model: nn.Module, trace: Trace) -> dict[str, str]:
+    """The modules that hold a tensor which is read, with the path of the module in whose code that is."""
+    return {
+        slot.module: call.frame.path or type(model).__name__
+        for call in trace.calls
+        for value in call.reads.values()
+        for slot in value.slots
+    }
+
+
+_IDLE = "it did not run on the example inputs"
+
+
+def absent(path: str, reason: str) -> Item:
+    """A BatchNormalization that nothing runs, with its verdict."""
+    call = Call(-1, "batch_norm", (), {}, Frame(None, path, None))
+    item = Item("BatchNormalization", [f"input of {path}"], [f"output of {path}"], call, name=path, site=path)
+    item.refuse(reason)
+    return item
+
+
+def calls_itself_batchnorm(module: nn.Module) -> bool:
+    """Whether its class says so; nothing is told of what it computes."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "batchnorm" in str(getattr(module, "original_name", "")).lower()
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "batchnorm" in type(module).__name__.lower()
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition(".")[0]
+        yield path

@@ -1,0 +1,79 @@
+"""What a module runs outside of its BatchNorms, as a sequence of steps that a fold must leave as it is.
+
+`rehearse` compares the steps before and after a fold. Nothing here knows of folding: a step says what was called on
+what, with which numbers, and what a fold may change of it (whether it has a bias) stands apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bnfold.algebra import Affine
+from bnfold.torch.draft import Item
+from bnfold.torch.storage import choose
+from bnfold.torch.trace import Trace
+
+__all__ = ["Step", "steps_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One operation outside of every BatchNorm, as far as a fold must leave it as it is.
+
+    Attributes:
+        label: what was called.
+        inputs: how many computed values it read.
+        affine: of an affine map by constants.
+        weight: the slot of its weight, of a linear operator; `biased` tells whether it has a bias.
+        sources: the steps (counted from 0) and inputs of the model that computed what it reads.
+        settings: the numbers and words among its arguments.
+    """
+
+    label: str
+    inputs: int
+    affine: Affine | None
+    weight: str
+    biased: bool
+    sources: tuple[int | str, ...]
+    settings: tuple[Any, ...]
+
+
+def steps_of(trace: Trace, items: Sequence[Item], norms: set[str]) -> Iterator[Step]:
+    """What runs outside of the modules of these paths, in order."""
+    inside = tuple(f"{path}." for path in norms)
+    given = {value.name for value in trace.inputs.values()}
+    origins: dict[str, int | str] = {}
+    at = 0
+    for item in items:
+        path = item.call.frame.path or ""
+        if item.op in ("If", "Hook"):
+            continue
+        if path in norms or path.startswith(inside):
+            first = item.inputs[0] if item.inputs else ""
+            origins.update(dict.fromkeys(item.outputs, origins.get(first, first if first in given else "")))
+            continue
+        sources = [origins.get(name, name if name in given else "") for name in item.inputs]
+        count = sum(value.data for value in item.call.reads.values())
+        origins.update(dict.fromkeys(item.outputs, at if count else ""))
+        if not count:
+            continue
+        slot = None if item.weight is None else choose(item.weight, item.call.frame)
+        weight = "" if slot is None else slot.name
+        affine = None if item.is_batchnorm else item.affine
+        settings = tuple(_settings((item.call.args, item.call.kwargs)))
+        known = tuple(source for source in sources if source != "")
+        yield Step(item.call.label, count, affine, weight, item.bias is not None, known, settings)
+        at += 1
+
+
+def _settings(thing: Any) -> Iterator[Any]:
+    """The numbers and words in nested arguments."""
+    if isinstance(thing, dict):
+        thing = [part for _, part in sorted(thing.items())]
+    if isinstance(thing, list | tuple):
+        for part in thing:
+            yield from _settings(part)
+    elif isinstance(thing, bool | int | float | str):
+        yield thing
