@@ -335,7 +335,7 @@ def calibrate(model: nn.Module, inputs: Any) -> Any:
             try:
                 with torch.no_grad():
                     run(model, candidate)
-                    from bnfold.torch.running import arrange
+                    from bnfold.torch.sandbox import arrange
 
                     args, kwargs = arrange(candidate)
                     model(*args, **kwargs)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -212,11 +212,16 @@ def _fold_checkpoint(options: argparse.Namespace) -> tuple[Report, str]:
     inputs = source.input.every() if exhaustive else source.input.sample(64)
     model, report = fold(source.model, inputs, verify=options.verify, halves=False)
     evidence = (replace(item, inputs=len(inputs), exhaustive=exhaustive) for item in report.evidence)
-    report = replace(report, evidence=tuple(evidence))
+    report = replace(report, evidence=tuple(evidence), notes=tuple(_notes_on(report)))
     if not options.dry_run:
         checkpoint.save(options.output, _folded(source, model, report, options.file))
     done = f"wrote {options.output}\nnext: python -m export {options.output}"
     return report, "\n".join([*_describe_new(source.model, model), done])
+
+
+def _notes_on(report: Report) -> Iterator[str]:
+    """What is to be said of a checkpoint, which says itself that it takes no other size."""
+    yield from (note for note in report.notes if not note.startswith("not read at another size"))
 
 
 def _describe_new(before: nn.Module, after: nn.Module) -> list[str]:

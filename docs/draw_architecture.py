@@ -25,9 +25,12 @@ TITLES = {"torch": "nn.Module: bnfold/torch", "": "no framework: bnfold", "onnx"
 PLACES: dict[tuple[str, str], str] = {
     ("torch", "see"): "capture trace memory aten internals tensors",
     ("torch", "lower"): "lower draft constants",
-    ("torch", "import"): "read trials alignment sizes idle",
+    (
+        "torch",
+        "import",
+    ): "read simplify norms aliasing storage steps steady naming trials alignment sizes idle",
     ("torch", "write"): "write modules",
-    ("torch", "run and compare"): "fold rehearse running double",
+    ("torch", "run and compare"): "fold retrace sandbox double",
     ("", "lower"): "canonical algebra",
     ("", "import"): "ir",
     ("", "decide"): "travel rules duplicate",

@@ -5,13 +5,13 @@
     internals    the private parts of torch that are used    tensors     the tensors in nested things
     lower        how each operator is drawn as a node        constants   a model's constants again, in float64
     read         calls -> Graph, and where numbers are kept  write       the difference of two Graphs -> module
-    running      a model run without leaving a trace         draft       calls drawn as nodes, not bound to storage
+    sandbox      a model run without leaving a trace         draft       calls drawn as nodes, not bound to storage
     norms        which module calls are BatchNorms           storage     where linear operators keep their numbers
     aliasing     what is changed in place                    simplify    nodes joined and dropped
     naming       what the report calls each node             steps       what runs outside of the BatchNorms
     trials       passes on other inputs, with `alignment`    sizes       what of a pass holds for those too
     idle         BatchNorms that did not run                 steady      code that runs otherwise a second time
-    rehearse     the folded model's calls, against the plan  fold        read, travel, write, compare
+    retrace      the folded model's calls, against the plan  fold        read, travel, write, compare
     modules      what stands where a BatchNorm was
     files        weights of a model that a factory builds    program     exported programs (.pt2)
 

@@ -24,8 +24,8 @@ from bnfold.report import Evidence, Report
 from bnfold.torch.double import double
 from bnfold.torch.idle import Idle
 from bnfold.torch.read import Reading, read
-from bnfold.torch.rehearse import find_fault, read_again, refuse_everything, runs_alike
-from bnfold.torch.running import (
+from bnfold.torch.retrace import find_fault, read_again, refuse_everything, runs_alike
+from bnfold.torch.sandbox import (
     arrange,
     copied,
     copy_structure,
@@ -99,7 +99,7 @@ def _rests_on(head: Idle) -> str:
 
 
 def decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan]:
-    """Read a module and decide; take back what the module's own code would not go along with (see `rehearse`).
+    """Read a module and decide; take back what the module's own code would not go along with (see `retrace`).
 
     Raises:
         UnreadableModel: the module cannot be run on the example inputs, or not copied.

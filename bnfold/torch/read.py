@@ -32,7 +32,7 @@ from bnfold.torch.draft import Draft, Item, LinearPlace, NormPlace
 from bnfold.torch.idle import Idle, find_idle
 from bnfold.torch.naming import name_items
 from bnfold.torch.norms import absent, add_absent, calls_itself_batchnorm, find_norms
-from bnfold.torch.running import arrange, copy_structure, record_pass, record_somehow
+from bnfold.torch.sandbox import arrange, copy_structure, record_pass, record_somehow
 from bnfold.torch.simplify import drop_identities, join_biases, part_twins
 from bnfold.torch.sizes import settle
 from bnfold.torch.steady import find_unsteady

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bnfold.torch.capture import capture
-from bnfold.torch.running import copied, quiet, restored, undisturbed
+from bnfold.torch.sandbox import copied, quiet, restored, undisturbed
 from bnfold.torch.tensors import inside, leaves, put_back
 from bnfold.torch.trace import Trace, Value
 

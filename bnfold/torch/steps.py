@@ -1,6 +1,6 @@
 """What a module runs outside of its BatchNorms, as a sequence of steps that a fold must leave as it is.
 
-`rehearse` compares the steps before and after a fold. Nothing here knows of folding: a step says what was called on
+`retrace` compares the steps before and after a fold. Nothing here knows of folding: a step says what was called on
 what, with which numbers, and what a fold may change of it (whether it has a bias) stands apart.
 """
 

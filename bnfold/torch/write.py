@@ -1,4 +1,4 @@
-"""Write a journey into a module: new weights where something was absorbed, `nn.Identity` where a BatchNorm was.
+"""Write a plan into a module: new weights where something was absorbed, `nn.Identity` where a BatchNorm was.
 
 The module is edited, not rebuilt: its class, its methods and the names in its state dict stay. Each new weight is
 computed in float64 from the stored one and rounded once to the dtype it is stored in; it is a new Parameter at its
@@ -27,7 +27,7 @@ from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace, NormPlace
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail
 from bnfold.torch.read import Reading
-from bnfold.torch.running import copy_structure
+from bnfold.torch.sandbox import copy_structure
 from bnfold.torch.tensors import leaves
 from bnfold.travel import Plan
 
@@ -39,7 +39,7 @@ def write(model: nn.Module, reading: Reading, plan: Plan, inplace: bool = False)
 
     Args:
         model: the module that was read, or a copy of it (in float64, say).
-        reading, journey: what was read, and where every affine went.
+        reading, plan: what was read, and where every affine went.
 
     Raises:
         UnreadableModel: the module cannot be copied.

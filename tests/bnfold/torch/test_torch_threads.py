@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import bnfold
-from bnfold.torch import running
+from bnfold.torch import sandbox
 from bnfold.torch.double import double
 
 PAIRS = 50
@@ -371,7 +371,7 @@ def test_what_a_pass_leaves_in_a_container_is_taken_out_and_nothing_else_is_touc
 
     model = Keeping()
     model._modules = Watched()
-    with running.restored(model):
+    with sandbox.restored(model):
         model(torch.ones(1))
     assert (model.log, model.quiet, hasattr(model, "late")) == ([], {"a": 1}, False)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from bnfold.ir import Graph, Node
 from bnfold.torch.read import Reading, draw_steps
-from bnfold.torch.running import copy_structure
+from bnfold.torch.sandbox import copy_structure
 from bnfold.torch.steps import Step
 from bnfold.torch.write import become
 from bnfold.travel import Plan
