@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnfold.algebra import Affine, Array, Linear, batchnorm
+from bnfold import canonical
+from bnfold.algebra import Affine, Array, Linear
 from bnfold.ir import Node
 from bnfold.torch.constants import Evaluator
 from bnfold.torch.lower import lower
@@ -175,17 +176,22 @@ class Draft:
         if not reason and not all(v.constant for v in given):
             reason = "its statistics are computed or changed while the model runs"
         if not reason:
-            arrays = {name: self.array(v) for name, v in statistics.items() if v is not None}
-            reason = _fault(arrays)
-            if not reason:
-                rest = {"gamma": arrays.get("weight", 1.0), "beta": arrays.get("bias", 0.0), "eps": eps}
-                scale, shift = batchnorm(arrays["running_mean"], arrays["running_var"], **rest)  # type: ignore[arg-type]
-                item.affine = Affine.along(1, x.rank, *_tiled(scale, shift, x.shape[1]))
-                if not item.affine.is_finite:
-                    reason = "its running variance plus eps is not positive somewhere, or a number overflows"
+            item.affine, reason = self._normalisation(x, statistics, eps)
         if reason:
             item.refuse(reason)
         self.items.append(item)
+
+    def _normalisation(
+        self, x: Value, statistics: Mapping[str, Value | None], eps: float
+    ) -> tuple[Affine | None, str]:
+        arrays: dict[str, Array] = {}
+        for name, value in statistics.items():
+            array = None if value is None else self.array(value)
+            if value is not None and array is None:
+                return None, f"its {name} cannot be computed ahead"
+            if array is not None:
+                arrays[_TERMS[name]] = np.broadcast_to(array, x.shape[1])
+        return canonical.normalisation(arrays, eps, x.shape)
 
     def between(self, shape: Sequence[int]) -> str:
         """Name a value between two nodes of one call."""
@@ -206,18 +212,4 @@ class Draft:
             return None
 
 
-def _tiled(scale: Array, shift: Array, channels: int) -> tuple[Array, Array]:
-    return np.broadcast_to(scale, channels), np.broadcast_to(shift, channels)
-
-
-def _fault(arrays: Mapping[str, Array | None]) -> str:
-    """What is wrong with a BatchNorm's numbers, or nothing."""
-    for name, array in arrays.items():
-        if array is None:
-            return f"its {name} cannot be computed ahead"
-        if not np.isfinite(array).all():
-            return f"its {name} holds a number that is not finite"
-    variance = arrays["running_var"]
-    return (
-        "its running variance is negative somewhere" if variance is not None and (variance < 0).any() else ""
-    )
+_TERMS = {"running_mean": "mean", "running_var": "var", "weight": "gamma", "bias": "beta"}

@@ -8,15 +8,16 @@ A composite operator without a lowering (`multiply`, `movedim`, `chunk`) never c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from bnfold import canonical
 from bnfold.algebra import Affine, Array, Linear
+from bnfold.canonical import Window
 from bnfold.torch.trace import Call, Value
 
 __all__ = ["LOWERINGS", "Draft", "Lowering", "Opaque", "Statistics", "lower", "lowering"]
@@ -132,34 +133,24 @@ def _each(setting: Any, count: int) -> tuple[Any, ...]:
 
 @lowering("conv1d conv2d conv3d")
 def _conv(draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None, **settings: Any) -> None:
-    spatial, y = weight.rank - 2, call.made[0]
+    y, axis = call.made[0], x.rank - weight.rank + 1
     _need(_computed(x), _plain(*settings.values()), _floating(x, y))
-    kernel, axis = weight.shape[2:], x.rank - spatial - 1
-    stride, dilation = _each(settings["stride"], spatial), _each(settings["dilation"], spatial)
-    pads = _paddings(settings["padding"], kernel, dilation)
-    centred = all(
-        s == 1 and a == b == d * (k // 2) and k % 2
-        for s, (a, b), k, d in zip(stride, pads, kernel, dilation, strict=True)
-    )
-    linear = Linear(
-        order="oi",
-        inputs=x.shape[axis],
-        outputs=weight.shape[0],
-        in_axis=axis,
-        out_axis=axis,
-        groups=settings["groups"],
-        centre=tuple(k // 2 for k in kernel) if centred and weight.shape[0] == x.shape[axis] else None,
-        partial="it pads with zeros" if any(map(any, pads)) else "",
-    )
+    window = _window(weight, settings)
+    linear = canonical.convolution(window, x.shape[axis], weight.shape[0], settings["groups"], axis)
     draft.linear("Conv", x, y, weight, bias, linear)
 
 
-def _paddings(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
-    """How much a convolution pads, before and after, along each axis."""
-    if padding == "same":
-        whole = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return [(n // 2, n - n // 2) for n in whole]
-    return [(p, p) for p in _each((0,) if padding == "valid" else padding, len(kernel))]
+def _window(weight: Value, settings: Mapping[str, Any]) -> Window:
+    """How a kernel slides."""
+    kernel, spatial = weight.shape[2:], weight.rank - 2
+    stride, dilation = _each(settings["stride"], spatial), _each(settings["dilation"], spatial)
+    pads: tuple[tuple[int, int], ...] | None
+    if settings["padding"] == "same":
+        pads = Window.same_pads(kernel, stride, dilation, lower=False)
+    else:
+        padding = (0,) if settings["padding"] == "valid" else settings["padding"]
+        pads = tuple((amount, amount) for amount in _each(padding, spatial))
+    return Window(kernel, stride, dilation, pads, any(settings.get("output_padding", ())))
 
 
 @lowering("convolution")
@@ -170,20 +161,12 @@ def _convolution(draft: Draft, call: Call, x: Value, weight: Value, bias: Value 
 
 @lowering("conv_transpose1d conv_transpose2d conv_transpose3d")
 def _conv_transpose(
-    draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None, **rest: Any
+    draft: Draft, call: Call, x: Value, weight: Value, bias: Value | None, **settings: Any
 ) -> None:
-    y, axis = call.made[0], x.rank - weight.rank + 1
-    _need(_computed(x), _plain(*rest.values()), _floating(x, y))
-    whole = prod(weight.shape[2:]) == 1 and not any(rest["padding"]) and not any(rest["output_padding"])
-    linear = Linear(
-        order="io",
-        inputs=x.shape[axis],
-        outputs=weight.shape[1] * rest["groups"],
-        in_axis=axis,
-        out_axis=axis,
-        groups=rest["groups"],
-        partial="" if whole and set(rest["stride"]) == {1} else "not every output of it sums every tap",
-    )
+    y, axis, groups = call.made[0], x.rank - weight.rank + 1, settings["groups"]
+    _need(_computed(x), _plain(*settings.values()), _floating(x, y))
+    sizes = x.shape[axis], weight.shape[1] * groups
+    linear = canonical.convolution(_window(weight, settings), *sizes, groups, axis, transposed=True)
     draft.linear("ConvTranspose", x, y, weight, bias, linear)
 
 
@@ -198,8 +181,7 @@ def _product(
     biasless: str = "",
 ) -> None:
     outputs, inputs = weight.shape if order == "oi" else weight.shape[::-1]
-    centre = () if inputs == outputs else None
-    linear = Linear(order, inputs, outputs, axis, axis, centre=centre, biasless=biasless)
+    linear = canonical.matrix(order, inputs, outputs, axis, axis, biasless)
     draft.linear("Gemm" if x.rank == 2 else "MatMul", x, call.made[0], weight, bias, linear)
 
 
@@ -230,9 +212,8 @@ def _addmm(draft: Draft, call: Call, x: Value, mat1: Value, mat2: Value, beta: A
 @lowering("embedding")
 def _embedding(draft: Draft, call: Call, weight: Value, indices: Value, **rest: Any) -> None:
     _need(_computed(indices), not weight.data, weight.rank == 2)
-    sealed = "it looks rows up, by whole numbers"
     rows, width = weight.shape
-    linear = Linear("io", rows, width, 0, indices.rank, sealed=sealed)
+    linear = canonical.embedding(rows, width, indices.rank)
     draft.linear("Embedding", indices, call.made[0], weight, None, linear)
 
 
@@ -271,8 +252,9 @@ def _combine(draft: Draft, call: Call, left: Any, other: Any, alpha: Any = 1, **
     x, constant = (left, right) if _computed(left) else (right, left)
     numbers = draft.array(constant)
     _need(_computed(x), numbers is not None)
-    scale, shift = _affine_of(op, numbers, x is left, float(alpha))
-    return _affine(draft, call, x, scale, shift)
+    affine = canonical.affine_of(op, np.asarray(numbers), x is left, float(alpha))
+    _need(affine is not None)
+    return _affine(draft, call, x, affine)
 
 
 def _combine_computed(draft: Draft, op: str, left: Value, right: Value, alpha: Any, y: Value) -> None:
@@ -287,34 +269,20 @@ def _combine_computed(draft: Draft, op: str, left: Value, right: Value, alpha: A
     return draft.node(op, [left, second], [y])
 
 
-def _affine_of(op: str, numbers: Any, first: bool, alpha: float) -> tuple[Any, Any]:
-    """Scale and shift of `x op alpha c` (where x is first) or `c op alpha x`."""
-    with np.errstate(all="ignore"):
-        if op == "Mul":
-            return numbers, 0.0
-        if op == "Div":
-            _need(first)
-            return 1.0 / numbers, 0.0
-        sign = alpha if op == "Add" else -alpha
-        return (1.0, sign * numbers) if first else (sign, numbers)
-
-
-def _affine(draft: Draft, call: Call, x: Value, scale: Any, shift: Any) -> None:
-    """Draw `scale x + shift`, unless that enlarges the value or is too much to hold."""
-    y, affine = call.made[0], Affine.of(scale, shift)
-    rank = affine.scale.ndim
-    _need(rank <= x.rank, x.shape == y.shape, affine.scale.size <= 1 << 22, affine.is_finite)
-    shape = (1,) * (x.rank - rank) + affine.scale.shape
-    affine = Affine(affine.scale.reshape(shape), affine.shift.reshape(shape)).collapse()
-    if affine.is_identity:
+def _affine(draft: Draft, call: Call, x: Value, affine: Affine | None) -> None:
+    """Draw an affine by a constant, unless that enlarges the value or is too much to hold."""
+    y = call.made[0]
+    aligned = canonical.align(affine, x.shape) if affine is not None and x.shape == y.shape else None
+    _need(aligned is not None)
+    if aligned is not None and aligned.is_identity:
         return draft.node("Identity", [x], [y])
-    return draft.node("Affine", [x], [y], affine=affine)
+    return draft.node("Affine", [x], [y], affine=aligned)
 
 
 @lowering("neg")
 def _neg(draft: Draft, call: Call, x: Value) -> None:
     _need(_computed(x), _floating(x))
-    _affine(draft, call, x, -1.0, 0.0)
+    _affine(draft, call, x, Affine.of(-1.0, 0.0))
 
 
 @lowering("addcmul")
@@ -322,8 +290,8 @@ def _addcmul(draft: Draft, call: Call, x: Any, tensor1: Any, tensor2: Any, value
     factor, other = (tensor1, tensor2) if _computed(tensor1) else (tensor2, tensor1)
     _need(_computed(factor), not _computed(other), not _computed(x), _floating(factor, call.made[0]))
     scale, shift = draft.array(other), draft.array(x)
-    _need(scale is not None, shift is not None)
-    _affine(draft, call, factor, scale * value, shift)
+    affine = None if scale is None or shift is None else Affine.of(scale * value, shift)
+    _affine(draft, call, factor, affine)
 
 
 # ---------------------------------------------------------------- what changes nothing, or only the type
@@ -433,13 +401,9 @@ def _take(draft: Draft, call: Call, x: Value, cuts: dict[int, slice]) -> None:
 
 
 def _settled(cut: slice, size: int) -> slice:
-    """The same slice with bounds that are not negative; all of an axis is `slice(None)`."""
-    start, stop, step = cut.indices(size)
-    if (start, stop, step) == (0, size, 1):
-        return slice(None)
-    if step < 0:
-        return slice(start if cut.start is not None else None, stop if stop >= 0 else None, step)
-    return slice(start, max(start, stop), step)
+    settled = canonical.cut(cut.start, cut.stop, cut.step or 1, size)
+    assert settled is not None
+    return settled
 
 
 def _gather(draft: Draft, x: Value, y: Value | str, axis: int, indices: Any) -> None:

@@ -89,7 +89,7 @@ def test_no_variance_and_next_to_no_eps():
 @pytest.mark.parametrize(
     ("numbers", "because"),
     [
-        ({"running_var": -1.0}, "negative"),
+        ({"running_var": -1.0}, "the variance of channel 1 is not positive"),
         ({"running_var": float("nan")}, "not finite"),
         ({"running_mean": float("inf")}, "not finite"),
         ({"weight": float("nan")}, "not finite"),
