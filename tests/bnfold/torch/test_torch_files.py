@@ -236,6 +236,7 @@ def test_a_shape_that_is_none_says_so(text):
         ("99999999999999x1", "more than 268,435,456 numbers"),
         ("9" * 5000, "no shape"),
         ("1x3:quint8", "cannot be made"),
+        ("1x3:complex32", "cannot be made"),
         ("1x3:bits8", "cannot be made"),
     ],
 )
