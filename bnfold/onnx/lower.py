@@ -161,8 +161,8 @@ def _convolution(ref: NodeRef, context: ImportContext) -> Node:
         return _linear(ref, context.computed(ref), None, MISMATCH)
     channels = weight[1] * groups
     inputs, outputs = (weight[0], channels) if transposed else (channels, weight[0])
-    seen = context.shape(data)
-    if seen is not None and (len(seen) != len(weight) or _differ(seen[1], inputs)):
+    seen, bias = context.shape(data), context.constants.dims(_input(ref, 2)) if _input(ref, 2) else (outputs,)
+    if bias != (outputs,) or (seen is not None and (len(seen) != len(weight) or _differ(seen[1], inputs))):
         return _linear(ref, context.computed(ref), None, MISMATCH)
     window = _window(weight[2:], options)
     return _linear(ref, [data], canonical.convolution(window, inputs, outputs, groups, 1, transposed))

@@ -11,6 +11,9 @@ inputs are cut from the example, larger ones repeat it.
     chance    another random state, where the pass drew from one
 
 A trial that the module does not take ends where it raises. What could not be run is said in `Trials.notes`.
+
+Not covered: code that does something else at a size which no trial meets (`if width == 56`, `if length > 4096`): sizes
+are tried, not proved.
 """
 
 from __future__ import annotations

@@ -276,8 +276,14 @@ _REWRITABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _is_rewritable(module: nn.Module) -> bool:
+    """Whether other numbers make it another affine; where hooks compute too, their share is in what was read."""
     numbers_of = ("weight", "bias", "running_mean", "running_var")
-    return type(module) in _REWRITABLE and all(isinstance(getattr(module, n), Tensor) for n in numbers_of)
+    hooked = module._forward_pre_hooks or module._forward_hooks
+    return (
+        not hooked
+        and type(module) in _REWRITABLE
+        and all(isinstance(getattr(module, n), Tensor) for n in numbers_of)
+    )
 
 
 def _rewrite_norm(module: nn.Module, affine: Affine) -> list[Tensor]:

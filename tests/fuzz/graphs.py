@@ -647,9 +647,12 @@ def deviation(
 def _distance(before: Any, after: Any) -> float:
     if np.shape(before) != np.shape(after):
         return float("inf")
-    peak = max(1e-3, float(np.nanmax(np.abs(before), initial=0)))
-    same = np.isnan(before) & np.isnan(after)
-    return float(np.max(np.where(same, 0, np.abs(np.asarray(before, float) - after)), initial=0)) / peak
+    before, after = np.asarray(before, float), np.asarray(after, float)
+    peak = max(1e-3, float(np.max(np.abs(before), initial=0, where=np.isfinite(before))))
+    same = (before == after) | (np.isnan(before) & np.isnan(after))
+    with np.errstate(invalid="ignore"):
+        off = np.where(same, 0, np.abs(before - after))
+    return float(np.max(np.where(np.isnan(off), np.inf, off), initial=0)) / peak
 
 
 def judge(one: Draw) -> str:

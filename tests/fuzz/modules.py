@@ -5,7 +5,8 @@ arguments and sizes, and written to in place. A fold is judged in float64 on oth
 5, in two other sizes where the module takes them, and with the flag set and not. A report that begins with a limit
 of the fold is believed; one that notes what it could not read is, about other sizes and the other flag.
 
-Not drawn: recurrent layers, training mode, scripted and compiled code, other devices, sparse tensors.
+Not drawn: code that does something else at one size which no trial meets (see `bnfold.torch.trials`), recurrent
+layers, training mode, scripted and compiled code, other devices, sparse tensors.
 """
 
 from __future__ import annotations
@@ -343,7 +344,6 @@ def move(s: Sketch) -> None:
 
 
 MOVED: tuple[Callable[[Tensor], Tensor], ...] = (
-    lambda x: x.transpose(1, -1) if x.shape[1] == x.shape[-1] else x,
     lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
     lambda x: x.flip(1),
     lambda x: x[:, [3, 1, 1, 0]],

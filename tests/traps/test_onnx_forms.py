@@ -339,3 +339,11 @@ def test_a_scale_goes_up_through_a_norm_and_its_shift_stays(norm_):
     _, report = bnfold.onnx.fold(model(text, used, opset=18))
     assert [(v.outcome, v.into) for v in report.verdicts] == [("scale folded", ("h",))]
     assert report.verified
+
+
+@pytest.mark.parametrize("shape", [(8, 0), (1,), (8, 1)])
+def test_a_bias_that_is_no_vector_of_the_outputs_is_no_crash(shape):
+    text = f"g (float[2, 3, 6, 6] x) => (float[2, 8, 4, 4] y) {{ h = Conv(x, w, c) {BN} }}"
+    some = model(text, {"w": weights(8, 3, 3, 3), "c": np.ones(shape, np.float32), **norm(8)})
+    with pytest.raises(InputError):
+        bnfold.onnx.fold(some, verify=False)

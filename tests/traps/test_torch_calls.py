@@ -244,3 +244,17 @@ def set_by_class(net, x):
 @pytest.mark.parametrize("forward", [chosen_by_class, passed_on_by_class, set_by_class])
 def test_code_that_runs_otherwise_without_the_batchnorm(forward):
     check(Net(forward), IMAGES, kept=["bn"], folded=["block.1"], because="looks at it otherwise")
+
+
+@pytest.mark.parametrize("pre", [True, False])
+def test_a_batchnorm_whose_hook_computes_takes_another_one_in_without_computing_twice(pre):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Tanh())
+    model(torch.randn(8, 4, 6) + 1)
+    if pre:
+        model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2.0,))
+    else:
+        model[0].register_forward_hook(lambda module, args, result: result * 2.0)
+    folded, _ = fold(model.eval(), torch.randn(2, 4, 6), verify=False)
+    x = torch.randn(3, 4, 6)
+    torch.testing.assert_close(folded(x), model(x), atol=1e-5, rtol=1e-5)
