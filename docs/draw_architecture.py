@@ -28,7 +28,7 @@ PLACES: dict[tuple[str, str], str] = {
     (
         "torch",
         "import",
-    ): "read simplify norms aliasing storage steps steady naming trials alignment sizes idle",
+    ): "read simplify norms aliasing storage steps determinism naming trials alignment sizes idle",
     ("torch", "write"): "write modules",
     ("torch", "run and compare"): "fold retrace sandbox double",
     ("", "lower"): "canonical algebra",

@@ -202,7 +202,7 @@ def _decide(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _
     while True:
         imported = read(model, folder, freeze_initializers=choices.freeze_initializers, demote=demoted)
         plan = travel(imported.graph, choices.travel, fits(imported))
-        stay = {v.name for v in plan.verdicts if v.outcome != "folded"} & imported.weak
+        stay = {v.name for v in plan.verdicts if v.outcome != "folded"} & imported.tentative
         if not stay:
             return _Decision(imported, plan)
         demoted |= stay

@@ -44,9 +44,9 @@ class ImportedModel:
     Attributes:
         model: the model that was read; `write` changes it.
         graph: what `travel` decides on.
-        scene: shapes, types and constants.
-        spots: the nodes of the file behind each node of the graph.
-        weak: the spelt-out affines that count as a BatchNorm only if they disappear.
+        context: shapes, types and constants.
+        refs: the nodes of the file behind each node of the graph.
+        tentative: the spelt-out affines that count as a BatchNorm only if they disappear.
         notes: what a report should say about the model.
     """
 
@@ -54,7 +54,7 @@ class ImportedModel:
     graph: Graph
     context: ImportContext
     refs: dict[str, list[NodeRef]]
-    weak: frozenset[str] = frozenset()
+    tentative: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -195,7 +195,7 @@ def _join_affines(imported: ImportedModel, demoted: frozenset[str]) -> None:
     """Draw chains of affines that amount to a BatchNorm as one."""
     changed: dict[str, Node] = {}
     gone: set[str] = set()
-    weak: set[str] = set()
+    tentative: set[str] = set()
     for node in imported.graph.nodes:
         if node.op != "Affine" or node.name in gone:
             continue
@@ -207,9 +207,9 @@ def _join_affines(imported: ImportedModel, demoted: frozenset[str]) -> None:
             continue
         changed[node.name] = _composed(chain)
         imported.refs[node.name] = [ref for link in chain for ref in imported.refs[link.name]]
-        if kind == "weak":
-            weak.add(node.name)
-    imported.weak = frozenset(weak)
+        if kind == "tentative":
+            tentative.add(node.name)
+    imported.tentative = frozenset(tentative)
     _redraw(imported, changed, gone)
 
 
@@ -232,7 +232,7 @@ def _composed(chain: list[Node]) -> Node:
 
 
 def _kind(imported: ImportedModel, chain: list[Node]) -> str:
-    """Return "strong" for what can only be a BatchNorm, "weak" for what may be one, "" for what is none."""
+    """Return "certain" for what can only be a BatchNorm, "tentative" for what may be one, "" for what is none."""
     affines = [link.affine for link in chain if link.affine is not None]
     scales = [place for place, affine in enumerate(affines) if np.any(affine.scale != 1)]
     shifts = [place for place, affine in enumerate(affines) if np.any(affine.shift != 0)]
@@ -247,8 +247,8 @@ def _kind(imported: ImportedModel, chain: list[Node]) -> str:
         return ""
     centred = shifts[0] < scales[0] and shifts[-1] > scales[0]
     if (centred and len(chain) >= 3) or any(_has_root(imported, link) for link in chain):
-        return "strong"
-    return "" if _normalises(imported, chain[0]) else "weak"
+        return "certain"
+    return "" if _normalises(imported, chain[0]) else "tentative"
 
 
 def _per_channel(imported: ImportedModel, chain: list[Node], whole: Affine) -> bool:

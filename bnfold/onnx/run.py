@@ -177,7 +177,7 @@ def _must_change(model: onnx.ModelProto) -> bool:
 
 
 def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed]) -> list[Outputs]:
-    """The outputs of a model that `widen` made, computed in float64, for each feed.
+    """The outputs of a model that `to_float64` made, computed in float64, for each feed.
 
     Raises:
         InputError: some operator has no float64.

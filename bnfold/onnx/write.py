@@ -58,7 +58,7 @@ class Slots:
     """Where a linear operator keeps its numbers.
 
     Attributes:
-        spot: the node with the weight.
+        ref: the node with the weight.
         weight: the input that holds the weight.
         add: the node with the bias; None where there is none and the operator has no input for one.
         bias: the input of `add` that holds the bias.

@@ -10,7 +10,7 @@
     aliasing     what is changed in place                    simplify    nodes joined and dropped
     naming       what the report calls each node             steps       what runs outside of the BatchNorms
     trials       passes on other inputs, with `alignment`    sizes       what of a pass holds for those too
-    idle         BatchNorms that did not run                 steady      code that runs otherwise a second time
+    idle         BatchNorms that did not run                 determinism code that runs otherwise a second time
     retrace      the folded model's calls, against the plan  fold        read, travel, write, compare
     modules      what stands where a BatchNorm was
     files        weights of a model that a factory builds    program     exported programs (.pt2)

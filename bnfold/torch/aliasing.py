@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bnfold.torch.draft import Item, readers_of
+from bnfold.torch.draft import DraftNode, readers_of
 from bnfold.torch.trace import Trace
 
 __all__ = ["guard_changes", "guard_inputs"]
 
 
-def guard_changes(items: Sequence[Item], outputs: Sequence[str]) -> None:
+def guard_changes(items: Sequence[DraftNode], outputs: Sequence[str]) -> None:
     """Let no BatchNorm go whose output is changed in place while its input is read by somebody else.
 
     Without it, what is changed would be its input. Going up, only readers that all want the same could agree to it;
@@ -35,14 +35,14 @@ def guard_changes(items: Sequence[Item], outputs: Sequence[str]) -> None:
 
 
 def _guard(
-    item: Item,
+    item: DraftNode,
     name: str,
-    readers: dict[str, list[Item]],
-    producers: dict[str, Item],
+    readers: dict[str, list[DraftNode]],
+    producers: dict[str, DraftNode],
     outputs: Sequence[str],
 ) -> bool:
     """Whether something else reads the memory that an item would change, if BatchNorms above it were gone."""
-    passed: list[Item] = []
+    passed: list[DraftNode] = []
     while (producer := producers.get(name)) is not None and _shares(producer) and producer.inputs:
         name = producer.inputs[0]
         passed += [producer] if producer.is_batchnorm else []
@@ -57,7 +57,7 @@ def _guard(
     return producer is None and bool(passed)
 
 
-def guard_inputs(trace: Trace, items: Sequence[Item]) -> None:
+def guard_inputs(trace: Trace, items: Sequence[DraftNode]) -> None:
     """Let no BatchNorm go whose input is changed in place while its output is still read.
 
     Without it, both would be one memory.
@@ -94,20 +94,20 @@ _COPYING = frozenset(("add", "sub", "rsub", "mul", "div", "clone"))
 """What makes a tensor of its own even where it changes nothing, as in `0 + x`."""
 
 
-def _shares(item: Item) -> bool:
+def _shares(item: DraftNode) -> bool:
     """Whether the output of an item may lie in the memory of its input."""
     known = {value.memory for value in (*item.call.reads.values(), *(old for old, _ in item.call.changed))}
     copies = item.op == "Identity" and item.call.label in _COPYING and not item.call.changed
     return item.op in _SHARING and not (copies and item.call.made[0].memory not in known)
 
 
-def _changed(item: Item) -> list[str]:
+def _changed(item: DraftNode) -> list[str]:
     """The values of an item whose memory it changes: those that it names, or any of them."""
     call = item.call
     return [old.name for old, _ in call.changed] if len(call.changed) >= len(call.written) else item.inputs
 
 
-def _agree(readers: Sequence[Item]) -> bool:
+def _agree(readers: Sequence[DraftNode]) -> bool:
     """Whether all readers of a value are BatchNorms that compute the same."""
     affines = [reader.affine for reader in readers if reader.is_batchnorm]
     first = affines[0] if affines else None

@@ -122,7 +122,7 @@ class _Calls:
             return
         mine = {id(frame): frame for frame in call.frame.line()}
         meeting = next(frame for frame in value.frame.line() if id(frame) in mine)
-        if meeting.branches:
+        if meeting.data_dependent:
             self.observe("If", [value], meeting)
 
     def observe(self, label: str, values: Iterable[Value], frame: Frame) -> None:
@@ -134,7 +134,7 @@ class _Calls:
     def branch(self) -> None:
         """A number has left the tensors: whatever is alive may be read by code that did not run."""
         for frame in self.frame.line():
-            frame.branches = True
+            frame.data_dependent = True
         self.observe("If", [value for _, value in self.memory.alive() if value.data], self.frame)
 
     # -- calls
@@ -210,11 +210,11 @@ class _Calls:
 class _Modules:
     """The module calls of one pass."""
 
-    def __init__(self, model: nn.Module, calls: _Calls, unsteady: frozenset[str]) -> None:
-        self.calls, self.unsteady = calls, unsteady
+    def __init__(self, model: nn.Module, calls: _Calls, nondeterministic: frozenset[str]) -> None:
+        self.calls, self.nondeterministic = calls, nondeterministic
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.frames: list[Frame] = []
-        self.borrowed: dict[tuple[str, str], str] = {}
+        self.escaped: dict[tuple[str, str], str] = {}
 
     def run(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call a module, as a frame."""
@@ -222,7 +222,7 @@ class _Modules:
         if calls.sealed is not None or calls.unseen:
             return call(module, *args, **kwargs)
         frame = Frame(module, self.paths.get(id(module)), calls.frame)
-        frame.branches = frame.path in self.unsteady
+        frame.data_dependent = frame.path in self.nondeterministic
         frame.given = calls.look((args, kwargs))
         frame.start = len(calls.list)
         calls.frame = frame
@@ -254,7 +254,7 @@ class _Modules:
         """Note that code of another module fetches a tensor of this one."""
         path, frame = self.paths.get(id(module)), self.calls.frame
         if path is None or all(each.module is not module for each in frame.line()):
-            self.borrowed.setdefault((path or "", attribute), frame.path or "")
+            self.escaped.setdefault((path or "", attribute), frame.path or "")
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -328,7 +328,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _lift(self, operator: Any, tensor: Tensor) -> Any:
         """A tensor made of Python's numbers: a constant, where the code around has not got them from the inputs."""
         result = operator(tensor)
-        if not self.calls.frame.branches:
+        if not self.calls.frame.data_dependent:
             self.calls.memory.enter_numbers(result, tensor.clone() if self.fake is None else tensor)
         return result
 
@@ -419,7 +419,7 @@ def capture(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     fake: bool = False,
-    unsteady: frozenset[str] = frozenset(),
+    nondeterministic: frozenset[str] = frozenset(),
     lasting: bool = False,
     differentiates: bool = False,
 ) -> Trace:
@@ -428,7 +428,7 @@ def capture(
     Args:
         args, kwargs: what its forward is given.
         fake: compute shapes alone.
-        unsteady: paths of modules whose own code is known to run otherwise at other times; taken for branches.
+        nondeterministic: paths of modules whose own code is known to run otherwise at other times; taken for branches.
         lasting: leave what it changes in tensors as it is.
         differentiates: the model is known to differentiate by itself.
 
@@ -441,7 +441,7 @@ def capture(
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
     memory = Memory(model, saves=mode is None)
     calls = _Calls(memory)
-    modules = _Modules(model, calls, unsteady)
+    modules = _Modules(model, calls, nondeterministic)
     inputs = _enter_inputs(calls, args, kwargs)
     with ExitStack() as stack:
         if not lasting:
@@ -458,10 +458,10 @@ def capture(
         outputs,
         memory.slots,
         memory.changed,
-        modules.borrowed,
+        modules.escaped,
         fake,
-        calls.root.branches,
-        unsteady,
+        calls.root.data_dependent,
+        nondeterministic,
         differentiates,
     )
 

@@ -17,7 +17,7 @@ from bnfold.torch.constants import Evaluator
 from bnfold.torch.lower import lower
 from bnfold.torch.trace import Call, Slot, Trace, Value
 
-__all__ = ["Draft", "Item", "LinearPlace", "NormPlace", "readers_of"]
+__all__ = ["Draft", "DraftNode", "LinearPlace", "NormPlace", "readers_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class NormPlace:
 
 
 @dataclass(eq=False, slots=True)
-class Item:
+class DraftNode:
     """A node as it is being drawn."""
 
     op: str
@@ -102,9 +102,9 @@ class Item:
         )
 
 
-def readers_of(items: Sequence[Item]) -> dict[str, list[Item]]:
+def readers_of(items: Sequence[DraftNode]) -> dict[str, list[DraftNode]]:
     """The nodes that read each value."""
-    readers: dict[str, list[Item]] = {}
+    readers: dict[str, list[DraftNode]] = {}
     for item in items:
         for name in dict.fromkeys(item.inputs):
             readers.setdefault(name, []).append(item)
@@ -116,7 +116,7 @@ class Draft:
 
     def __init__(self, recording: Trace, evaluator: Evaluator) -> None:
         self.recording, self.evaluator = recording, evaluator
-        self.items: list[Item] = []
+        self.items: list[DraftNode] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.call: Call = recording.calls[0] if recording.calls else None  # type: ignore[assignment]
         self.count = 0
@@ -143,7 +143,7 @@ class Draft:
     def _draw_opaque(self, call: Call) -> None:
         inputs = [v.name for v in call.reads.values() if not v.constant and not v.slots]
         outputs = [v.name for v in (*call.made, *call.written) if not v.slots]
-        self.items.append(Item(call.label, inputs, outputs, call))
+        self.items.append(DraftNode(call.label, inputs, outputs, call))
 
     # -- what lowerings call
 
@@ -158,11 +158,11 @@ class Draft:
     ) -> None:
         """Draw a node."""
         given, made = ([v if isinstance(v, str) else v.name for v in side] for side in (inputs, outputs))
-        self.items.append(Item(op, given, made, self.call, attributes, affine, partial=partial))
+        self.items.append(DraftNode(op, given, made, self.call, attributes, affine, partial=partial))
 
     def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None:
         """Draw a linear operator, whose storage is found later."""
-        item = Item(op, [x.name], [y.name], self.call, linear=linear, weight=weight, bias=bias)
+        item = DraftNode(op, [x.name], [y.name], self.call, linear=linear, weight=weight, bias=bias)
         item.inputs += [v.name for v in (weight, bias) if v is not None and not v.constant and not v.slots]
         self.items.append(item)
 
@@ -170,7 +170,7 @@ class Draft:
         self, x: Value, y: Value, statistics: dict[str, Value | None], eps: float, reason: str
     ) -> None:
         """Draw a BatchNorm, or one that stays for a reason."""
-        item = Item("BatchNormalization", [x.name], [y.name], self.call, statistics=statistics)
+        item = DraftNode("BatchNormalization", [x.name], [y.name], self.call, statistics=statistics)
         given = [v for v in statistics.values() if v is not None]
         item.inputs += [v.name for v in given if not v.constant and not v.slots]
         if not reason and not all(v.constant for v in given):

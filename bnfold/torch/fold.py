@@ -35,7 +35,7 @@ from bnfold.torch.sandbox import (
     undisturbed,
 )
 from bnfold.torch.tensors import leaves, put_back
-from bnfold.torch.write import check_fit, widen, write
+from bnfold.torch.write import check_fit, to_float64, write
 from bnfold.travel import Options, Plan, travel
 
 __all__ = ["decide", "fold", "run", "verify"]
@@ -146,7 +146,7 @@ def verify(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Evidence, 
         UnreadableModel: one of them does not run on these inputs.
     """
     weights = sum(isinstance(getattr(module, "weight", None), Tensor) for module in after.modules())
-    comparison = Comparison(ModuleRuns(before, inputs, lambda _: widen(after)), weights, rounded=True)
+    comparison = Comparison(ModuleRuns(before, inputs, lambda _: to_float64(after)), weights, rounded=True)
     evidence = comparison.judge(after)
     if not evidence:
         raise UnreadableModel(" ".join(comparison.notes))
@@ -262,7 +262,7 @@ class ModuleRuns:
         """
         self._require_numbers()
         try:
-            twin = widen(self.model)
+            twin = to_float64(self.model)
             wide = [torch.utils._pytree.tree_map_only(Tensor, _wide, each) for each in self.inputs]
             with double(), _Narrow() as watch:
                 before: list[Outputs] = [_run(twin, each, self.writes) for each in wide]

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from bnfold.torch.draft import Item
+from bnfold.torch.draft import DraftNode
 
 __all__ = ["name_items"]
 
 
-def name_items(model: nn.Module, items: Sequence[Item], causes: Mapping[str, str]) -> None:
+def name_items(model: nn.Module, items: Sequence[DraftNode], causes: Mapping[str, str]) -> None:
     """Give every node its name.
 
     Args:
@@ -36,7 +36,9 @@ def name_items(model: nn.Module, items: Sequence[Item], causes: Mapping[str, str
         item.name = unique
 
 
-def _natural_name(model: nn.Module, item: Item, alone: Mapping[str, int], causes: Mapping[str, str]) -> str:
+def _natural_name(
+    model: nn.Module, item: DraftNode, alone: Mapping[str, int], causes: Mapping[str, str]
+) -> str:
     path = item.call.frame.path or ""
     if item.op == "Hook":
         return f"a hook on {path}"

@@ -18,7 +18,7 @@ from torch import nn
 
 from bnfold.algebra import Affine
 from bnfold.torch.constants import slots_of
-from bnfold.torch.draft import Item, NormPlace, readers_of
+from bnfold.torch.draft import DraftNode, NormPlace, readers_of
 from bnfold.torch.modules import TAILS
 from bnfold.torch.storage import HOMELESS, roots_of
 from bnfold.torch.tensors import inside
@@ -29,7 +29,9 @@ __all__ = ["absent", "add_absent", "calls_itself_batchnorm", "find_norms"]
 _Tail = tuple[tuple[str, nn.Module | None], ...]
 
 
-def find_norms(model: nn.Module, trace: Trace, items: Sequence[Item], outputs: Sequence[str]) -> list[Item]:
+def find_norms(
+    model: nn.Module, trace: Trace, items: Sequence[DraftNode], outputs: Sequence[str]
+) -> list[DraftNode]:
     """The nodes with one BatchNormalization for each BatchNorm, which has its place or the reason why it stays."""
     return _Finder(model, trace, items, outputs).find()
 
@@ -37,12 +39,14 @@ def find_norms(model: nn.Module, trace: Trace, items: Sequence[Item], outputs: S
 class _Finder:
     """Looks at one module call after another, inner ones first."""
 
-    def __init__(self, model: nn.Module, trace: Trace, items: Sequence[Item], outputs: Sequence[str]) -> None:
+    def __init__(
+        self, model: nn.Module, trace: Trace, items: Sequence[DraftNode], outputs: Sequence[str]
+    ) -> None:
         self.model, self.trace, self.items, self.outputs = model, trace, list(items), outputs
         self.readers = readers_of(items)
-        self.drawn: dict[int, list[Item]] = {}
+        self.drawn: dict[int, list[DraftNode]] = {}
         self.children: dict[int, list[Frame]] = {}
-        self.merged: dict[str, list[Item]] = {}
+        self.merged: dict[str, list[DraftNode]] = {}
         self.obstacles: dict[int, str] = {}
         self.foreign = _foreign_reads(model, trace)
         for item in items:
@@ -50,7 +54,7 @@ class _Finder:
         for frame in trace.frames:
             self.children.setdefault(id(frame.parent), []).append(frame)
 
-    def find(self) -> list[Item]:
+    def find(self) -> list[DraftNode]:
         """Make one BatchNormalization of each BatchNorm."""
         for frame in self.trace.frames:
             if frame.module is not None and frame.path:
@@ -61,7 +65,7 @@ class _Finder:
                 self._leave_functional(item)
         return self.items
 
-    def _within(self, frame: Frame) -> list[Item]:
+    def _within(self, frame: Frame) -> list[DraftNode]:
         calls = self.trace.calls[frame.start : frame.stop]
         items = (item for call in calls for item in self.drawn.get(id(call), ()))
         return [item for item in items if item.op not in ("If", "Hook")]
@@ -78,7 +82,7 @@ class _Finder:
     def _find_norm(self, frame: Frame) -> str:
         """Make one BatchNormalization of what a module call does first, if that is one affine map; else say why not."""
         within = self._within(frame)
-        head: list[Item] = []
+        head: list[DraftNode] = []
         value = frame.given[0].name
         for item in within:
             if (
@@ -102,12 +106,12 @@ class _Finder:
         self._merge(frame, head, tail)
         return ""
 
-    def _is_private(self, head: list[Item]) -> bool:
+    def _is_private(self, head: list[DraftNode]) -> bool:
         """Whether nobody else reads what lies between the parts of an affine map."""
         between = [item.outputs[0] for item in head[:-1]]
         return all(len(self.readers.get(name, ())) == 1 and name not in self.outputs for name in between)
 
-    def _find_tail(self, frame: Frame, rest: list[Item], value: str) -> _Tail | None:
+    def _find_tail(self, frame: Frame, rest: list[DraftNode], value: str) -> _Tail | None:
         """What a module does after its affine map: its own children and plain activations, one after another."""
         assert frame.module is not None
         steps: list[tuple[str, nn.Module | None]] = []
@@ -132,7 +136,7 @@ class _Finder:
             value, rest = rest[0].outputs[0], rest[1:]
         return tuple(steps) if value == frame.made[0].name else None
 
-    def _merge(self, frame: Frame, head: list[Item], tail: _Tail) -> None:
+    def _merge(self, frame: Frame, head: list[DraftNode], tail: _Tail) -> None:
         first = next((item for item in head if item.reason), head[0])
         whole = _compose(head)
         one = _replace(first, head)
@@ -155,17 +159,17 @@ class _Finder:
             *(item for item in self.items[at:] if id(item) not in gone),
         ]
 
-    def _refuse_borrowed(self, item: Item, frame: Frame) -> None:
+    def _refuse_borrowed(self, item: DraftNode, frame: Frame) -> None:
         """A module whose tensors are fetched by other code cannot be taken out."""
         if item.affine is not None and (who := self.foreign.get(frame.path or "")):
             item.refuse(f"its numbers are used by {who} as well")
-        for (path, attribute), who in self.trace.borrowed.items():
+        for (path, attribute), who in self.trace.escaped.items():
             if path == frame.path and item.affine is not None:
                 item.refuse(
                     f"its `{attribute}` is used by the code of `{who or type(self.model).__name__}` as well"
                 )
 
-    def _leave_functional(self, item: Item) -> None:
+    def _leave_functional(self, item: DraftNode) -> None:
         mean = item.statistics.get("running_mean")
         owner = mean.slots[0].module if mean is not None and mean.slots else None
         frame = item.call.frame
@@ -185,7 +189,7 @@ class _Finder:
             )
 
 
-def _is_norm(frame: Frame, head: list[Item]) -> bool:
+def _is_norm(frame: Frame, head: list[DraftNode]) -> bool:
     if any(item.is_batchnorm for item in head):
         return True
     named = frame.module is not None and calls_itself_batchnorm(frame.module)
@@ -219,17 +223,17 @@ def _obstacle(frame: Frame) -> str:
         return "its class has a `__call__` of its own"
     if not frame.plain:
         return "it is called with more than one argument, or returns more than one tensor"
-    return "its code does not always do the same" if frame.branches else ""
+    return "its code does not always do the same" if frame.data_dependent else ""
 
 
-def _more(within: Sequence[Item]) -> str:
+def _more(within: Sequence[DraftNode]) -> str:
     """What the code of a module does besides normalising."""
     labels = dict.fromkeys(item.call.label for item in within if not item.is_batchnorm)
     names = ", ".join(f"`{label}`" for label in list(labels)[:3])
     return f"its own code does more than normalise and activate: {names or 'it keeps what it computes'}"
 
 
-def _turns(head: Sequence[Item]) -> Iterator[tuple[Item, list[int]]]:
+def _turns(head: Sequence[DraftNode]) -> Iterator[tuple[DraftNode, list[int]]]:
     """The parts of an affine map, each with the axes of its input as axes of the whole map's."""
     axes: list[int] = []
     for item in head:
@@ -243,13 +247,13 @@ def _turns(head: Sequence[Item]) -> Iterator[tuple[Item, list[int]]]:
     yield head[-1], axes
 
 
-def _is_straight(head: Sequence[Item]) -> bool:
+def _is_straight(head: Sequence[DraftNode]) -> bool:
     """Whether the axes come out of an affine map in the order in which they went in."""
     *_, (_, axes) = _turns(head)
     return axes == sorted(axes)
 
 
-def _compose(head: Sequence[Item]) -> Affine | None:
+def _compose(head: Sequence[DraftNode]) -> Affine | None:
     """One affine map of several parts, with the axes of the first one's input."""
     whole: Affine | None = None
     for item, axes in list(_turns(head))[:-1]:
@@ -260,15 +264,15 @@ def _compose(head: Sequence[Item]) -> Affine | None:
     return whole
 
 
-def _replace(first: Item, head: list[Item]) -> Item:
+def _replace(first: DraftNode, head: list[DraftNode]) -> DraftNode:
     """One BatchNormalization in the place of the parts of an affine map."""
-    one = Item("BatchNormalization", list(head[0].inputs), list(head[-1].outputs), first.call)
+    one = DraftNode("BatchNormalization", list(head[0].inputs), list(head[-1].outputs), first.call)
     one.reason = first.reason
     one.statistics = first.statistics
     return one
 
 
-def _stand_in(item: Item, value: str) -> nn.Module | None:
+def _stand_in(item: DraftNode, value: str) -> nn.Module | None:
     """A module that computes what a call does after an affine map, where that is a plain activation."""
     make = TAILS.get(item.call.label)
     if make is None or item.inputs != [value] or len(item.outputs) != 1 or len(item.call.reads) != 1:
@@ -279,10 +283,10 @@ def _stand_in(item: Item, value: str) -> nn.Module | None:
         return None
 
 
-def add_absent(model: nn.Module, trace: Trace, items: Sequence[Item]) -> list[Item]:
+def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> list[DraftNode]:
     """The nodes, and one with a verdict for every module that calls itself a BatchNorm and was not met as one."""
     modules = dict(model.named_modules())
-    missed: list[Item] = []
+    missed: list[DraftNode] = []
     met = {item.site for item in items if item.is_batchnorm}
     ran = {frame.path for frame in trace.frames}
     taken = {item.name for item in items}
@@ -321,10 +325,12 @@ def _used_modules(model: nn.Module, trace: Trace) -> dict[str, str]:
 _IDLE = "it did not run on the example inputs"
 
 
-def absent(path: str, reason: str) -> Item:
+def absent(path: str, reason: str) -> DraftNode:
     """A BatchNormalization that nothing runs, with its verdict."""
     call = Call(-1, "batch_norm", (), {}, Frame(None, path, None))
-    item = Item("BatchNormalization", [f"input of {path}"], [f"output of {path}"], call, name=path, site=path)
+    item = DraftNode(
+        "BatchNormalization", [f"input of {path}"], [f"output of {path}"], call, name=path, site=path
+    )
     item.refuse(reason)
     return item
 

@@ -28,15 +28,15 @@ from bnfold.ir import Graph, Shape
 from bnfold.torch.aliasing import guard_changes, guard_inputs
 from bnfold.torch.alignment import Alignment
 from bnfold.torch.constants import Evaluator
-from bnfold.torch.draft import Draft, Item, LinearPlace, NormPlace
+from bnfold.torch.determinism import find_nondeterministic
+from bnfold.torch.draft import Draft, DraftNode, LinearPlace, NormPlace
 from bnfold.torch.idle import Idle, find_idle
 from bnfold.torch.naming import name_items
 from bnfold.torch.norms import absent, add_absent, calls_itself_batchnorm, find_norms
 from bnfold.torch.sandbox import arrange, copy_structure, record_pass, record_somehow
 from bnfold.torch.simplify import drop_identities, join_biases, part_twins
 from bnfold.torch.sizes import settle
-from bnfold.torch.steady import find_unsteady
-from bnfold.torch.steps import Step, steps_of
+from bnfold.torch.steps import TraceStep, steps_of
 from bnfold.torch.storage import bind_linears
 from bnfold.torch.trace import Call, Trace
 from bnfold.torch.trials import Trials, run_trials, two_or_more
@@ -51,7 +51,7 @@ class Reading:
     Attributes:
         fake: whether it was read without arithmetic.
         steps: what runs outside of the BatchNorms, for comparison with what runs after a fold.
-        branches: whether numbers that depend on the inputs left the tensors.
+        data_dependent: whether numbers that depend on the inputs left the tensors.
         writes: whether it changed tensors that the module holds, or might have on other inputs.
         dtypes: the float dtypes that it computes in.
         notes: what other inputs it could not be read with.
@@ -62,8 +62,8 @@ class Reading:
     linears: Mapping[str, LinearPlace]
     norms: Mapping[str, NormPlace]
     fake: bool
-    steps: tuple[Step, ...] = ()
-    branches: bool = False
+    steps: tuple[TraceStep, ...] = ()
+    data_dependent: bool = False
     dtypes: frozenset[torch.dtype] = frozenset()
     writes: bool = True
     notes: tuple[str, ...] = ()
@@ -90,13 +90,17 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
         twin = model
     touched: list[str] = []
     recording = record_somehow(twin, args, kwargs, touched)
-    if (touched or recording.changed_slots) and (paths := find_unsteady(twin, args, kwargs, recording)):
+    if (touched or recording.changed_slots) and (
+        paths := find_nondeterministic(twin, args, kwargs, recording)
+    ):
         recording = record_pass(twin, args, kwargs, recording.fake, paths)
     trials = _try_otherwise(twin, args, kwargs, recording)
     idle = _find_idle(twin, args, kwargs, (recording, *(trial.recording for trial in trials.made)))
     causes = {each.holder: each.path for each in idle if not (headless and each.head)}
     if causes:
-        recording = record_pass(twin, args, kwargs, recording.fake, recording.unsteady | causes.keys())
+        recording = record_pass(
+            twin, args, kwargs, recording.fake, recording.nondeterministic | causes.keys()
+        )
     draft = Draft(recording, Evaluator())
     draft.items += _at_the_doors(recording)
     aligned = [(trial, Alignment.of(recording, trial.recording)) for trial in trials.made]
@@ -106,7 +110,11 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
 
 
 def _draw(
-    model: nn.Module, trace: Trace, items: Sequence[Item], shapes: dict[str, Shape], causes: Mapping[str, str]
+    model: nn.Module,
+    trace: Trace,
+    items: Sequence[DraftNode],
+    shapes: dict[str, Shape],
+    causes: Mapping[str, str],
 ) -> Reading:
     """Let one pass after another decide about the nodes.
 
@@ -132,19 +140,19 @@ def _draw(
     return _reading(trace, graph, items, steps)
 
 
-def _reading(trace: Trace, graph: Graph, items: Sequence[Item], steps: tuple[Step, ...]) -> Reading:
+def _reading(trace: Trace, graph: Graph, items: Sequence[DraftNode], steps: tuple[TraceStep, ...]) -> Reading:
     linears = {i.name: i.place for i in items if isinstance(i.place, LinearPlace) and i.linear is not None}
     norms = {i.name: i.place for i in items if isinstance(i.place, NormPlace)}
     dtypes = frozenset(v.dtype for call in trace.calls for v in call.made if v.dtype.is_floating_point)
-    writes = bool(trace.changed_slots) or trace.branches
-    return Reading(graph, linears, norms, trace.fake, steps, trace.branches, dtypes, writes)
+    writes = bool(trace.changed_slots) or trace.data_dependent
+    return Reading(graph, linears, norms, trace.fake, steps, trace.data_dependent, dtypes, writes)
 
 
 def _outputs(trace: Trace) -> list[str]:
     return [v.name for v in trace.outputs.values() if not v.constant and not v.slots]
 
 
-def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple[Step, ...]:
+def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple[TraceStep, ...]:
     """What a module that was edited runs outside of the modules that were BatchNorms.
 
     Raises:
@@ -158,20 +166,20 @@ def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple
     return tuple(steps_of(trace, items, {place.path for place in reading.norms.values()}))
 
 
-def _at_the_doors(recording: Trace) -> Iterator[Item]:
+def _at_the_doors(recording: Trace) -> Iterator[DraftNode]:
     """Readers of what modules whose code may run otherwise are given and return: it may go another way."""
     for frame in recording.frames:
-        if frame.path in recording.unsteady:
+        if frame.path in recording.nondeterministic:
             for value in (*frame.given, *frame.made):
                 if not value.slots and not value.constant:
-                    yield Item("If", [value.name], [], Call(-1, "If", (), {}, frame))
+                    yield DraftNode("If", [value.name], [], Call(-1, "If", (), {}, frame))
 
 
 def _try_otherwise(twin: nn.Module, args: Any, kwargs: Any, recording: Trace) -> Trials:
     """The passes on other inputs that could be made."""
 
     def run(args: Any, kwargs: Any, seed: int) -> Trace:
-        return record_pass(twin, args, kwargs, recording.fake, recording.unsteady, seed=seed)
+        return record_pass(twin, args, kwargs, recording.fake, recording.nondeterministic, seed=seed)
 
     def parts(other: Trace) -> bool:
         alignment = Alignment.of(recording, other)

@@ -19,7 +19,7 @@ from torch import nn
 from bnfold.ir import Graph, Node
 from bnfold.torch.read import Reading, draw_steps
 from bnfold.torch.sandbox import copy_structure
-from bnfold.torch.steps import Step
+from bnfold.torch.steps import TraceStep
 from bnfold.torch.write import become
 from bnfold.travel import Plan
 
@@ -46,7 +46,7 @@ def _matches(folded: nn.Module, example_inputs: Any, reading: Reading, biased: s
     return all(_same(mine, theirs, biased) for mine, theirs in zip(reading.steps, steps, strict=True))
 
 
-def _same(mine: Step, theirs: Step, biased: set[str]) -> bool:
+def _same(mine: TraceStep, theirs: TraceStep, biased: set[str]) -> bool:
     if _ALIKE.get(mine.label, mine.label) != _ALIKE.get(theirs.label, theirs.label) or (
         mine.inputs,
         mine.sources,
@@ -79,7 +79,7 @@ def find_fault(model: nn.Module, example_inputs: Any, reading: Reading) -> Readi
     def add(names: Sequence[str]) -> bool:
         return _matches(_without(model, reading, set(), set(names)), example_inputs, reading, set(names))
 
-    if reading.branches:
+    if reading.data_dependent:
         return refuse_everything(model, example_inputs, reading)
     return _refuse(reading, set(_culprits(norms, take_out)), set(_culprits(biases, add)))
 

@@ -240,7 +240,7 @@ def record_pass(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     fake: bool,
-    unsteady: frozenset[str] = frozenset(),
+    nondeterministic: frozenset[str] = frozenset(),
     touched: list[str] | None = None,
     seed: int = 0,
 ) -> Trace:
@@ -251,7 +251,7 @@ def record_pass(
 
     def run(differentiates: bool) -> Trace:
         with undisturbed(seed) as draws, restored(model, touched=touched), quiet():
-            trace = capture(model, args, kwargs, fake, unsteady, differentiates=differentiates)
+            trace = capture(model, args, kwargs, fake, nondeterministic, differentiates=differentiates)
             trace.draws = draws.has_drawn()
             return trace
 

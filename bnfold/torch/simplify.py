@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bnfold.ir import Shape
-from bnfold.torch.draft import Item, readers_of
+from bnfold.torch.draft import DraftNode, readers_of
 
 __all__ = ["drop_identities", "join_biases", "part_twins"]
 
 
-def join_biases(items: Sequence[Item], outputs: Sequence[str]) -> list[Item]:
+def join_biases(items: Sequence[DraftNode], outputs: Sequence[str]) -> list[DraftNode]:
     """Make one operator of a matrix product and the parameter that is added to it."""
     readers = readers_of(items)
     gone: set[int] = set()
@@ -32,7 +32,7 @@ def join_biases(items: Sequence[Item], outputs: Sequence[str]) -> list[Item]:
     return [item for item in items if id(item) not in gone]
 
 
-def _is_bias(item: Item, linear: Item) -> bool:
+def _is_bias(item: DraftNode, linear: DraftNode) -> bool:
     """Whether an item adds a stored vector to the product of a matrix."""
     assert linear.linear is not None
     values = [v for v in item.call.reads.values() if v.slots]
@@ -45,7 +45,7 @@ def _is_bias(item: Item, linear: Item) -> bool:
     return bias.constant and last and whole and bias.shape[-1:] == (outputs,)
 
 
-def drop_identities(items: Sequence[Item], outputs: Sequence[str]) -> tuple[list[Item], list[str]]:
+def drop_identities(items: Sequence[DraftNode], outputs: Sequence[str]) -> tuple[list[DraftNode], list[str]]:
     """Let who reads a copy of a value read the value."""
     alias: dict[str, str] = {}
     kept = []
@@ -58,10 +58,10 @@ def drop_identities(items: Sequence[Item], outputs: Sequence[str]) -> tuple[list
     return kept, [alias.get(name, name) for name in outputs]
 
 
-def part_twins(items: Sequence[Item], shapes: dict[str, Shape]) -> list[Item]:
+def part_twins(items: Sequence[DraftNode], shapes: dict[str, Shape]) -> list[DraftNode]:
     """Let no operator read one value twice: a copy stands between."""
     count = 0
-    parted: list[Item] = []
+    parted: list[DraftNode] = []
     for item in items:
         if len(set(item.inputs)) < len(item.inputs):
             seen: set[str] = set()
@@ -73,7 +73,7 @@ def part_twins(items: Sequence[Item], shapes: dict[str, Shape]) -> list[Item]:
                     if name not in shapes:
                         del shapes[again]
                     parted.append(
-                        Item("Identity", [name], [again], item.call, name=f"{item.name} again {count}")
+                        DraftNode("Identity", [name], [again], item.call, name=f"{item.name} again {count}")
                     )
                     item.inputs[place] = again
                 seen.add(name)

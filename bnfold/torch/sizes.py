@@ -21,7 +21,7 @@ from torch import nn
 from bnfold.ir import Shape
 from bnfold.torch.alignment import Alignment
 from bnfold.torch.constants import Evaluator, slots_of
-from bnfold.torch.draft import Draft, Item
+from bnfold.torch.draft import Draft, DraftNode
 from bnfold.torch.trace import Call, Frame, Value
 from bnfold.torch.trials import Trial
 
@@ -70,7 +70,7 @@ class _Settler:
                 self._compare_item(mine, their, found)
         found.update({name: value.shape for name, value in alignment.taken() if name not in found})
 
-    def _compare_item(self, mine: Item, theirs: Item, found: dict[str, tuple[int, ...]]) -> None:
+    def _compare_item(self, mine: DraftNode, theirs: DraftNode, found: dict[str, tuple[int, ...]]) -> None:
         names = [n for n in (*mine.inputs, *mine.outputs) if n in self.draft.shapes and n in found]
         pairs = [(self.draft.shapes[name], found[name]) for name in names]
         moved = set(_moved(*pairs[0])) if pairs else set()
@@ -117,11 +117,11 @@ class _Settler:
     def _where(self, frame: Frame, trial: Trial) -> str:
         return f"{frame.path or self.title}, given {trial.words}"
 
-    def _reader(self, value: str, frame: Frame, trial: Trial) -> Item:
+    def _reader(self, value: str, frame: Frame, trial: Trial) -> DraftNode:
         call = Call(-1, "If", (), {}, frame)
-        return Item("If", [value], [], call, site=self._where(frame, trial))
+        return DraftNode("If", [value], [], call, site=self._where(frame, trial))
 
-    def _refuse_apart(self, item: Item, trial: Trial, alignment: Alignment) -> None:
+    def _refuse_apart(self, item: DraftNode, trial: Trial, alignment: Alignment) -> None:
         names = [slot.name for value in _stored(item) for slot in value.slots]
         frame = next((alignment.apart[name] for name in names if name in alignment.apart), None)
         if frame is None:
@@ -132,18 +132,18 @@ class _Settler:
             item.become_opaque(item.call.label)
 
 
-def _by_call(items: Sequence[Item]) -> dict[int, list[Item]]:
-    drawn: dict[int, list[Item]] = {}
+def _by_call(items: Sequence[DraftNode]) -> dict[int, list[DraftNode]]:
+    drawn: dict[int, list[DraftNode]] = {}
     for item in items:
         drawn.setdefault(id(item.call), []).append(item)
     return drawn
 
 
-def _form(item: Item) -> tuple[str, int, int]:
+def _form(item: DraftNode) -> tuple[str, int, int]:
     return item.op, len(item.inputs), len(item.outputs)
 
 
-def _stored(item: Item) -> list[Value]:
+def _stored(item: DraftNode) -> list[Value]:
     """The parameters and buffers that an item is drawn from."""
     given = [v for v in (item.weight, item.bias, *item.statistics.values()) if v is not None]
     if item.affine is not None and not item.is_batchnorm:
@@ -156,7 +156,7 @@ def _moved(mine: tuple[int, ...], theirs: tuple[int, ...]) -> list[int]:
     return [axis for axis, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
 
 
-def _give_up(item: Item) -> None:
+def _give_up(item: DraftNode) -> None:
     """Let nothing travel through an item that does something else for other inputs."""
     if item.is_batchnorm:
         item.refuse("it does something else for inputs of another size")
@@ -165,7 +165,7 @@ def _give_up(item: Item) -> None:
         item.attributes = {}
 
 
-def _same_settings(mine: Item, theirs: Item, moved: set[int]) -> bool:
+def _same_settings(mine: DraftNode, theirs: DraftNode, moved: set[int]) -> bool:
     """Whether two items do the same, but for what happens along axes of other sizes; takes the weaker promise."""
     if (mine.affine is None) != (theirs.affine is None) or (mine.linear is None) != (theirs.linear is None):
         return False
@@ -184,7 +184,7 @@ def _same_settings(mine: Item, theirs: Item, moved: set[int]) -> bool:
 _FORM = ("order", "inputs", "outputs", "in_axis", "out_axis", "groups", "sealed", "biasless")
 
 
-def _settle_setting(mine: Item, theirs: Item, key: str, moved: set[int]) -> bool:
+def _settle_setting(mine: DraftNode, theirs: DraftNode, key: str, moved: set[int]) -> bool:
     """Whether a setting is the same, weakens what an item promises, or is about axes of other sizes."""
     one: Any = mine.attributes[key]
     other: Any = theirs.attributes.get(key)

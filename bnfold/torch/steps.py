@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnfold.algebra import Affine
-from bnfold.torch.draft import Item
+from bnfold.torch.draft import DraftNode
 from bnfold.torch.storage import choose
 from bnfold.torch.trace import Trace
 
-__all__ = ["Step", "steps_of"]
+__all__ = ["TraceStep", "steps_of"]
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class TraceStep:
     """One operation outside of every BatchNorm, as far as a fold must leave it as it is.
 
     Attributes:
@@ -40,7 +40,7 @@ class Step:
     settings: tuple[Any, ...]
 
 
-def steps_of(trace: Trace, items: Sequence[Item], norms: set[str]) -> Iterator[Step]:
+def steps_of(trace: Trace, items: Sequence[DraftNode], norms: set[str]) -> Iterator[TraceStep]:
     """What runs outside of the modules of these paths, in order."""
     inside = tuple(f"{path}." for path in norms)
     given = {value.name for value in trace.inputs.values()}
@@ -64,7 +64,7 @@ def steps_of(trace: Trace, items: Sequence[Item], norms: set[str]) -> Iterator[S
         affine = None if item.is_batchnorm else item.affine
         settings = tuple(_settings((item.call.args, item.call.kwargs)))
         known = tuple(source for source in sources if source != "")
-        yield Step(item.call.label, count, affine, weight, item.bias is not None, known, settings)
+        yield TraceStep(item.call.label, count, affine, weight, item.bias is not None, known, settings)
         at += 1
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import slots_of
-from bnfold.torch.draft import Item, LinearPlace
+from bnfold.torch.draft import DraftNode, LinearPlace
 from bnfold.torch.tensors import Slot, inside
 from bnfold.torch.trace import Frame, Trace, Value
 
@@ -28,7 +28,7 @@ __all__ = ["HOMELESS", "bind_linears", "choose", "roots_of"]
 HOMELESS = "its module is not held by the model; make it an attribute, or keep it in an nn.ModuleList"
 
 
-def bind_linears(model: nn.Module, trace: Trace, items: Sequence[Item]) -> None:
+def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> None:
     """Give every linear operator its place, or refuse it."""
     linears = [item for item in items if item.linear is not None]
     for item in linears:
@@ -39,7 +39,7 @@ def bind_linears(model: nn.Module, trace: Trace, items: Sequence[Item]) -> None:
     _check_sharing([item for item in linears if item.linear is not None])
 
 
-def _bind(model: nn.Module, item: Item) -> None:
+def _bind(model: nn.Module, item: DraftNode) -> None:
     """Find where a linear operator keeps its numbers."""
     assert item.weight is not None
     assert item.linear is not None
@@ -74,7 +74,7 @@ def _bind(model: nn.Module, item: Item) -> None:
     return None
 
 
-def _how_computed(item: Item, origin: Value) -> str:
+def _how_computed(item: DraftNode, origin: Value) -> str:
     """Whether torch's parametrizations or hooks compute the weight of the module that runs, and from it alone."""
     module, path = item.call.frame.module, item.call.frame.path
     if module is None or not path or origin.data:
@@ -89,7 +89,7 @@ def _how_computed(item: Item, origin: Value) -> str:
     return "hook" if len(hooks) == 1 and names == {"weight"} and origin.constant else ""
 
 
-def _bind_bias(model: nn.Module, item: Item, weight: Slot) -> Slot | str | None:
+def _bind_bias(model: nn.Module, item: DraftNode, weight: Slot) -> Slot | str | None:
     """The slot of the bias, or why there is none."""
     frame = item.call.frame
     if item.op == "Embedding":
@@ -106,7 +106,7 @@ def _bind_bias(model: nn.Module, item: Item, weight: Slot) -> Slot | str | None:
     return item.linear.biasless or nobody
 
 
-def _other_reads(trace: Trace, items: Sequence[Item]) -> dict[int, str]:
+def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
     """Parameters that are read otherwise than as the weight or bias of a linear operator, and by whom."""
     reads: dict[int, str] = {}
     computed = [i.place.weight for i in items if isinstance(i.place, LinearPlace) and i.place.computed]
@@ -126,7 +126,7 @@ def _other_reads(trace: Trace, items: Sequence[Item]) -> dict[int, str]:
     return reads
 
 
-def _check_reads(trace: Trace, item: Item, used: Mapping[int, str]) -> None:
+def _check_reads(trace: Trace, item: DraftNode, used: Mapping[int, str]) -> None:
     if item.linear is None or item.weight is None:
         return
     for what, value in (("weight", item.weight), ("bias", item.bias)):
@@ -141,9 +141,9 @@ def _changes(trace: Trace, root: int) -> bool:
     return any(id(v) == root and id(v.tensor) in trace.changed_slots for v in trace.slots.values())
 
 
-def _check_sharing(linears: list[Item]) -> None:
+def _check_sharing(linears: list[DraftNode]) -> None:
     """Refuse operators that store one parameter in different ways."""
-    uses: dict[str, list[Item]] = {}
+    uses: dict[str, list[DraftNode]] = {}
     for item in linears:
         assert isinstance(item.place, LinearPlace)
         for slot in (item.place.weight, item.place.bias):
@@ -156,7 +156,7 @@ def _check_sharing(linears: list[Item]) -> None:
             item.refuse(f"`{name}` is used in another way by `{other.name}`")
 
 
-def _kind(item: Item) -> Any:
+def _kind(item: DraftNode) -> Any:
     assert item.linear is not None
     assert isinstance(item.place, LinearPlace)
     linear = item.linear

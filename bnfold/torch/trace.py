@@ -74,7 +74,7 @@ class Frame:
         path: its qualified name, None where the model does not hold it.
         given, made: the values among its arguments and results.
         start, stop: the calls made while it ran.
-        branches: whether a number left the tensors while it ran.
+        data_dependent: whether a number left the tensors while it ran.
         plain: whether it was given one tensor and nothing else, and returned one tensor.
     """
 
@@ -85,7 +85,7 @@ class Frame:
     stop: int = 0
     given: tuple[Value, ...] = ()
     made: tuple[Value, ...] = ()
-    branches: bool = False
+    data_dependent: bool = False
     plain: bool = False
 
     def line(self) -> Iterator[Frame]:
@@ -138,10 +138,10 @@ class Trace:
         outputs: the values that the caller gets, by path, or that stayed alive.
         slots: every tensor that the model holds, by identity.
         changed_slots: tensors of the model that the pass changed in place, by identity.
-        borrowed: `(module path, attribute)` of tensors that were fetched from outside of their module's own call.
+        escaped: `(module path, attribute)` of tensors that were fetched from outside of their module's own call.
         fake: whether it ran without numbers.
-        branches: whether numbers that depend on the inputs left the tensors.
-        unsteady: what was known before of code that does not always run alike.
+        data_dependent: whether numbers that depend on the inputs left the tensors.
+        nondeterministic: what was known before of code that does not always run alike.
         differentiates: whether the model was known to differentiate by itself.
         draws: whether the pass drew from a global random state.
     """
@@ -152,9 +152,9 @@ class Trace:
     outputs: dict[str, Value]
     slots: dict[int, Value]
     changed_slots: set[int]
-    borrowed: dict[tuple[str, str], str]
+    escaped: dict[tuple[str, str], str]
     fake: bool
-    branches: bool
-    unsteady: frozenset[str] = frozenset()
+    data_dependent: bool
+    nondeterministic: frozenset[str] = frozenset()
     differentiates: bool = False
     draws: bool = False

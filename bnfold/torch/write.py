@@ -31,7 +31,7 @@ from bnfold.torch.sandbox import copy_structure
 from bnfold.torch.tensors import leaves
 from bnfold.travel import Plan
 
-__all__ = ["become", "check_fit", "settle_weight", "widen", "write"]
+__all__ = ["become", "check_fit", "settle_weight", "to_float64", "write"]
 
 
 def write(model: nn.Module, reading: Reading, plan: Plan, inplace: bool = False) -> nn.Module:
@@ -63,7 +63,7 @@ def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def widen(model: nn.Module) -> nn.Module:
+def to_float64(model: nn.Module) -> nn.Module:
     """A copy of a module with every float tensor in float64.
 
     Raises:
@@ -157,7 +157,7 @@ def _numbers(model: nn.Module, place: LinearPlace) -> npt.NDArray[Any]:
 
 def _compute_weight(module: nn.Module, how: str) -> Tensor:
     """The weight that a parametrization or hook computes, in float64."""
-    twin = widen(module)
+    twin = to_float64(module)
     with torch.no_grad():
         if how == "hook":
             hook = next(h for h in twin._forward_pre_hooks.values() if computes_weight(h))

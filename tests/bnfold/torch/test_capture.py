@@ -105,7 +105,7 @@ def test_what_is_asked_about_a_shape_is_no_call():
         lambda net, x: (x.size(0), x.shape, x.dim(), len(x), x.stride(), x.is_contiguous(), x.dtype)[0]
     )
     assert trace.calls == []
-    assert not trace.branches
+    assert not trace.data_dependent
 
 
 def test_of_what_a_new_tensor_is_like_only_the_shape_is_read():
@@ -242,21 +242,21 @@ def test_where_numbers_leave_what_is_alive_is_read(tell):
         return y
 
     trace = traced(forward)
-    assert trace.branches
+    assert trace.data_dependent
     branch = next(call for call in trace.calls if call.label == "If")
     assert trace.calls[0].made[0].name in names(branch.reads.values())
 
 
 @pytest.mark.parametrize("tell", [lambda net: net.scale.sum().item(), lambda net: bool(net.scale.any())])
 def test_numbers_of_the_model_are_no_branch(tell):
-    assert not traced(lambda net, x: tell(net) and x).branches
+    assert not traced(lambda net, x: tell(net) and x).data_dependent
 
 
 def test_a_copy_that_no_operator_makes_reads_what_it_copies():
     trace = traced(lambda net, x: copy.deepcopy(x * 2) + 1)
     assert labels(trace) == ["mul", "deepcopy", "add"]
     assert names(trace.calls[1].reads.values()) == names(trace.calls[0].made)
-    assert not trace.branches
+    assert not trace.data_dependent
 
 
 # ---------------------------------------------------------------- frames
@@ -289,8 +289,8 @@ def test_an_error_carries_the_path_of_the_module_in_whose_code_it_was_raised():
 
 
 def test_a_tensor_that_other_code_fetches_from_a_module_is_borrowed():
-    assert traced(lambda net, x: F.linear(x, net.linear.weight)).borrowed == {("linear", "weight"): ""}
-    assert traced(lambda net, x: net.linear(x)).borrowed == {}
+    assert traced(lambda net, x: F.linear(x, net.linear.weight)).escaped == {("linear", "weight"): ""}
+    assert traced(lambda net, x: net.linear(x)).escaped == {}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")

@@ -17,10 +17,10 @@ from bnfold.torch.sandbox import copied, quiet, restored, undisturbed
 from bnfold.torch.tensors import inside, leaves, put_back
 from bnfold.torch.trace import Trace, Value
 
-__all__ = ["find_unsteady"]
+__all__ = ["find_nondeterministic"]
 
 
-def find_unsteady(twin: nn.Module, args: Any, kwargs: Any, recording: Trace) -> frozenset[str]:
+def find_nondeterministic(twin: nn.Module, args: Any, kwargs: Any, recording: Trace) -> frozenset[str]:
     """The modules whose own code runs otherwise in a second pass, because of what the first one left behind."""
     paths = {id(module): path for path, module in twin.named_modules()}
     given = copied(tensor for _, tensor in leaves((args, kwargs)))
