@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bnfold.window import Window
+
 __all__ = ["Affine", "Array", "Linear", "batchnorm", "round_to"]
 
 Array = npt.NDArray[np.float64]
@@ -188,8 +190,9 @@ class Linear:
             above; empty where every output sums them all.
         sealed: why nothing may come in from above at all (an embedding reads rows, not values); empty otherwise.
         biasless: why no bias can be written, so that it can take a scale but no shift; empty otherwise.
+        window: how a convolution slides; None for any other operator.
         before, after: the affines absorbed above and below, as `(scale, shift)` vectors, or None.
-        beside: the scale of the affine absorbed beside it, `(channels,)`, or None; its shift is in `after`.
+        parallel: the scale of the affine absorbed beside it, `(channels,)`, or None; its shift is in `after`.
     """
 
     order: str
@@ -202,6 +205,7 @@ class Linear:
     partial: str = ""
     sealed: str = ""
     biasless: str = ""
+    window: Window | None = None
     before: tuple[Array, Array] | None = None
     after: tuple[Array, Array] | None = None
     parallel: Array | None = field(default=None)
@@ -286,7 +290,7 @@ class Linear:
 
     def fold_weight(self, weight: npt.NDArray[Any]) -> Array:
         """The first half of `fold`: the new weight."""
-        folded = self._view(np.asarray(weight)).astype(np.float64)
+        folded = self.view(np.asarray(weight)).astype(np.float64)
         if self.before is not None:
             folded *= np.reshape(self.before[0], (self.groups, 1, -1, 1))
         if self.after is not None:
@@ -302,23 +306,23 @@ class Linear:
         folded = np.zeros(self.outputs) if bias is None else np.asarray(bias, np.float64)
         if self.before is not None and self.shifts_input:
             shift = np.reshape(self.before[1], (self.groups, 1, -1, 1))
-            seen = self._view(np.asarray(weight)).astype(np.float64)
+            seen = self.view(np.asarray(weight)).astype(np.float64)
             folded = folded + (seen * shift).sum(axis=(2, 3)).ravel()
         return folded if self.after is None else folded * self.after[0] + self.after[1]
 
-    def _view(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def view(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The weight as `(groups, out, in, taps)`."""
         rows, columns = weight.shape[:2]
         grouped = weight.reshape(self.groups, rows // self.groups, columns, -1)
         return grouped if self.order == "oi" else grouped.swapaxes(1, 2)
 
     def _unview(self, seen: Array, shape: tuple[int, ...]) -> Array:
-        """Undo `_view`."""
+        """Undo `view`."""
         grouped = seen if self.order == "oi" else seen.swapaxes(1, 2)
         return np.ascontiguousarray(grouped).reshape(shape)
 
     def _add_identity(self, seen: Array, kernel: tuple[int, ...]) -> None:
-        """Add `beside` to the tap that reads an output's own position, in place."""
+        """Add `parallel` to the tap that reads an output's own position, in place."""
         assert self.parallel is not None
         assert self.centre is not None
         tap = int(np.ravel_multi_index(self.centre, kernel)) if kernel else 0

@@ -10,7 +10,6 @@ Not covered: where the numbers are stored, and which inputs are constants. Those
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ import numpy.typing as npt
 
 from bnfold.algebra import Affine, Array, Linear, batchnorm
 from bnfold.ir import Dim, Shape
+from bnfold.window import Window
 
 __all__ = [
-    "Window",
     "affine_of",
     "align",
     "convolution",
@@ -45,55 +44,6 @@ def wrap(axis: int, rank: int) -> int:
 # ---------------------------------------------------------------- linear operators
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """How a kernel slides over the spatial axes of a value.
-
-    Attributes:
-        kernel, strides, dilations: one number for each spatial axis.
-        pads: how much is padded before and after, for each spatial axis; None where that depends on the size.
-        output_pads: of a transposed convolution, whether anything else decides on the size of its output.
-    """
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[tuple[int, int], ...] | None
-    output_pads: bool = False
-
-    @property
-    def extent(self) -> tuple[int, ...]:
-        """How far the kernel reaches along each axis, with its dilation."""
-        return tuple((size - 1) * step + 1 for size, step in zip(self.kernel, self.dilations, strict=True))
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether anything is padded, be it at other sizes."""
-        return self.pads is None or any(any(pair) for pair in self.pads)
-
-    @property
-    def keeps_size(self) -> bool:
-        """Whether outputs are laid out like the input, each around its own position."""
-        around = tuple((reach // 2, reach // 2) for reach in self.extent)
-        odd = all(size % 2 for size in self.kernel)
-        return odd and set(self.strides) <= {1} and self.pads == around and not self.output_pads
-
-    @staticmethod
-    def same_pads(
-        kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], lower: bool
-    ) -> tuple[tuple[int, int], ...] | None:
-        """The pads that keep the size (ONNX's `auto_pad`, torch's `padding="same"`); `lower` puts the odd one before.
-
-        None where a stride makes them depend on the size.
-        """
-        total = [(size - 1) * step for size, step in zip(kernel, dilations, strict=True)]
-        if any(stride != 1 for stride, pad in zip(strides, total, strict=True) if pad):
-            return None
-        small = [pad // 2 for pad in total]
-        pairs = zip(small, total, strict=True)
-        return tuple((pad - half, half) if lower else (half, pad - half) for half, pad in pairs)
-
-
 def convolution(
     window: Window, inputs: int, outputs: int, groups: int = 1, axis: int = 1, transposed: bool = False
 ) -> Linear:
@@ -114,6 +64,7 @@ def convolution(
         groups,
         centre if window.keeps_size and inputs == outputs else None,
         partial,
+        window=None if transposed else window,
     )
 
 
@@ -215,15 +166,22 @@ def cut(start: int | None, end: int | None, step: int, size: Dim) -> slice | Non
 
 
 def pooling(
-    window: Window, first_axis: int, counts_padding: bool = False, divisor: bool = False
+    window: Window, first_axis: int, counts_padding: bool = False, divisor: bool = False, ceils: bool = False
 ) -> dict[str, Any]:
-    """The settings of a pooling node over the axes from `first_axis` on."""
+    """The settings of a pooling node over the axes from `first_axis` on.
+
+    Args:
+        counts_padding: whether zeros that are padded count as elements of a mean.
+        divisor: whether it divides by another number than how many elements it sums.
+        ceils: whether the size of its output is rounded up, so that it may read past its padding.
+    """
     sizes = zip(window.kernel, window.strides, strict=True)
     moves = [size != 1 or stride != 1 or window.is_padded for size, stride in sizes]
     axes = tuple(first_axis + place for place, does in enumerate(moves) if does)
     partial = "it counts zero padding" if counts_padding and window.is_padded else ""
     partial = "it divides by another number than it sums" if divisor else partial
-    return {"axes": axes, "keepdims": True, "partial": partial}
+    whole = window.pads is not None and (counts_padding or not window.is_padded) and not divisor and not ceils
+    return {"axes": axes, "keepdims": True, "partial": partial, "window": window if whole else None}
 
 
 def padding(pairs: Mapping[int, Sequence[Dim]], zeros: bool) -> dict[str, Any]:

@@ -5,7 +5,8 @@
     |-- UnreadableModel   a model whose computation could not be followed      exit code 2
     |-- NotEquivalent     two models that should agree and do not              exit code 1
 
-One way to fail: raise. A BatchNorm that is left where it is, is not a failure but a `Verdict`.
+One way to fail: raise. A BatchNorm that is left where it is, is not a failure but a `Verdict`; what the rules say on
+the way there is a `Refuse`, which never leaves the package.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from io import TextIOWrapper
 from typing import NoReturn
 
-__all__ = ["BnfoldError", "InputError", "NotEquivalent", "UnreadableModel", "run_command"]
+__all__ = ["BnfoldError", "InputError", "NotEquivalent", "Refuse", "UnreadableModel", "run_command"]
 
 BROKEN_PIPE = 141
 """The exit code that shells report for a command whose reader went away."""
@@ -49,6 +50,10 @@ class NotEquivalent(BnfoldError, AssertionError):
     """Two models that should compute the same and do not; the message names the worst input and element."""
 
     exit_code = 1
+
+
+class Refuse(Exception):
+    """Algebra that cannot be done here; the message is a clause for the report that names the node in the way."""
 
 
 def run_command(main: Callable[[], int | None]) -> int:

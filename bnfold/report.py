@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import Any, Literal
 
-__all__ = ["Evidence", "Outcome", "Report", "Verdict"]
+__all__ = ["Evidence", "Merge", "Outcome", "Report", "Verdict"]
 
 Outcome = Literal["folded", "scale folded", "kept"]
 
@@ -30,6 +30,25 @@ class Verdict:
     name: str
     outcome: Outcome
     into: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Linear operators that became one, or could have and did not.
+
+    Attributes:
+        into: the operator that they are now, as the model names it; empty where they are not merged.
+        sources: the operators that it was made of, as the model names them.
+        multiply_adds: how many multiply-adds one example takes, before and after; a size that is not known counts as 1.
+        bytes: how many bytes of weights it reads, before and after.
+        reason: why they are not merged.
+    """
+
+    into: str
+    sources: tuple[str, ...]
+    multiply_adds: tuple[int, int] = (0, 0)
+    bytes: tuple[int, int] = (0, 0)
     reason: str = ""
 
 

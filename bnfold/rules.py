@@ -23,9 +23,10 @@ from typing import Protocol
 import numpy as np
 
 from bnfold.algebra import Affine, Array, Linear
+from bnfold.errors import Refuse
 from bnfold.ir import Dim, Node, Shape
 
-__all__ = ["TABLE", "Refuse", "Row", "Surroundings", "find"]
+__all__ = ["TABLE", "Row", "Surroundings", "find"]
 
 
 def _table() -> dict[str, Row]:
@@ -61,10 +62,6 @@ Flow = Sequence[Affine | None]
 """One affine per output (or input) of a node; None is the identity."""
 
 Answer = Linear | Affine | Flow
-
-
-class Refuse(Exception):
-    """An affine cannot pass here; the message is a clause that names the node in the way."""
 
 
 class Surroundings(Protocol):

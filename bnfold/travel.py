@@ -32,9 +32,10 @@ import numpy as np
 
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.duplicate import copy_producers, original
+from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node, Shape
 from bnfold.report import Outcome, Verdict
-from bnfold.rules import TABLE, Refuse, find, sign_of
+from bnfold.rules import TABLE, find, sign_of
 
 __all__ = ["Options", "Plan", "travel"]
 

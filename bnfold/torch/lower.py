@@ -17,8 +17,8 @@ from torch import nn
 
 from bnfold import canonical
 from bnfold.algebra import Affine, Array, Linear
-from bnfold.canonical import Window
 from bnfold.torch.trace import Call, Value
+from bnfold.window import Window
 
 __all__ = ["LOWERINGS", "Draft", "Lowering", "Opaque", "Statistics", "lower", "lowering"]
 
@@ -465,9 +465,16 @@ def _spatial(call: Call, x: Value) -> tuple[int, ...]:
 @lowering("avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
 def _average(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
     _need(_computed(x))
-    partial = "it counts zero padding" if rest.get("count_include_pad") and any(rest["padding"]) else ""
-    partial = "it divides by another number than it sums" if rest.get("divisor_override") else partial
-    draft.node("AveragePool", [x], call.made[:1], axes=_spatial(call, x), keepdims=True, partial=partial)
+    axes = _spatial(call, x)
+    if "kernel_size" not in rest:
+        return draft.node("AveragePool", [x], call.made[:1], axes=axes, keepdims=True, window=None)
+    _need(_plain(*rest.values()))
+    kernel, pads = _each(rest["kernel_size"], len(axes)), _each(rest["padding"], len(axes))
+    strides = _each(rest["stride"] or kernel, len(axes))
+    window = Window(kernel, strides, (1,) * len(axes), tuple((pad, pad) for pad in pads))
+    divisor, ceils = rest.get("divisor_override"), rest["ceil_mode"]
+    options = canonical.pooling(window, axes[0], rest["count_include_pad"], bool(divisor), ceils)
+    return draft.node("AveragePool", [x], call.made[:1], **options)
 
 
 @lowering("max_pool1d max_pool2d max_pool3d")

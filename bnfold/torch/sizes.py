@@ -176,7 +176,8 @@ def _same_settings(mine: DraftNode, theirs: DraftNode, moved: set[int]) -> bool:
         if any(getattr(one, name) != getattr(other, name) for name in _FORM):
             return False
         centre = one.centre if one.centre == other.centre else None
-        mine.linear = replace(one, centre=centre, partial=one.partial or other.partial)
+        window = one.window if one.window == other.window else None
+        mine.linear = replace(one, centre=centre, partial=one.partial or other.partial, window=window)
     mine.partial = mine.partial or theirs.partial
     return all(_settle_setting(mine, theirs, key, moved) for key in mine.attributes)
 
@@ -192,6 +193,8 @@ def _settle_setting(mine: DraftNode, theirs: DraftNode, key: str, moved: set[int
         mine.attributes[key] = tuple(sorted({*one, *(other or ())}))
     elif key == "slices" and other is not None:
         return all(a == b or axis in moved for axis, (a, b) in enumerate(zip(one, other, strict=True)))
+    elif key == "window":
+        mine.attributes[key] = one if one == other else None
     elif key == "crop":
         mine.attributes[key] = one if one is not None and other is not None and one[0] == other[0] else None
     elif mine.attributes.get("axis") in moved and key in ("indices", "sizes"):

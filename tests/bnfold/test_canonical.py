@@ -7,7 +7,7 @@ import pytest
 
 from bnfold import canonical
 from bnfold.algebra import Affine
-from bnfold.canonical import Window
+from bnfold.window import Window
 
 
 def window(kernel=(3, 3), strides=(1, 1), dilations=(1, 1), pads=((0, 0), (0, 0)), more=False):
@@ -146,11 +146,21 @@ def test_a_cut_has_bounds_that_are_not_negative_or_none_that_can_be_told(given, 
 
 def test_a_pooling_mixes_the_axes_along_which_it_moves():
     made = canonical.pooling(window((3, 1), pads=((1, 1), (0, 0))), 2)
-    assert made == {"axes": (2, 3), "keepdims": True, "partial": ""}
+    assert made == {"axes": (2, 3), "keepdims": True, "partial": "", "window": None}
     assert canonical.pooling(window((3, 1)), 2)["axes"] == (2,)
     assert (
         canonical.pooling(window(pads=AROUND), 2, counts_padding=True)["partial"] == "it counts zero padding"
     )
+
+
+def test_a_pooling_that_sums_a_whole_window_everywhere_says_which():
+    """A mean that leaves out what it pads divides by another number at the border; so may one that rounds up."""
+    plain, padded = window((2, 2), (2, 2)), window(pads=AROUND)
+    assert canonical.pooling(plain, 2)["window"] == plain
+    assert canonical.pooling(padded, 2, counts_padding=True)["window"] == padded
+    assert canonical.pooling(padded, 2)["window"] is None
+    assert canonical.pooling(plain, 2, divisor=True)["window"] is None
+    assert canonical.pooling(plain, 2, ceils=True)["window"] is None
 
 
 @pytest.mark.parametrize(

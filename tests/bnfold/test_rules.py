@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnfold.algebra import Affine, Linear
+from bnfold.errors import Refuse
 from bnfold.ir import Node, Shape
-from bnfold.rules import TABLE, Refuse, find, groups
+from bnfold.rules import TABLE, find, groups
 from tests.properties import machine
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bnfold.errors import Refuse
 from bnfold.ir import Graph
-from bnfold.rules import TABLE, Refuse
+from bnfold.rules import TABLE
 from bnfold.travel import Attempt, Options, Plan, _Driver, travel
 from tests.properties import machine
 

@@ -1,0 +1,592 @@
+"""Merge what is linear side by side, or one after another, into one operator; the second pass, after `travel`.
+
+Pure, like `travel`: a `Graph` in, a `Graph` and a list of `Merge` out. Folding erases affine maps; what is left between
+two nonlinear operators is often still a whole block of linear ones (the branches of MobileOne or RepVGG, a LoRA layer,
+two Linears in a row), and such a block is one operator. Three rules, whose algebra is in `operators`:
+
+1. Side by side: a sum of linear operators on one value, the value itself and affine maps of it among them.
+2. One after another, where nobody else reads what lies between.
+3. Never dearer: the multiply-adds of one pass plus the bytes of the weights must not grow.
+
+**How it is decided.** Going down the graph, each value is written in every way as one operator on an earlier value
+(`Candidate`): through its own node alone, through that and the one above, and so on, as long as what lies between is
+private. Nothing is gated here, since a sum can pay where a part of it does not: 1x3 beside 3x1 is dearer as one, beside
+a 3x3 as well it is cheaper, and so is a low-rank branch beside the matrix that it corrects. Then, going up, each value
+that is not within a merge yet takes its best candidate that is not dearer and that the model can hold (`Host.place`).
+Where a sum has other operands too, those on one value are gathered in one of them and the others dropped.
+
+Every candidate is decided from shapes alone; numbers are computed when a host writes them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, NamedTuple, Protocol
+
+from bnfold import report
+from bnfold.algebra import Affine, Linear
+from bnfold.errors import Refuse
+from bnfold.ir import Graph, Node
+from bnfold.operators import Operator, Stored, add, average, compose, diagonal, of_linear
+from bnfold.rules import TABLE
+from bnfold.window import Window
+
+__all__ = ["Candidate", "Cost", "Host", "Merge", "Merged", "merge"]
+
+_MOST_NODES = 100
+"""As many nodes make one operator, at most."""
+
+_MOST_WAYS = 8
+"""In as many ways a value is written as one operator on an earlier value."""
+
+
+class Cost(NamedTuple):
+    """What an operator takes: multiply-adds (for each position of its output, or in all) and bytes of weights."""
+
+    multiply_adds: int
+    bytes: int
+
+    def plus(self, other: Cost) -> Cost:
+        """The cost of both."""
+        return Cost(self.multiply_adds + other.multiply_adds, self.bytes + other.bytes)
+
+    def times(self, positions: int) -> Cost:
+        """The cost at so many positions; the weights are read once."""
+        return Cost(self.multiply_adds * positions, self.bytes)
+
+    @property
+    def total(self) -> int:
+        """What is compared: one multiply-add is about as dear as one byte that comes from memory."""
+        return self.multiply_adds + self.bytes
+
+
+NOTHING = Cost(0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A value, written as one operator on an earlier value.
+
+    Attributes:
+        source, result: the two values.
+        operator: an affine map as long as no operator gives it a kind.
+        node: the node that computes the result; "" where source and result are one value.
+        parts: how the inputs of that node are written.
+        before: what its nodes cost now, for each position of the result.
+        dropped: nodes and operands of theirs, in a sum, whose share the operator computes as well.
+        size: how many nodes it has.
+    """
+
+    source: str
+    result: str
+    operator: Operator | Affine
+    node: str = ""
+    parts: tuple[Candidate, ...] = ()
+    before: Cost = NOTHING
+    dropped: tuple[tuple[str, str], ...] = ()
+    size: int = 0
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Every node that it stands for, from the result up."""
+        found: dict[str, None] = {}
+        waiting = [self]
+        while waiting:
+            one = waiting.pop()
+            found.update({one.node: None} if one.node else {})
+            waiting.extend(one.parts)
+        return tuple(found)
+
+
+class Host(Protocol):
+    """The model in which merged operators are to be written."""
+
+    def stored(self, node: Node) -> Any:
+        """The weight and bias of a linear node (see `operators.Stored`).
+
+        Raises:
+            Refuse: they cannot be read.
+        """
+
+    def itemsize(self, node: Node) -> int:
+        """How many bytes one number of its weight takes."""
+        ...
+
+    def place(self, candidate: Candidate) -> Any:
+        """Where the operator of a candidate can be written.
+
+        Raises:
+            Refuse: nowhere, and why.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """One operator that stands for several.
+
+    Attributes:
+        into: the node of the new graph.
+        candidate: what it is made of.
+        place: what the host said of where it is written.
+        record: for the report.
+    """
+
+    into: str
+    candidate: Candidate
+    place: Any
+    record: report.Merge
+
+    @property
+    def operator(self) -> Operator:
+        """The merged operator."""
+        assert isinstance(self.candidate.operator, Operator)
+        return self.candidate.operator
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The graph afterwards, what was merged, and what was not and why."""
+
+    graph: Graph
+    merges: tuple[Merge, ...] = ()
+    refused: tuple[report.Merge, ...] = ()
+
+
+def merge(graph: Graph, host: Host) -> Merged:
+    """Merge the linear operators of a graph.
+
+    Args:
+        graph: as `travel` leaves it.
+        host: says which merged operators can be written, and where.
+
+    Returns:
+        The graph with one linear node in the place of each block that was merged.
+    """
+    found = _Ways(graph, host)
+    found.find()
+    choice = _Choice(graph, host, found)
+    choice.choose()
+    return choice.merged()
+
+
+# ---------------------------------------------------------------- each value as one operator on an earlier one
+
+
+@dataclass(eq=False)
+class _Ways:
+    """In which ways each value is one operator on an earlier value.
+
+    Attributes:
+        ways: by value, from near to far.
+        refused: by the nodes that could not become one, why.
+    """
+
+    graph: Graph
+    host: Host
+    ways: dict[str, list[Candidate]] = field(default_factory=dict)
+    refused: dict[tuple[str, ...], str] = field(default_factory=dict)
+
+    def find(self) -> None:
+        """Go down the graph."""
+        for node in self.graph.nodes:
+            if len(node.outputs) == 1 and node.inputs:
+                found = list(self._of_sum(node) if _is_sum(node) else self._of_chain(node))
+                self.ways[node.outputs[0]] = found[:_MOST_WAYS]
+
+    def is_private(self, value: str, reader: Node) -> bool:
+        """Whether nobody else reads a value."""
+        return (
+            self.graph.readers(value) == (reader,)
+            and reader.inputs.count(value) == 1
+            and value not in self.graph.outputs
+        )
+
+    def through(self, value: str, reader: Node) -> list[Candidate]:
+        """How a node could look through a value that it alone reads."""
+        return self.ways.get(value, []) if self.is_private(value, reader) else []
+
+    def _of_chain(self, node: Node) -> Iterator[Candidate]:
+        """Through one node, and on through what lies above it."""
+        own = self._own(node)
+        if own is None or len(node.inputs) != 1:
+            return
+        source, result = node.inputs[0], node.outputs[0]
+        cost = self._cost(node, own)
+        if node.op != "Identity":
+            yield Candidate(source, result, own, node.name, (), cost, size=1)
+        for inner in self.through(source, node):
+            if inner.size < _MOST_NODES:
+                try:
+                    operator = self._sequence(inner.operator, own, node)
+                except Refuse as why:
+                    self.refuse((inner, node.name), str(why))
+                    return
+                before = inner.before.times(_stride(own)).plus(cost)
+                yield Candidate(
+                    inner.source, result, operator, node.name, (inner,), before, size=inner.size + 1
+                )
+
+    def _own(self, node: Node) -> Operator | Affine | None:
+        """What a node computes of its one input, if that is linear."""
+        rank = len(self.graph.shapes.get(node.outputs[0], ()))
+        if node.op == "Identity":
+            return Affine.identity(rank)
+        if node.op in ("Affine", "BatchNormalization"):
+            return node.affine if node.affine is not None and node.affine.is_finite else None
+        if node.op == "AveragePool":
+            return self._pool(node)
+        try:
+            return of_linear(node) if node.linear is not None else None
+        except Refuse:
+            return None
+
+    def _pool(self, node: Node) -> Operator | None:
+        window, shape = node.attributes.get("window"), self.graph.shapes.get(node.inputs[0], ())
+        axis = len(shape) - len(window.kernel) - 1 if isinstance(window, Window) else -1
+        channels = shape[axis] if axis >= 0 else None
+        if not isinstance(window, Window) or not isinstance(channels, int):
+            return None
+        return average(window, channels, axis)
+
+    def _cost(self, node: Node, own: Operator | Affine) -> Cost:
+        """What one node costs for each position of its output."""
+        if isinstance(own, Affine):
+            return Cost(0 if node.op == "Identity" else self._channels(node), 0)
+        held = own.weights + own.outputs if node.linear is not None else 0
+        return Cost(own.multiply_adds, held * self.host.itemsize(node) if held else 0)
+
+    def _channels(self, node: Node) -> int:
+        """How many elements a position of its output has; not more, where it is not known which axis that is."""
+        shape = self.graph.shapes.get(node.outputs[0], ())
+        axes = (1, 2) if len(shape) == 3 else (1,)
+        sizes = [size for axis in axes if axis < len(shape) and isinstance(size := shape[axis], int)]
+        return min(sizes, default=1)
+
+    def _sequence(self, first: Operator | Affine, second: Operator | Affine, node: Node) -> Operator | Affine:
+        if isinstance(first, Affine) and isinstance(second, Affine):
+            return second.after(first)
+        if isinstance(first, Affine):
+            assert isinstance(second, Operator)
+            if second.lookup:
+                raise Refuse("it looks up rows, by whole numbers")
+            first = diagonal(first, second, second.in_axis, second.inputs)
+        elif isinstance(second, Affine):
+            second = diagonal(second, first, first.out_axis, first.outputs)
+        return compose(first, second, self.host.stored)
+
+    # -- sums
+
+    def _of_sum(self, node: Node) -> Iterator[Candidate]:
+        """A sum whose operands are all operators on one earlier value."""
+        shapes = {self.graph.shapes.get(value) for value in (*node.inputs, *node.outputs)}
+        if len(shapes) > 1 or None in shapes:
+            return
+        operands = [self.operand(node, value) for value in node.inputs]
+        signs = TABLE[node.op].signs or (1.0, 1.0)
+        for source in operands[0]:
+            terms = [ways.get(source) for ways in operands]
+            if None not in terms:
+                yield from self._sum(node, [term for term in terms if term is not None], signs)
+
+    def operand(self, node: Node, value: str) -> dict[str, Candidate]:
+        """How one operand of a sum can be written, by the value that it is an operator on."""
+        rank = len(self.graph.shapes.get(value, ()))
+        ways = {value: Candidate(value, value, Affine.identity(rank))}
+        for way in self.through(value, node):
+            ways.setdefault(way.source, way)
+        return ways
+
+    def _sum(self, node: Node, terms: Sequence[Candidate], signs: tuple[float, float]) -> Iterator[Candidate]:
+        """The sum of some terms on one value."""
+        size = 1 + sum(term.size for term in terms)
+        if size > _MOST_NODES:
+            return
+        try:
+            operator = _scaled(terms[0].operator, signs[0])
+            for term in terms[1:]:
+                operator = _beside(operator, term.operator, signs[1])
+        except Refuse as why:
+            return self.refuse((*terms, node.name), str(why))
+        before = Cost((len(terms) - 1) * _width(operator, self._channels(node)), 0)
+        for term in terms:
+            before = before.plus(term.before)
+        yield Candidate(
+            terms[0].source, node.outputs[0], operator, node.name, tuple(terms), before, size=size
+        )
+
+    def refuse(self, parts: Iterable[Candidate | str], why: str) -> None:
+        """Note why some nodes did not become one."""
+        names = [(part,) if isinstance(part, str) else part.nodes for part in parts]
+        nodes = [name for group in names for name in group if self.graph[name].linear is not None]
+        if len(nodes) > 1:
+            self.refused[tuple(sorted(nodes))] = why
+
+
+def _is_sum(node: Node) -> bool:
+    return node.op in TABLE and TABLE[node.op].signs is not None
+
+
+def _stride(operator: Operator | Affine) -> int:
+    """How many positions of its input there are for one of its output."""
+    return 1 if isinstance(operator, Affine) or operator.window is None else prod(operator.window.strides)
+
+
+def _width(operator: Operator | Affine, channels: int) -> int:
+    return operator.outputs if isinstance(operator, Operator) else channels
+
+
+def _scaled(operator: Operator | Affine, sign: float) -> Operator | Affine:
+    if sign == 1:
+        return operator
+    if isinstance(operator, Affine):
+        return Affine(sign * operator.scale, sign * operator.shift)
+
+    def numbers(stored: Stored) -> Any:
+        weight, bias = operator.numbers(stored)
+        return sign * weight, sign * bias
+
+    return replace(operator, numbers=numbers)
+
+
+def _beside(first: Operator | Affine, second: Operator | Affine, sign: float) -> Operator | Affine:
+    """The sum of two operators on one value, the second with a sign.
+
+    Raises:
+        Refuse: see `operators.add`.
+    """
+    if isinstance(first, Affine) and isinstance(second, Affine):
+        return Affine.of(first.scale + sign * second.scale, first.shift + sign * second.shift)
+    if isinstance(first, Affine):
+        assert isinstance(second, Operator)
+        first = diagonal(first, second, second.in_axis, second.inputs)
+    elif isinstance(second, Affine):
+        second = diagonal(second, first, first.in_axis, first.inputs)
+    return add(first, second, sign)
+
+
+# ---------------------------------------------------------------- which of them is taken
+
+
+@dataclass(frozen=True, eq=False)
+class _Term:
+    """One operand of a sum: the node that reads it and the value, how it can be written, its sign, and one such way."""
+
+    operand: tuple[str, str]
+    ways: dict[str, Candidate]
+    sign: float
+    way: Candidate = field(default_factory=lambda: Candidate("", "", Affine.identity(0)))
+
+
+class _Choice:
+    """Which candidates become one operator."""
+
+    def __init__(self, graph: Graph, host: Host, found: _Ways) -> None:
+        self.graph, self.host, self.found = graph, host, found
+        self.taken: dict[str, Merge] = {}
+        self.merges: list[Merge] = []
+
+    def choose(self) -> None:
+        """Go up the graph: what is farthest down and takes most in comes first."""
+        for node in reversed(self.graph.nodes):
+            if node.name in self.taken or len(node.outputs) != 1:
+                continue
+            ways = [way for way in self.found.ways.get(node.outputs[0], ()) if way.size > 1]
+            ways.sort(key=lambda way: -self._saving(way))
+            if not any(self._take(way) for way in ways) and self._is_root(node):
+                self._gather(node)
+
+    def _is_root(self, node: Node) -> bool:
+        """Whether a node is a sum, and no term of another one."""
+        if not _is_sum(node):
+            return False
+        readers = self.graph.readers(node.outputs[0])
+        return not (len(readers) == 1 and _is_sum(readers[0]) and self._is_inner(node.outputs[0], readers[0]))
+
+    def _is_inner(self, value: str, reader: Node) -> bool:
+        shapes = {self.graph.shapes.get(v) for v in (value, *reader.inputs, *reader.outputs)}
+        return self.found.is_private(value, reader) and len(shapes) == 1 and None not in shapes
+
+    # -- cost
+
+    def _positions(self, value: str, operator: Operator) -> int:
+        """How many positions a value has for one example, as far as that is known."""
+        sizes = [
+            size
+            for axis, size in enumerate(self.graph.shapes.get(value, ()))
+            if axis != operator.out_axis and isinstance(size, int)
+        ]
+        return prod(sizes)
+
+    def _costs(self, way: Candidate) -> tuple[Cost, Cost]:
+        operator = way.operator
+        if not isinstance(operator, Operator):
+            return way.before, way.before
+        positions = self._positions(way.result, operator)
+        numbers = operator.weights + operator.outputs
+        after = Cost(operator.multiply_adds, numbers * self._itemsize(way))
+        return way.before.times(positions), after.times(positions)
+
+    def _itemsize(self, way: Candidate) -> int:
+        linears = [node for name in way.nodes if (node := self.graph[name]).linear is not None]
+        return self.host.itemsize(linears[0]) if linears else 4
+
+    def _saving(self, way: Candidate) -> int:
+        before, after = self._costs(way)
+        return before.total - after.total
+
+    # -- taking one
+
+    def _take(self, way: Candidate) -> bool:
+        """Take a candidate, unless it is dearer or cannot be written."""
+        if not isinstance(way.operator, Operator) or any(name in self.taken for name in way.nodes):
+            return False
+        before, after = self._costs(way)
+        if after.total > before.total:
+            self.found.refuse([way], _dearer(before, after))
+            return False
+        try:
+            place = self.host.place(way)
+        except Refuse as why:
+            self.found.refuse([way], str(why))
+            return False
+        into = self._name(way)
+        record = report.Merge(
+            getattr(place, "name", "") or into,
+            tuple(reversed(way.nodes)),
+            (before.multiply_adds, after.multiply_adds),
+            (before.bytes, after.bytes),
+        )
+        made = Merge(into, way, place, record)
+        self.merges.append(made)
+        self.taken.update(dict.fromkeys(way.nodes, made))
+        return True
+
+    def _name(self, way: Candidate) -> str:
+        """The dearest linear node among those that become one."""
+        nodes = [self.graph[name] for name in reversed(way.nodes)]
+        linears = [node for node in nodes if node.linear is not None] or nodes
+        return max(linears, key=_weights).name
+
+    # -- sums with other operands
+
+    def _gather(self, root: Node) -> None:
+        """Gather the operands of a sum that are operators on one value in one of them, value by value."""
+        terms = list(self._terms(root))
+        counts = Counter(source for term in terms for source in term.ways)
+        for source, _ in counts.most_common():
+            mine = [replace(term, way=term.ways[source]) for term in terms if source in term.ways]
+            free = [term for term in mine if not any(name in self.taken for name in term.way.nodes)]
+            used = self._gather_on(free) if len(free) > 1 else set()
+            terms = [term for term in terms if term.operand not in used]
+
+    def _terms(self, root: Node) -> Iterator[_Term]:
+        """The operands of a whole tree of sums, but for what is subtracted from."""
+        waiting = [(root, 1.0)]
+        while waiting:
+            node, sign = waiting.pop()
+            signs = TABLE[node.op].signs or (1.0, 1.0)
+            if {self.graph.shapes.get(v) for v in node.inputs} != {self.graph.shapes.get(node.outputs[0])}:
+                continue
+            for place, value in enumerate(node.inputs):
+                own = sign * signs[1 if place else 0]
+                producer = self.graph.producer(value)
+                if producer is not None and _is_sum(producer) and self._is_inner(value, node):
+                    waiting.append((producer, own))
+                elif place or signs == (1.0, 1.0):
+                    yield _Term((node.name, value), self.found.operand(node, value), own)
+
+    def _gather_on(self, terms: Sequence[_Term]) -> set[tuple[str, str]]:
+        """Gather terms in the dearest one, each as long as that is not dearer; return those that are used up."""
+        host, *others = sorted(terms, key=lambda term: -_work(term.way.operator))
+        best = host.way
+        for term in others if isinstance(best.operator, Operator) else ():
+            wider = self._wider(best, term, host.sign * term.sign)
+            if wider is not None and self._saving(wider) >= 0:
+                best = wider
+        taken = bool(best.dropped) and self._take(best)
+        return {host.operand, *best.dropped} if taken else set()
+
+    def _wider(self, so_far: Candidate, term: _Term, sign: float) -> Candidate | None:
+        """A candidate with one more term of its sum."""
+        way = term.way
+        try:
+            operator = _beside(so_far.operator, way.operator, sign)
+        except Refuse as why:
+            self.found.refuse([so_far, way], str(why))
+            return None
+        return replace(
+            so_far,
+            operator=operator,
+            parts=(*so_far.parts, *((way,) if way.node else ())),
+            before=so_far.before.plus(way.before).plus(Cost(_width(operator, 0), 0)),
+            dropped=(*so_far.dropped, term.operand),
+            size=so_far.size + way.size,
+        )
+
+    # -- what comes of it
+
+    def merged(self) -> Merged:
+        """The graph afterwards, and the records."""
+        made = {self._last(one): one for one in self.merges}
+        dropped = {operand for one in self.merges for operand in one.candidate.dropped}
+        alias: dict[str, str] = {}
+        nodes: list[Node] = []
+        for node in self.graph.nodes:
+            one = made.get(node.name)
+            if one is not None:
+                node = self._node(one)
+            elif node.name in self.taken:
+                continue
+            inputs = [alias.get(value, value) for value in node.inputs]
+            if one is None:
+                pairs = zip(inputs, node.inputs, strict=True)
+                inputs = [value for value, old in pairs if (node.name, old) not in dropped]
+            if len(inputs) == 1 < len(node.inputs):
+                alias[node.outputs[0]] = inputs[0]
+                continue
+            nodes.append(replace(node, inputs=tuple(inputs)) if tuple(inputs) != node.inputs else node)
+        outputs = tuple(alias.get(value, value) for value in self.graph.outputs)
+        graph = replace(self.graph, nodes=tuple(nodes), outputs=outputs)
+        return Merged(graph, tuple(reversed(self.merges)), tuple(self._refusals()))
+
+    def _last(self, one: Merge) -> str:
+        producer = self.graph.producer(one.candidate.result)
+        assert producer is not None
+        return producer.name
+
+    def _node(self, one: Merge) -> Node:
+        """The linear node that stands for several; its numbers are the operator's."""
+        way, operator, dearest = one.candidate, one.operator, self.graph[one.into]
+        op = dearest.op if dearest.linear is not None else "Conv"
+        sizes = (operator.inputs, operator.outputs, operator.in_axis, operator.out_axis, operator.groups)
+        linear = Linear("oi", *sizes, window=operator.window)
+        return Node(one.into, op, (way.source,), (way.result,), linear=linear)
+
+    def _refusals(self) -> Iterator[report.Merge]:
+        """What was not merged, but for what is a part of something that was."""
+        for names, why in self.found.refused.items():
+            homes = {id(self.taken.get(name)) for name in names}
+            if len(homes) > 1 or not all(name in self.taken for name in names):
+                yield report.Merge("", names, reason=why)
+
+
+def _weights(node: Node) -> int:
+    linear = node.linear
+    if linear is None:
+        return 0
+    taps = prod(linear.window.kernel) if linear.window is not None else 1
+    return linear.outputs * linear.inputs // linear.groups * taps
+
+
+def _work(operator: Operator | Affine) -> int:
+    return operator.multiply_adds if isinstance(operator, Operator) else -1
+
+
+def _dearer(before: Cost, after: Cost) -> str:
+    return (
+        f"as one it would be dearer: {after.multiply_adds:,} multiply-adds and {after.bytes:,} bytes, "
+        f"now {before.multiply_adds:,} and {before.bytes:,}"
+    )
