@@ -21,7 +21,7 @@ Every candidate is decided from shapes alone; numbers are computed when a host w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -148,11 +148,19 @@ class Merge:
 
 @dataclass(frozen=True)
 class Merged:
-    """The graph afterwards, what was merged, and what was not and why."""
+    """What was merged, and what was not.
+
+    Attributes:
+        graph: the graph afterwards.
+        merges: the operators that stand for several, in the order of computation.
+        refused: what could have been one operator and is not, with the reason.
+        left: of the sums that lost operands to a merge, by name, the places of those that are left, if any.
+    """
 
     graph: Graph
     merges: tuple[Merge, ...] = ()
     refused: tuple[report.Merge, ...] = ()
+    left: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def merge(graph: Graph, host: Host) -> Merged:
@@ -493,9 +501,11 @@ class _Choice:
             for place, value in enumerate(node.inputs):
                 own = sign * signs[1 if place else 0]
                 producer = self.graph.producer(value)
+                if not place and signs != (1.0, 1.0):
+                    continue
                 if producer is not None and _is_sum(producer) and self._is_inner(value, node):
                     waiting.append((producer, own))
-                elif place or signs == (1.0, 1.0):
+                else:
                     yield _Term((node.name, value), self.found.operand(node, value), own)
 
     def _gather_on(self, terms: Sequence[_Term]) -> set[tuple[str, str]]:
@@ -531,26 +541,36 @@ class _Choice:
     def merged(self) -> Merged:
         """The graph afterwards, and the records."""
         made = {self._last(one): one for one in self.merges}
-        dropped = {operand for one in self.merges for operand in one.candidate.dropped}
+        left = self._left()
         alias: dict[str, str] = {}
         nodes: list[Node] = []
         for node in self.graph.nodes:
-            one = made.get(node.name)
-            if one is not None:
-                node = self._node(one)
-            elif node.name in self.taken:
+            if node.name in made:
+                node = self._node(made[node.name])
+            elif node.name in self.taken or left.get(node.name) == ():
                 continue
-            inputs = [alias.get(value, value) for value in node.inputs]
-            if one is None:
-                pairs = zip(inputs, node.inputs, strict=True)
-                inputs = [value for value, old in pairs if (node.name, old) not in dropped]
-            if len(inputs) == 1 < len(node.inputs):
+            places = left.get(node.name, range(len(node.inputs)))
+            inputs = tuple(alias.get(node.inputs[place], node.inputs[place]) for place in places)
+            if node.name in left and len(inputs) == 1:
                 alias[node.outputs[0]] = inputs[0]
                 continue
-            nodes.append(replace(node, inputs=tuple(inputs)) if tuple(inputs) != node.inputs else node)
+            nodes.append(replace(node, inputs=inputs) if inputs != node.inputs else node)
         outputs = tuple(alias.get(value, value) for value in self.graph.outputs)
         graph = replace(self.graph, nodes=tuple(nodes), outputs=outputs)
-        return Merged(graph, tuple(reversed(self.merges)), tuple(self._refusals()))
+        return Merged(graph, tuple(reversed(self.merges)), tuple(self._refusals()), left)
+
+    def _left(self) -> dict[str, tuple[int, ...]]:
+        """The places of the operands that are left of each sum that lost some."""
+        dropped = {operand for one in self.merges for operand in one.candidate.dropped}
+        touched = {name for name, _ in dropped}
+        left: dict[str, tuple[int, ...]] = {}
+        gone: set[str] = set()
+        for node in self.graph.nodes if touched else ():
+            pairs = [(place, value) for place, value in enumerate(node.inputs) if value not in gone]
+            if node.name in touched or len(pairs) < len(node.inputs):
+                left[node.name] = tuple(p for p, value in pairs if (node.name, value) not in dropped)
+                gone.update(() if left[node.name] else node.outputs)
+        return left
 
     def _last(self, one: Merge) -> str:
         producer = self.graph.producer(one.candidate.result)
