@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -34,7 +35,7 @@ from bnfold.operators import Operator, Stored, add, average, compose, diagonal, 
 from bnfold.rules import TABLE
 from bnfold.window import Window
 
-__all__ = ["Candidate", "Cost", "Host", "Merge", "Merged", "merge"]
+__all__ = ["Candidate", "Cost", "Host", "Merge", "Merged", "merge", "settle"]
 
 _MOST_NODES = 100
 """As many nodes make one operator, at most."""
@@ -162,6 +163,26 @@ class Merged:
     refused: tuple[report.Merge, ...] = ()
     left: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @cached_property
+    def nodes(self) -> Mapping[str, Merge]:
+        """Every node that is in a merge, by name."""
+        return {name: one for one in self.merges for name in one.candidate.nodes}
+
+    def tell(self, told: report.Report, graph: Graph) -> report.Report:
+        """A report, with what was merged in it.
+
+        Args:
+            told: the report so far.
+            graph: the graph before.
+        """
+        before, after = _linears(graph), _linears(self.graph)
+        return replace(
+            told,
+            merges=(*(one.record for one in self.merges), *self.refused),
+            operators=(len(before), len(after)),
+            multiply_adds=(sum(before), sum(after)),
+        )
+
 
 def merge(graph: Graph, host: Host) -> Merged:
     """Merge the linear operators of a graph.
@@ -178,6 +199,43 @@ def merge(graph: Graph, host: Host) -> Merged:
     choice = _Choice(graph, host, found)
     choice.choose()
     return choice.merged()
+
+
+def _linears(graph: Graph) -> list[int]:
+    """How many multiply-adds each linear operator of a graph takes for one example."""
+    return [
+        (0 if node.op == "Embedding" else _weights(node))
+        * _positions(graph, node.outputs[0], node.linear.out_axis)
+        for node in graph.nodes
+        if node.linear is not None
+    ]
+
+
+def _positions(graph: Graph, value: str, channels: int) -> int:
+    """How many positions a value has, as far as sizes are known; `channels` is the axis that does not count."""
+    sizes = enumerate(graph.shapes.get(value, ()))
+    return prod(size for axis, size in sizes if axis != channels and isinstance(size, int))
+
+
+def settle(verdicts: Iterable[report.Verdict], graph: Graph, merged: Merged) -> tuple[report.Verdict, ...]:
+    """The verdicts on BatchNorms once operators are merged: what was left of some may be gone.
+
+    Args:
+        verdicts: of `travel`.
+        graph: its graph.
+        merged: what became of it.
+    """
+    homes: dict[str, list[Merge | None]] = {}
+    for node in graph.nodes:
+        homes.setdefault(node.place, []).append(merged.nodes.get(node.name))
+    return tuple(_settled(verdict, homes.get(verdict.name, [])) for verdict in verdicts)
+
+
+def _settled(verdict: report.Verdict, homes: Sequence[Merge | None]) -> report.Verdict:
+    if verdict.outcome == "folded" or not homes or None in homes:
+        return verdict
+    into = dict.fromkeys(one.record.into for one in homes if one is not None)
+    return report.Verdict(verdict.name, "folded", (*verdict.into, *into))
 
 
 # ---------------------------------------------------------------- each value as one operator on an earlier one
@@ -394,12 +452,13 @@ class _Choice:
     def __init__(self, graph: Graph, host: Host, found: _Ways) -> None:
         self.graph, self.host, self.found = graph, host, found
         self.taken: dict[str, Merge] = {}
+        self.touched: set[str] = set()
         self.merges: list[Merge] = []
 
     def choose(self) -> None:
         """Go up the graph: what is farthest down and takes most in comes first."""
         for node in reversed(self.graph.nodes):
-            if node.name in self.taken or len(node.outputs) != 1:
+            if self._is_used(node.name) or len(node.outputs) != 1:
                 continue
             ways = [way for way in self.found.ways.get(node.outputs[0], ()) if way.size > 1]
             ways.sort(key=lambda way: -self._saving(way))
@@ -419,20 +478,11 @@ class _Choice:
 
     # -- cost
 
-    def _positions(self, value: str, operator: Operator) -> int:
-        """How many positions a value has for one example, as far as that is known."""
-        sizes = [
-            size
-            for axis, size in enumerate(self.graph.shapes.get(value, ()))
-            if axis != operator.out_axis and isinstance(size, int)
-        ]
-        return prod(sizes)
-
     def _costs(self, way: Candidate) -> tuple[Cost, Cost]:
         operator = way.operator
         if not isinstance(operator, Operator):
             return way.before, way.before
-        positions = self._positions(way.result, operator)
+        positions = _positions(self.graph, way.result, operator.out_axis)
         numbers = operator.weights + operator.outputs
         after = Cost(operator.multiply_adds, numbers * self._itemsize(way))
         return way.before.times(positions), after.times(positions)
@@ -449,7 +499,7 @@ class _Choice:
 
     def _take(self, way: Candidate) -> bool:
         """Take a candidate, unless it is dearer or cannot be written."""
-        if not isinstance(way.operator, Operator) or any(name in self.taken for name in way.nodes):
+        if not isinstance(way.operator, Operator) or any(self._is_used(name) for name in way.nodes):
             return False
         before, after = self._costs(way)
         if after.total > before.total:
@@ -470,7 +520,12 @@ class _Choice:
         made = Merge(into, way, place, record)
         self.merges.append(made)
         self.taken.update(dict.fromkeys(way.nodes, made))
+        self.touched.update(name for name, _ in way.dropped)
         return True
+
+    def _is_used(self, name: str) -> bool:
+        """Whether a node is in a merge, or a sum that has lost operands to one."""
+        return name in self.taken or name in self.touched
 
     def _name(self, way: Candidate) -> str:
         """The dearest linear node among those that become one."""
@@ -486,7 +541,7 @@ class _Choice:
         counts = Counter(source for term in terms for source in term.ways)
         for source, _ in counts.most_common():
             mine = [replace(term, way=term.ways[source]) for term in terms if source in term.ways]
-            free = [term for term in mine if not any(name in self.taken for name in term.way.nodes)]
+            free = [term for term in mine if not any(self._is_used(name) for name in term.way.nodes)]
             used = self._gather_on(free) if len(free) > 1 else set()
             terms = [term for term in terms if term.operand not in used]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import Any, Literal
@@ -86,6 +87,9 @@ class Report:
         notes: what else there is to say, each one sentence ("unverified: ...").
         parameters: how many floating-point numbers the model holds, statistics included, before and after.
         limits: what the verdicts rest on that no comparison shows, each one sentence; printed first.
+        merges: linear operators that became one, then those that could have and did not.
+        operators: how many linear operators there are, before and after merging.
+        multiply_adds: how many multiply-adds those take for one example, before and after merging.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -93,6 +97,14 @@ class Report:
     notes: tuple[str, ...] = ()
     parameters: tuple[int, int] | None = field(default=None)
     limits: tuple[str, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    operators: tuple[int, int] | None = field(default=None)
+    multiply_adds: tuple[int, int] | None = field(default=None)
+
+    @property
+    def merged(self) -> tuple[Merge, ...]:
+        """The merges that were made."""
+        return tuple(merge for merge in self.merges if merge.into)
 
     @property
     def verified(self) -> bool:
@@ -115,11 +127,18 @@ class Report:
     def summary(self) -> str:
         """One line: how many of how many, and whether that was verified."""
         total, gone = len(self.verdicts), self.count("folded")
-        if not total:
+        if not total and not self.merged:
             return "there is no BatchNorm in it"
-        parts = [f"{gone} of {total} BatchNorm{'s' * (total != 1)} folded"]
+        parts = [f"{gone} of {total} BatchNorm{'s' * (total != 1)} folded"] if total else []
         parts += [f"{self.count(o)} {o}" for o in ("scale folded", "kept") if self.count(o)]
+        parts += [self._sum_up()] if self.merged else []
         return ", ".join([*parts, "verified" if self.verified else "unverified"])
+
+    def _sum_up(self) -> str:
+        """What merging has gained."""
+        count, work = self.operators or (0, 0), self.multiply_adds or (0, 0)
+        less = f"{_short(work[0])} to {_short(work[1])} multiply-adds"
+        return f"{count[0]} linear operators before, {count[1]} after merging ({less})"
 
     def __str__(self) -> str:
         """The table of verdicts, the evidence and the notes, 110 columns wide."""
@@ -137,6 +156,8 @@ class Report:
 
         parts: list[Any] = [escape(limit) for limit in self.limits]
         parts += [_verdict_table(self.verdicts)] if self.verdicts else []
+        parts += [_merge_table(self.merged)] if self.merged else []
+        parts += [escape(line) for line in _not_merged(self.merges)]
         parts += [_evidence_table(self.evidence)] if self.evidence else []
         parts += [escape(note) for note in self.notes]
         if self.parameters is not None:
@@ -155,6 +176,37 @@ def _verdict_table(verdicts: tuple[Verdict, ...]) -> Any:
         cells = (verdict.name, verdict.outcome, ", ".join(verdict.into), verdict.reason)
         table.add_row(*map(escape, cells[: len(table.columns)]))
     return table
+
+
+def _merge_table(merges: tuple[Merge, ...]) -> Any:
+    from rich.markup import escape
+
+    table = _table("merged into", "from", "multiply-adds", "bytes")
+    for merge in merges:
+        pairs = (
+            f"{_short(before)} to {_short(after)}" for before, after in (merge.multiply_adds, merge.bytes)
+        )
+        table.add_row(escape(merge.into), escape(", ".join(merge.sources)), *pairs)
+    return table
+
+
+def _not_merged(merges: tuple[Merge, ...]) -> Iterator[str]:
+    """One line for each kind of reason, with how many and the first of them."""
+    kinds: dict[str, list[Merge]] = {}
+    for merge in merges:
+        if not merge.into:
+            kinds.setdefault(merge.reason.partition(":")[0], []).append(merge)
+    for reason, alike in kinds.items():
+        more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+        yield f"not merged: {' with '.join(alike[0].sources)}{more}; {reason}"
+
+
+def _short(number: int) -> str:
+    """A number in three digits or so: 1.07 G, 94.3 k."""
+    for factor, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return str(number)
 
 
 def _evidence_table(evidence: tuple[Evidence, ...]) -> Any:

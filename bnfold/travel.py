@@ -42,17 +42,19 @@ __all__ = ["Options", "Plan", "travel"]
 
 @dataclass(frozen=True)
 class Options:
-    """What `travel` may do besides folding whole affines.
+    """What folding may do besides moving whole affines.
 
     Attributes:
         halves: move a scale where the shift must stay; a per-channel Add is left.
         lower: leave one multiply and one add in the place of every BatchNorm that is kept.
         duplicate: copy a linear operator that somebody else reads as well (`duplicate`); for files only.
+        merge: let linear operators side by side, or one after another, become one afterwards (`merge`).
     """
 
     halves: bool = True
     lower: bool = False
     duplicate: bool = False
+    merge: bool = True
 
 
 @dataclass(frozen=True)

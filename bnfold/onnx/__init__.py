@@ -3,7 +3,7 @@
     folded, report = fold(model)                      # onnx.ModelProto or onnx_ir.Model
     report = fold_file("model.onnx", "model.folded.onnx")
 
-    read (flatten, shapes, constant_folding, lower) -> Graph -> travel -> Plan -> write -> edits -> run -> compare
+    read (flatten, shapes, constant_folding, lower) -> Graph -> travel -> Plan -> merge -> write -> run -> compare
 
 `read` imports the model as a graph, `travel` decides, `write` turns the difference into edits, which are applied to a
 copy, and the copy is run against the original before anybody gets it. torch is never imported here, onnxruntime only
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,11 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.errors import BnfoldError, InputError
+from bnfold.merge import Merged, settle
 from bnfold.onnx import files
 from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.edit import Edit, Store, apply
+from bnfold.onnx.merging import merge_imported
 from bnfold.onnx.read import ImportedModel, read
 from bnfold.onnx.run import run, to_float64
 from bnfold.onnx.write import fits, write
@@ -173,21 +175,31 @@ def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ..
 class _Decision:
     imported: ImportedModel
     plan: Plan
+    merged: Merged
 
     @property
     def changed(self) -> int:
         """How many nodes get new numbers."""
-        new = (node for node in self.plan.graph.nodes if node.linear is not None or node.affine is not None)
+        new = [node for node in self.plan.graph.nodes if node.linear is not None or node.affine is not None]
         old = {node.name: node for node in self.imported.graph.nodes}
-        return sum(node.name not in old or _differs(old[node.name], node) for node in new)
+        merged = sum(self.plan.graph[name].linear is not None for name in self.merged.nodes)
+        return merged + sum(
+            node.name not in old or _differs(old[node.name], node)
+            for node in new
+            if node.name not in self.merged.nodes
+        )
+
+    @cached_property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        return settle(self.plan.verdicts, self.plan.graph, self.merged)
 
     @property
     def erased(self) -> int:
-        return sum(verdict.outcome == "folded" for verdict in self.plan.verdicts)
+        return sum(verdict.outcome == "folded" for verdict in self.verdicts)
 
     @property
     def does_something(self) -> bool:
-        return bool(self.changed) or len(self.plan.graph.nodes) != len(self.imported.graph.nodes)
+        return bool(self.changed) or len(self.merged.graph.nodes) != len(self.imported.graph.nodes)
 
 
 def _differs(old: Any, new: Any) -> bool:
@@ -204,7 +216,8 @@ def _decide(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _
         plan = travel(imported.graph, choices.travel, fits(imported))
         stay = {v.name for v in plan.verdicts if v.outcome != "folded"} & imported.tentative
         if not stay:
-            return _Decision(imported, plan)
+            merged = merge_imported(imported, plan.graph) if choices.travel.merge else Merged(plan.graph)
+            return _Decision(imported, plan, merged)
         demoted |= stay
 
 
@@ -223,7 +236,7 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
         InputError: the model is not valid, or cannot be run and is to be compared.
     """
     decision, hidden, notes = _choose(model, folder, choices)
-    imported, verdicts = decision.imported, (*decision.plan.verdicts, *hidden)
+    imported, verdicts = decision.imported, (*decision.verdicts, *hidden)
     notes += imported.notes
     before = _count(imported.model)
     if not choices.verify:
@@ -234,13 +247,14 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
         return _Folded(
             _copy(imported.model), Report(verdicts, notes=tuple(notes), parameters=(before, before))
         )
-    edits = write(imported, decision.plan.graph)
+    edits = write(imported, decision.plan.graph, decision.merged)
     comparison = _compare(decision, edits, choices, model) if choices.verify else None
     folded = apply(edits, _copy(imported.model))
     if choices.freeze_initializers:
         _freeze(folded)
     _check_validity(folded, model, choices.verify)
     report = Report(verdicts, notes=tuple(notes), parameters=(before, _count(folded)))
+    report = decision.merged.tell(report, decision.plan.graph)
     external = {edit.name: edit.location for edit in edits if isinstance(edit, Store) and edit.location}
     return _Folded(folded, report, external, comparison)
 
@@ -263,8 +277,8 @@ def _choose(
             [],
             [f"the functions {', '.join(names)} were inlined, since all calls share their bodies"],
         )
-    seen = {verdict.name for verdict in decision.plan.verdicts}
-    return decision, [verdict for verdict in other.plan.verdicts if verdict.name not in seen], []
+    seen = {verdict.name for verdict in decision.verdicts}
+    return decision, [verdict for verdict in other.verdicts if verdict.name not in seen], []
 
 
 def _compare(

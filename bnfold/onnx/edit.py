@@ -230,6 +230,13 @@ class View:
         self.uses.setdefault(value, []).append(Use(ref, ref.owner, place))
         self.changed[ref] = None
 
+    def set_inputs(self, ref: NodeRef, values: Sequence[str]) -> None:
+        """Let a node read these values and no others."""
+        self.release(ref)
+        self.inputs[ref] = []
+        for place, value in enumerate(values):
+            self.set_input(ref, place, value)
+
     def set_output(self, ref: NodeRef, place: int, value: str) -> None:
         """Let a node compute another value."""
         self.outputs[ref][place] = value
@@ -319,7 +326,7 @@ class Editor:
             self.insert(refs[-1], "Identity", self.fresh_node(refs[-1].node.name), [source], target)
         self.view.move_uses(uses, source)
         if not returned:
-            self._forget(target)
+            self.forget(target)
 
     def _take_name(self, source: str, target: str, returned: list[Use]) -> bool:
         """Let `source` have the name of `target`, which a graph returns; False where it must keep its own."""
@@ -328,12 +335,12 @@ class Editor:
         taken = any(use.ref is None for use in uses)
         if maker is None or taken or maker.owner is not returned[0].owner:
             return False
-        self._forget(source)
+        self.forget(source)
         self.view.rename(source, self.view.raw[target])
         uses += returned
         return True
 
-    def _forget(self, value: str) -> None:
+    def forget(self, value: str) -> None:
         """Drop what the file says about a value that is no more."""
         home = self.view.home[value]
         self._forgotten.setdefault(id(home), (home, set()))[1].add(self.view.raw[value])
@@ -396,11 +403,11 @@ class Editor:
             if self.view.uses.get(value) or self._stored.pop(value, None) is not None:
                 continue
             if value in self.context.whole.tensors and value not in self.context.overridable:
-                self._forget(value)
+                self.forget(value)
             elif maker is not None and self._is_idle(maker):
                 self.remove(maker)
                 for output in filter(None, self.view.outputs[maker]):
-                    self._forget(output)
+                    self.forget(output)
 
     def _is_idle(self, ref: NodeRef) -> bool:
         return ref not in self._removed and not ref.results and not self.view.is_read(ref)

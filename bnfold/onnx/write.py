@@ -26,95 +26,35 @@ from onnx import TensorProto
 
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.ir import Graph, Node
-from bnfold.onnx.constant_folding import Unworkable, attribute
+from bnfold.merge import Merged
+from bnfold.onnx.constant_folding import Unworkable
 from bnfold.onnx.edit import Edit, Editor
 from bnfold.onnx.flatten import NodeRef
+from bnfold.onnx.merging import write_merges
 from bnfold.onnx.read import ImportedModel
+from bnfold.onnx.slots import Slots, find_slots, stored_bias, stored_weight
 
 __all__ = ["fits", "write"]
 
 
-def write(imported: ImportedModel, graph: Graph) -> tuple[Edit, ...]:
+def write(imported: ImportedModel, graph: Graph, merged: Merged | None = None) -> tuple[Edit, ...]:
     """What to change in an imported model so that it computes another graph.
 
     Args:
         imported: as `read` made it. Neither it nor its model is changed.
         graph: its graph by the plan.
+        merged: what of that graph is to be one operator.
 
     Returns:
         Edits for `bnfold.onnx.edit.apply`, to the model or to any copy of it. Their new weights are computed from the
         imported model when they are stored, so it must be as it was until then.
     """
-    return _Writer(imported, graph).write()
+    return _Writer(imported, graph, merged or Merged(graph)).write()
 
 
 def fits(imported: ImportedModel) -> Any:
     """Make the question that `travel` asks about a linear node: why its new numbers cannot be stored, or nothing."""
     return _Fits(imported)
-
-
-@dataclass(eq=False)
-class Slots:
-    """Where a linear operator keeps its numbers.
-
-    Attributes:
-        ref: the node with the weight.
-        weight: the input that holds the weight.
-        add: the node with the bias; None where there is none and the operator has no input for one.
-        bias: the input of `add` that holds the bias.
-        alpha, beta: what Gemm multiplies them by.
-    """
-
-    ref: NodeRef
-    weight: int
-    add: NodeRef | None = None
-    bias: int = 0
-    alpha: float = 1.0
-    beta: float = 1.0
-
-    @property
-    def multiplies_from_left(self) -> bool:
-        """Whether it is a MatMul whose outputs lie on the last axis but one."""
-        return self.ref.op == "MatMul" and self.weight == 0
-
-    @property
-    def bias_value(self) -> str:
-        """The value that is the bias, or nothing."""
-        return self.add.inputs[self.bias] if self.add is not None and self.bias < len(self.add.inputs) else ""
-
-
-def find_slots(imported: ImportedModel, name: str) -> Slots:
-    """Where the linear operator of this name keeps its numbers."""
-    refs, constants = imported.refs[name], imported.context.constants
-    ref = refs[0]
-    if ref.op in ("Conv", "ConvTranspose"):
-        return Slots(ref, 1, ref, 2)
-    if ref.op == "Gemm":
-        return Slots(ref, 1, ref, 2, attribute(ref.node, "alpha", 1.0), attribute(ref.node, "beta", 1.0))
-    if ref.op == "Gather":
-        return Slots(ref, 0)
-    weight = 0 if ref.inputs[0] in constants else 1
-    if len(refs) == 1:
-        return Slots(ref, weight)
-    return Slots(ref, weight, refs[1], 0 if refs[1].inputs[0] in constants else 1)
-
-
-def stored_weight(imported: ImportedModel, slots: Slots) -> np.ndarray[Any, Any]:
-    """The weight of a linear operator, with Gemm's alpha, as a matrix or kernel."""
-    array = imported.context.constants.array(slots.ref.inputs[slots.weight])
-    if slots.ref.op == "MatMul":
-        array = array.reshape(array.shape[-2:])
-    return array if slots.alpha == 1 else np.asarray(array, np.float64) * slots.alpha
-
-
-def stored_bias(imported: ImportedModel, slots: Slots, linear: Linear) -> Array | None:
-    """The bias of a linear operator, with Gemm's beta, against `(..., outputs)`."""
-    if not slots.bias_value:
-        return None
-    array = np.asarray(imported.context.constants.array(slots.bias_value), np.float64)
-    if slots.ref.op == "MatMul":
-        array = np.array(np.broadcast_to(array.ravel(), linear.outputs))
-    return array * slots.beta
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +73,9 @@ class _Weight:
 
 
 class _Writer:
-    def __init__(self, imported: ImportedModel, graph: Graph) -> None:
+    def __init__(self, imported: ImportedModel, graph: Graph, merged: Merged) -> None:
         self.imported, self.graph = replace(imported, refs=dict(imported.refs)), graph
+        self.merged = merged
         self.editor = Editor(imported)
         self.view = self.editor.view
         self.done: dict[tuple[Any, ...], list[tuple[Linear, str, str]]] = {}
@@ -146,13 +87,14 @@ class _Writer:
             if node.copied is not None:
                 self._copy(node, *node.copied, places)
         for node in old.nodes:
-            if node.name in self.graph:
+            if node.name in self.graph and node.name not in self.merged.nodes:
                 self._change(node, self.graph[node.name], places)
         for node in old.nodes:
             if node.name not in self.graph:
                 refs = self.imported.refs[node.name]
                 source = self.view.inputs[refs[0]][places[node.name]]
                 self.editor.bypass(refs, source, refs[-1].outputs[0])
+        write_merges(self.imported, self.graph, self.merged, self.editor)
         return self.editor.finish()
 
     def _data_place(self, node: Node) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 
 import bnfold
 import bnfold.onnx
-from bnfold.onnx.write import find_slots
+from bnfold.onnx.slots import find_slots
 from tests.onnx_models import count
 from tests.torch_models import randomise
 

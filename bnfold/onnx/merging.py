@@ -1,0 +1,274 @@
+"""Write merged operators into an ONNX model: where one fits, and the edits that put it there.
+
+A merged convolution is a Conv, a merged matrix a Gemm where values are matrices, else a MatMul and an Add, and a merged
+table a Gather. It is inserted where the last of its nodes stood; they go, with what only they read. A sum that lost
+operands to a merge elsewhere keeps the others, and goes if one is left.
+
+What the graph does not show is asked of the file: a value between two nodes must be read by nobody, be it for its shape
+alone, and all nodes must stand in one graph or body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from bnfold.algebra import Array, round_to
+from bnfold.errors import Refuse
+from bnfold.ir import Graph, Node
+from bnfold.merge import Candidate, Merge, Merged, merge
+from bnfold.onnx.constant_folding import FLOATS, Unworkable
+from bnfold.onnx.edit import Editor
+from bnfold.onnx.flatten import NodeRef
+from bnfold.onnx.read import ImportedModel
+from bnfold.onnx.slots import find_slots, stored_bias, stored_weight
+from bnfold.operators import Numbers, Operator
+
+__all__ = ["merge_imported", "write_merges"]
+
+
+def merge_imported(imported: ImportedModel, graph: Graph) -> Merged:
+    """Merge the linear operators of a model's graph, as `travel` has left it."""
+    return merge(graph, _Host(imported, graph))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a merged operator goes.
+
+    Attributes:
+        refs: the nodes that it replaces, in the order of the file; the last one computes its result.
+        data_type: of its numbers.
+        biased: whether it has a bias.
+    """
+
+    refs: tuple[NodeRef, ...]
+    data_type: int
+    biased: bool
+
+
+@dataclass(eq=False)
+class _Host:
+    """An imported model as a host of merged operators; see `bnfold.merge.Host`."""
+
+    imported: ImportedModel
+    graph: Graph
+
+    def stored(self, node: Node) -> Any:
+        """The weight and bias of a linear node, Gemm's alpha and beta in them."""
+        if node.linear is None or node.name not in self.imported.refs:
+            raise Refuse("its numbers are those of another node")
+        slots = find_slots(self.imported, node.name)
+        try:
+            return stored_weight(self.imported, slots), stored_bias(self.imported, slots, node.linear)
+        except Unworkable as error:
+            raise Refuse(str(error)) from error
+
+    def itemsize(self, node: Node) -> int:
+        """How many bytes one number of its weight takes."""
+        if node.name not in self.imported.refs:
+            return 4
+        slots = find_slots(self.imported, node.name)
+        data_type = self.imported.context.type(slots.ref.inputs[slots.weight]) or TensorProto.FLOAT
+        return helper.tensor_dtype_to_np_dtype(data_type).itemsize
+
+    def place(self, candidate: Candidate) -> _Place:
+        """Where a merged operator can be written."""
+        refs = tuple(self._refs(candidate))
+        if len({id(ref.owner) for ref in refs}) > 1:
+            raise Refuse("they stand in different graphs of the file")
+        self._check_between(candidate, refs)
+        data_type = self._type(candidate)
+        assert isinstance(candidate.operator, Operator)
+        with np.errstate(all="ignore"):
+            weight, bias = candidate.operator.numbers(self.stored)
+        dtype = helper.tensor_dtype_to_np_dtype(data_type)
+        if not all(np.isfinite(round_to(array, dtype).astype(np.float64)).all() for array in (weight, bias)):
+            raise Refuse(f"its numbers would overflow {dtype}")
+        return _Place(refs, data_type, bool(np.any(bias != 0)))
+
+    def _refs(self, candidate: Candidate) -> Iterator[NodeRef]:
+        """The nodes of the file behind those of the graph, the last one last."""
+        for name in reversed(candidate.nodes):
+            if name not in self.imported.refs:
+                raise Refuse(f"`{name}` is a copy that is not in the file yet")
+            yield from self.imported.refs[name]
+
+    def _check_between(self, candidate: Candidate, refs: Sequence[NodeRef]) -> None:
+        """Refuse a value that somebody else reads, for its shape, say."""
+        whole, inside = self.imported.context.whole, set(refs)
+        waiting = [value for ref in refs for value in ref.outputs if value and value != candidate.result]
+        while waiting:
+            value = waiting.pop()
+            for use in whole.uses.get(value, ()):
+                copies = use.ref.outputs if use.ref is not None else []
+                if use.ref in inside:
+                    continue
+                if use.ref is None or copies[0] not in self.imported.context.copies:
+                    name = use.ref.name if use.ref is not None else "the output of the model"
+                    raise Refuse(f"what lies between is read by `{name}` as well")
+                waiting.append(copies[0])
+
+    def _type(self, candidate: Candidate) -> int:
+        """The type of all values and weights."""
+        types = {self.imported.context.type(candidate.result)}
+        for name in candidate.nodes:
+            if self.graph[name].linear is not None:
+                slots = find_slots(self.imported, name)
+                types.add(self.imported.context.type(slots.ref.inputs[slots.weight]))
+        if len(types) > 1 or not types <= FLOATS:
+            raise Refuse("their numbers are of different types")
+        return types.pop()
+
+
+# ---------------------------------------------------------------- edits
+
+
+def write_merges(imported: ImportedModel, graph: Graph, merged: Merged, editor: Editor) -> None:
+    """Plan the edits that put merged operators in the place of what they were made of.
+
+    Args:
+        imported: the model.
+        graph: its graph before anything was merged.
+        merged: what is to be merged.
+        editor: takes the edits.
+    """
+    host = _Host(imported, graph)
+    for one in merged.merges:
+        _Writer(imported, host, one, editor).write()
+    for node in graph.nodes:
+        if node.name in merged.left:
+            _shrink(imported, node, merged.left[node.name], editor)
+
+
+def _shrink(imported: ImportedModel, node: Node, left: Sequence[int], editor: Editor) -> None:
+    """Let a sum add up fewer operands."""
+    (ref,) = imported.refs[node.name]
+    inputs = [editor.view.inputs[ref][place] for place in left]
+    if len(inputs) == 1:
+        editor.bypass([ref], inputs[0], ref.outputs[0])
+    elif inputs:
+        editor.view.set_inputs(ref, inputs)
+    else:
+        editor.remove(ref)
+
+
+@dataclass(eq=False)
+class _Recipe:
+    """The numbers of a merged operator, computed when the first of the two is asked for and held until the other is."""
+
+    operator: Operator
+    host: _Host
+    held: dict[int, Array] = field(default_factory=dict)
+
+    def take(self, which: int) -> Array:
+        """The weight (0) or the bias (1)."""
+        if which not in self.held:
+            numbers: Numbers = self.operator.numbers(self.host.stored)
+            self.held = dict(enumerate(numbers))
+        return self.held.pop(which)
+
+
+class _Writer:
+    """Writes one merged operator."""
+
+    def __init__(self, imported: ImportedModel, host: _Host, one: Merge, editor: Editor) -> None:
+        self.imported, self.editor, self.one = imported, editor, one
+        self.place: _Place = one.place
+        self.operator = one.operator
+        self.recipe = _Recipe(one.operator, host)
+        self.anchor = self.place.refs[-1]
+        self.label = one.into
+
+    def write(self) -> None:
+        """Take the nodes away and insert the operator."""
+        for ref in self.place.refs:
+            self.editor.remove(ref)
+            for value in ref.outputs:
+                if value and value != self.one.candidate.result:
+                    self.editor.forget(value)
+        if self.operator.lookup:
+            self._table()
+        elif self.operator.window is not None:
+            self._convolution()
+        else:
+            self._matrix()
+
+    def _insert(self, op: str, inputs: Sequence[str], output: str = "", name: str = "") -> NodeRef:
+        name = name or self.label if self.anchor.node.name else ""
+        return self.editor.insert(self.anchor, op, name, inputs, output or self.one.candidate.result)
+
+    def _store(self, which: int, shape: tuple[int, ...], order: tuple[int, ...] | None = None) -> str:
+        """Store the weight (0) or bias (1), once its axes are reordered, in this shape."""
+
+        def numbers() -> Array:
+            array = self.recipe.take(which)
+            return np.ascontiguousarray(array if order is None else array.transpose(order)).reshape(shape)
+
+        name = f"{self.label}.{('weight', 'bias')[which]}.merged"
+        return self.editor.add_tensor(name, numbers, shape, self.place.data_type, self._replaced())
+
+    def _replaced(self) -> str:
+        """The tensor that the new one takes the place of: it goes where that lay."""
+        if self.one.into not in self.imported.refs or not self.imported.graph[self.one.into].linear:
+            return ""
+        slots = find_slots(self.imported, self.one.into)
+        return slots.ref.inputs[slots.weight]
+
+    def _convolution(self) -> None:
+        operator, window = self.operator, self.operator.window
+        assert window is not None
+        assert window.pads is not None
+        weight = self._store(0, (operator.outputs, operator.inputs // operator.groups, *window.kernel))
+        bias = [self._store(1, (operator.outputs,))] if self.place.biased else []
+        ref = self._insert("Conv", [self.one.candidate.source, weight, *bias])
+        pads = [pair[0] for pair in window.pads] + [pair[1] for pair in window.pads]
+        settings = {
+            "kernel_shape": window.kernel,
+            "strides": window.strides,
+            "dilations": window.dilations,
+            "pads": pads,
+            "group": operator.groups,
+        }
+        ref.node.attribute.extend(helper.make_attribute(key, value) for key, value in settings.items())
+
+    def _matrix(self) -> None:
+        operator, source = self.operator, self.one.candidate.source
+        rank = self.imported.context.rank(self.one.candidate.result) or 0
+        turned = operator.in_axis != operator.out_axis
+        if rank == 2 and operator.out_axis == 1 and (turned or self.place.biased):
+            weight = self._store(0, (operator.outputs, operator.inputs))
+            bias = [self._store(1, (operator.outputs,))] if self.place.biased else []
+            ref = self._insert("Gemm", [source, weight, *bias])
+            ref.node.attribute.extend([helper.make_attribute("transB", 1)])
+            ref.node.attribute.extend([helper.make_attribute("transA", 1)] if turned else [])
+            return
+        left = operator.out_axis == rank - 2
+        if left:
+            operands = [self._store(0, (operator.outputs, operator.inputs)), source]
+        else:
+            operands = [source, self._store(0, (operator.inputs, operator.outputs), (0, 2, 1))]
+        if not self.place.biased:
+            self._insert("MatMul", operands)
+            return
+        raw = self.editor.view.raw[self.one.candidate.result]
+        between = self.editor.new_value(f"{raw}.unbiased", self.anchor.owner)
+        shift = self._store(1, (operator.outputs, 1) if left else (operator.outputs,))
+        self._insert("MatMul", operands, between, f"{self.label}.product")
+        self._insert("Add", [between, shift])
+
+    def _table(self) -> None:
+        operator = self.operator
+
+        def numbers() -> Array:
+            weight, bias = self.recipe.take(0), self.recipe.take(1)
+            return np.ascontiguousarray(weight[0].T + bias)
+
+        shape = (operator.inputs, operator.outputs)
+        name = f"{self.label}.weight.merged"
+        table = self.editor.add_tensor(name, numbers, shape, self.place.data_type, self._replaced())
+        self._insert("Gather", [table, self.one.candidate.source])

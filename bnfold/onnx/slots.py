@@ -1,0 +1,79 @@
+"""Where a linear operator of an ONNX model keeps its numbers, and what they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bnfold.algebra import Array, Linear
+from bnfold.onnx.constant_folding import attribute
+from bnfold.onnx.flatten import NodeRef
+from bnfold.onnx.read import ImportedModel
+
+__all__ = ["Slots", "find_slots", "stored_bias", "stored_weight"]
+
+
+@dataclass(eq=False)
+class Slots:
+    """Where a linear operator keeps its numbers.
+
+    Attributes:
+        ref: the node with the weight.
+        weight: the input that holds the weight.
+        add: the node with the bias; None where there is none and the operator has no input for one.
+        bias: the input of `add` that holds the bias.
+        alpha, beta: what Gemm multiplies them by.
+    """
+
+    ref: NodeRef
+    weight: int
+    add: NodeRef | None = None
+    bias: int = 0
+    alpha: float = 1.0
+    beta: float = 1.0
+
+    @property
+    def multiplies_from_left(self) -> bool:
+        """Whether it is a MatMul whose outputs lie on the last axis but one."""
+        return self.ref.op == "MatMul" and self.weight == 0
+
+    @property
+    def bias_value(self) -> str:
+        """The value that is the bias, or nothing."""
+        return self.add.inputs[self.bias] if self.add is not None and self.bias < len(self.add.inputs) else ""
+
+
+def find_slots(imported: ImportedModel, name: str) -> Slots:
+    """Where the linear operator of this name keeps its numbers."""
+    refs, constants = imported.refs[name], imported.context.constants
+    ref = refs[0]
+    if ref.op in ("Conv", "ConvTranspose"):
+        return Slots(ref, 1, ref, 2)
+    if ref.op == "Gemm":
+        return Slots(ref, 1, ref, 2, attribute(ref.node, "alpha", 1.0), attribute(ref.node, "beta", 1.0))
+    if ref.op == "Gather":
+        return Slots(ref, 0)
+    weight = 0 if ref.inputs[0] in constants else 1
+    if len(refs) == 1:
+        return Slots(ref, weight)
+    return Slots(ref, weight, refs[1], 0 if refs[1].inputs[0] in constants else 1)
+
+
+def stored_weight(imported: ImportedModel, slots: Slots) -> np.ndarray[Any, Any]:
+    """The weight of a linear operator, with Gemm's alpha, as a matrix or kernel."""
+    array = imported.context.constants.array(slots.ref.inputs[slots.weight])
+    if slots.ref.op == "MatMul":
+        array = array.reshape(array.shape[-2:])
+    return array if slots.alpha == 1 else np.asarray(array, np.float64) * slots.alpha
+
+
+def stored_bias(imported: ImportedModel, slots: Slots, linear: Linear) -> Array | None:
+    """The bias of a linear operator, with Gemm's beta, against `(..., outputs)`."""
+    if not slots.bias_value:
+        return None
+    array = np.asarray(imported.context.constants.array(slots.bias_value), np.float64)
+    if slots.ref.op == "MatMul":
+        array = np.array(np.broadcast_to(array.ravel(), linear.outputs))
+    return array * slots.beta
