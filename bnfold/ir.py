@@ -81,13 +81,15 @@ class Node:
 class Graph:
     """Nodes in an order in which they can be computed, with the shapes of the values that are known.
 
-    `shapes` may lack a value (nothing is known of it) or hold None for a size.
+    `shapes` may lack a value (nothing is known of it) or hold None for a size. `sizes` are those of one example, where
+    there was one; they say what something costs, never whether it is right.
     """
 
     nodes: tuple[Node, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @cached_property
     def _producers(self) -> dict[str, Node]:

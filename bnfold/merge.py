@@ -78,6 +78,7 @@ class Candidate:
         parts: how the inputs of that node are written.
         before: what its nodes cost now, for each position of the result.
         dropped: nodes and operands of theirs, in a sum, whose share the operator computes as well.
+        terms: of a sum that was gathered, the terms in question, the one that takes the others in first.
         size: how many nodes it has.
     """
 
@@ -88,6 +89,7 @@ class Candidate:
     parts: tuple[Candidate, ...] = ()
     before: Cost = NOTHING
     dropped: tuple[tuple[str, str], ...] = ()
+    terms: tuple[Candidate, ...] = ()
     size: int = 0
 
     @property
@@ -114,6 +116,10 @@ class Host(Protocol):
 
     def itemsize(self, node: Node) -> int:
         """How many bytes one number of its weight takes."""
+        ...
+
+    def can_drop(self, term: Candidate) -> bool:
+        """Whether an operand of a sum can be left out, once another one stands for it as well."""
         ...
 
     def place(self, candidate: Candidate) -> Any:
@@ -212,9 +218,9 @@ def _linears(graph: Graph) -> list[int]:
 
 
 def _positions(graph: Graph, value: str, channels: int) -> int:
-    """How many positions a value has, as far as sizes are known; `channels` is the axis that does not count."""
-    sizes = enumerate(graph.shapes.get(value, ()))
-    return prod(size for axis, size in sizes if axis != channels and isinstance(size, int))
+    """How many positions one example of a value has, as far as sizes are known; `channels` is the axis of those."""
+    sizes = enumerate(graph.sizes.get(value, graph.shapes.get(value, ())))
+    return prod(size for axis, size in sizes if axis not in (0, channels) and isinstance(size, int))
 
 
 def settle(verdicts: Iterable[report.Verdict], graph: Graph, merged: Merged) -> tuple[report.Verdict, ...]:
@@ -542,6 +548,7 @@ class _Choice:
         for source, _ in counts.most_common():
             mine = [replace(term, way=term.ways[source]) for term in terms if source in term.ways]
             free = [term for term in mine if not any(self._is_used(name) for name in term.way.nodes)]
+            free = [term for term in free if self.host.can_drop(term.way)] if len(free) > 1 else []
             used = self._gather_on(free) if len(free) > 1 else set()
             terms = [term for term in terms if term.operand not in used]
 
@@ -588,6 +595,7 @@ class _Choice:
             parts=(*so_far.parts, *((way,) if way.node else ())),
             before=so_far.before.plus(way.before).plus(Cost(_width(operator, 0), 0)),
             dropped=(*so_far.dropped, term.operand),
+            terms=(*(so_far.terms or (so_far,)), way),
             size=so_far.size + way.size,
         )
 

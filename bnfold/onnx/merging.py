@@ -76,6 +76,10 @@ class _Host:
         data_type = self.imported.context.type(slots.ref.inputs[slots.weight]) or TensorProto.FLOAT
         return helper.tensor_dtype_to_np_dtype(data_type).itemsize
 
+    def can_drop(self, term: Candidate) -> bool:
+        """Whether an operand of a sum can be left out: any can."""
+        return True
+
     def place(self, candidate: Candidate) -> _Place:
         """Where a merged operator can be written."""
         refs = tuple(self._refs(candidate))

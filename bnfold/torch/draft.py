@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,10 @@ class DraftNode:
         """Keep it where it is, for this reason."""
         self.affine = self.linear = None
         self.attributes, self.reason = {}, reason
+
+    def reading(self, inputs: list[str]) -> DraftNode:
+        """The same node, of other inputs."""
+        return self if inputs == self.inputs else replace(self, inputs=inputs)
 
     def node(self) -> Node:
         """The node as it is now."""

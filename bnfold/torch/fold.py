@@ -20,11 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnfold.equivalence import UNIT_ROUNDOFF, Comparison, Outputs, Unavailable
 from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
+from bnfold.merge import Merged, settle
 from bnfold.report import Evidence, Report
 from bnfold.torch.double import double
 from bnfold.torch.idle import Idle
+from bnfold.torch.merging import merge_read
 from bnfold.torch.read import Reading, read
-from bnfold.torch.retrace import find_fault, read_again, refuse_everything, runs_alike
+from bnfold.torch.retrace import find_fault, find_unmergeable, read_again, refuse_everything, runs_alike
 from bnfold.torch.sandbox import (
     arrange,
     copied,
@@ -34,8 +36,9 @@ from bnfold.torch.sandbox import (
     restored,
     undisturbed,
 )
+from bnfold.torch.stored import to_float64
 from bnfold.torch.tensors import leaves, put_back
-from bnfold.torch.write import check_fit, to_float64, write
+from bnfold.torch.write import check_fit, write
 from bnfold.travel import Options, Plan, travel
 
 __all__ = ["decide", "fold", "run", "verify"]
@@ -67,25 +70,30 @@ def fold(
         UnreadableModel: the module cannot be run on the example inputs, or not copied.
         NotEquivalent: the folded module computes something else. With `inplace` it has been edited by then.
     """
-    reading, plan = decide(model, example_inputs, Options(**options))
+    reading, plan, merged = decide(model, example_inputs, Options(**options))
     size = _count(model)
-    comparison = _compare(model, example_inputs, reading, plan, inplace) if verify else None
-    folded = write(model, reading, plan, inplace)
+    comparison = _compare(model, example_inputs, reading, plan, merged, inplace) if verify else None
+    folded = write(model, reading, plan, inplace, merged)
     evidence = comparison.judge(folded) if comparison else ()
     notes = comparison.notes if comparison else ["unverified: verification was switched off"]
     limits = tuple(_rests_on(head) for head in reading.heads)
     sizes = (size, _count(folded))
-    return folded, Report(plan.verdicts, evidence, (*notes, *reading.notes), sizes, limits)
+    verdicts = settle(plan.verdicts, plan.graph, merged)
+    report = Report(verdicts, evidence, (*notes, *reading.notes), sizes, limits)
+    return folded, merged.tell(report, plan.graph)
 
 
 def _compare(
-    model: nn.Module, example_inputs: Any, reading: Reading, plan: Plan, inplace: bool
+    model: nn.Module, example_inputs: Any, reading: Reading, plan: Plan, merged: Merged, inplace: bool
 ) -> Comparison:
-    changed = sum(node.linear is not None and node.linear.changed for node in plan.graph.nodes)
+    changed = sum(
+        node.name in merged.nodes or (node.linear is not None and node.linear.changed)
+        for node in plan.graph.nodes
+    )
     runs = ModuleRuns(
         model,
         example_inputs,
-        lambda twin: write(twin, reading, plan, inplace=True),
+        lambda twin: write(twin, reading, plan, inplace=True, merged=merged),
         dtypes=reading.dtypes,
         writes=reading.writes,
         inplace=inplace,
@@ -98,19 +106,36 @@ def _rests_on(head: Idle) -> str:
     return f"this fold holds only as long as `{head.path}` does not run: it did not on the example inputs"
 
 
-def decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan]:
+def decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan, Merged]:
     """Read a module and decide; take back what the module's own code would not go along with (see `retrace`).
 
     Raises:
         UnreadableModel: the module cannot be run on the example inputs, or not copied.
     """
     reading, plan = _read_and_decide(model, example_inputs, options)
+    merged = merge_read(model, reading, plan.graph) if options.merge else Merged(plan.graph)
+    if merged.merges and _is_rehearsed(model, example_inputs, reading, plan, merged):
+        return reading, plan, merged
     for repair in (read_again, find_fault, refuse_everything):
         if not reading.steps or _is_rehearsed(model, example_inputs, reading, plan):
             break
         reading = repair(model, example_inputs, reading)
         plan = travel(reading.graph, options, check_fit(model, reading))
-    return reading, plan
+    return reading, plan, _merge_what_runs(model, example_inputs, reading, plan, merged)
+
+
+def _merge_what_runs(
+    model: nn.Module, example_inputs: Any, reading: Reading, plan: Plan, wanted: Merged
+) -> Merged:
+    """The merges of a plan that the module's own code goes along with, once it did not with all of them."""
+    if not wanted.merges:
+        return replace(wanted, graph=plan.graph)
+    merged = merge_read(model, reading, plan.graph)
+    refused = find_unmergeable(model, example_inputs, reading, plan, merged) if merged.merges else ()
+    merged = merge_read(model, reading, plan.graph, refused)
+    if merged.merges and not _is_rehearsed(model, example_inputs, reading, plan, merged):
+        return Merged(plan.graph)
+    return merged
 
 
 def _read_and_decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan]:
@@ -126,15 +151,18 @@ def _read_and_decide(model: nn.Module, example_inputs: Any, options: Options) ->
     return other, farther
 
 
-def _is_rehearsed(model: nn.Module, example_inputs: Any, reading: Reading, plan: Plan) -> bool:
+def _is_rehearsed(
+    model: nn.Module, example_inputs: Any, reading: Reading, plan: Plan, merged: Merged | None = None
+) -> bool:
     """Whether nothing changes, or the folded module runs the calls that were read."""
-    if not any(verdict.outcome != "kept" for verdict in plan.verdicts):
+    if not any(verdict.outcome != "kept" for verdict in plan.verdicts) and merged is None:
         return True
     try:
         twin = copy_structure(model)
     except UnreadableModel:
         return True
-    return runs_alike(write(twin, reading, plan, inplace=True), example_inputs, reading, plan)
+    folded = write(twin, reading, plan, inplace=True, merged=merged)
+    return runs_alike(folded, example_inputs, reading, plan, merged)
 
 
 @exclusive()

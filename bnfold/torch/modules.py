@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TAILS", "ChannelAdd", "ChannelMulAdd", "Tail"]
+__all__ = ["TAILS", "ChannelAdd", "ChannelMulAdd", "Tail", "Zero", "turn_into"]
 
 
 class ChannelAdd(nn.Module):
@@ -49,6 +49,14 @@ class ChannelMulAdd(nn.Module):
 def _fit(numbers: Tensor, x: Tensor) -> Tensor:
     """One number per channel, in the rank that an input has."""
     return numbers if numbers.dim() < x.dim() else numbers.reshape(numbers.shape[: x.dim() - 1])
+
+
+class Zero(nn.Module):
+    """A zero that broadcasts; what is left of a term of a sum that another term computes as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero, of the type and on the device of the input, without axes."""
+        return x.new_zeros(())
 
 
 class Tail(nn.Module):
@@ -90,3 +98,12 @@ TAILS: dict[str, Callable[..., nn.Module]] = {
     "sigmoid": nn.Sigmoid,
 }
 """Activations that can stand as a module, by the name of the function."""
+
+
+def turn_into(module: nn.Module, other: nn.Module) -> None:
+    """Make an object what another one is; everyone who holds it sees the change."""
+    training = module.training
+    module.__class__ = type(other)
+    vars(module).clear()
+    vars(module).update(vars(other))
+    module.training = training

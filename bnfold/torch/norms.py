@@ -19,14 +19,12 @@ from torch import nn
 from bnfold.algebra import Affine
 from bnfold.torch.constants import slots_of
 from bnfold.torch.draft import DraftNode, NormPlace, readers_of
-from bnfold.torch.modules import TAILS
 from bnfold.torch.storage import HOMELESS, roots_of
+from bnfold.torch.tails import Tail, find_tail, obstacle
 from bnfold.torch.tensors import inside
 from bnfold.torch.trace import Call, Frame, Trace
 
 __all__ = ["absent", "add_absent", "calls_itself_batchnorm", "find_norms"]
-
-_Tail = tuple[tuple[str, nn.Module | None], ...]
 
 
 def find_norms(
@@ -58,7 +56,7 @@ class _Finder:
         """Make one BatchNormalization of each BatchNorm."""
         for frame in self.trace.frames:
             if frame.module is not None and frame.path:
-                self.obstacles[id(frame)] = _obstacle(frame) or self._find_norm(frame)
+                self.obstacles[id(frame)] = obstacle(frame) or self._find_norm(frame)
         self._compare_calls()
         for item in self.items:
             if item.is_batchnorm and item.place is None:
@@ -100,7 +98,8 @@ class _Finder:
             value = head.pop().inputs[0]
         if not any(item.op in ("BatchNormalization", "Affine") for item in head) or not _is_norm(frame, head):
             return _more(within)
-        tail = self._find_tail(frame, within[len(head) :], value)
+        children = self.children.get(id(frame), [])
+        tail = find_tail(frame, within[len(head) :], value, children, self._within)
         if tail is None or not self._is_private(head) or not _is_straight(head):
             return _more(within)
         self._merge(frame, head, tail)
@@ -111,32 +110,7 @@ class _Finder:
         between = [item.outputs[0] for item in head[:-1]]
         return all(len(self.readers.get(name, ())) == 1 and name not in self.outputs for name in between)
 
-    def _find_tail(self, frame: Frame, rest: list[DraftNode], value: str) -> _Tail | None:
-        """What a module does after its affine map: its own children and plain activations, one after another."""
-        assert frame.module is not None
-        steps: list[tuple[str, nn.Module | None]] = []
-        children = self.children.get(id(frame), [])
-        while rest or children:
-            inner = self._within(children[0]) if children else []
-            if children and (not rest or not inner or inner[0] is rest[0]):
-                child, children = children[0], children[1:]
-                name = next((n for n, held in frame.module._modules.items() if held is child.module), None)
-                chained = child.plain and child.given[0].name == value and rest[: len(inner)] == inner
-                if name is None or not chained:
-                    return None
-                steps.append((name, None))
-                value, rest = child.made[0].name, rest[len(inner) :]
-                continue
-            if not rest:
-                return None
-            step = _stand_in(rest[0], value)
-            if step is None:
-                return None
-            steps.append((f"step{len(steps)}", step))
-            value, rest = rest[0].outputs[0], rest[1:]
-        return tuple(steps) if value == frame.made[0].name else None
-
-    def _merge(self, frame: Frame, head: list[DraftNode], tail: _Tail) -> None:
+    def _merge(self, frame: Frame, head: list[DraftNode], tail: Tail) -> None:
         first = next((item for item in head if item.reason), head[0])
         whole = _compose(head)
         one = _replace(first, head)
@@ -217,15 +191,6 @@ def _foreign_reads(model: nn.Module, trace: Trace) -> dict[str, str]:
     return foreign
 
 
-def _obstacle(frame: Frame) -> str:
-    """Why a module call cannot be a BatchNorm that could go, whatever it computes."""
-    if type(frame.module).__call__ is not nn.Module.__call__:
-        return "its class has a `__call__` of its own"
-    if not frame.plain:
-        return "it is called with more than one argument, or returns more than one tensor"
-    return "its code does not always do the same" if frame.data_dependent else ""
-
-
 def _more(within: Sequence[DraftNode]) -> str:
     """What the code of a module does besides normalising."""
     labels = dict.fromkeys(item.call.label for item in within if not item.is_batchnorm)
@@ -270,17 +235,6 @@ def _replace(first: DraftNode, head: list[DraftNode]) -> DraftNode:
     one.reason = first.reason
     one.statistics = first.statistics
     return one
-
-
-def _stand_in(item: DraftNode, value: str) -> nn.Module | None:
-    """A module that computes what a call does after an affine map, where that is a plain activation."""
-    make = TAILS.get(item.call.label)
-    if make is None or item.inputs != [value] or len(item.outputs) != 1 or len(item.call.reads) != 1:
-        return None
-    try:
-        return make(*item.call.args[1:], **{k: v for k, v in item.call.kwargs.items() if k != "inplace"})
-    except TypeError:
-        return None
 
 
 def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> list[DraftNode]:

@@ -16,7 +16,7 @@ says what each needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from bnfold.errors import UnreadableModel
 from bnfold.ir import Graph, Shape
 from bnfold.torch.aliasing import guard_changes, guard_inputs
 from bnfold.torch.alignment import Alignment
+from bnfold.torch.calls import ModuleCalls
 from bnfold.torch.constants import Evaluator
 from bnfold.torch.determinism import find_nondeterministic
 from bnfold.torch.draft import Draft, DraftNode, LinearPlace, NormPlace
@@ -56,6 +57,7 @@ class Reading:
         dtypes: the float dtypes that it computes in.
         notes: what other inputs it could not be read with.
         heads: parts that did not run and could read what the folds change; see `read`.
+        calls: the module calls, as places for merged operators.
     """
 
     graph: Graph
@@ -68,6 +70,7 @@ class Reading:
     writes: bool = True
     notes: tuple[str, ...] = ()
     heads: tuple[Idle, ...] = ()
+    calls: ModuleCalls | None = None
 
 
 def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Reading:
@@ -105,8 +108,9 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
     draft.items += _at_the_doors(recording)
     aligned = [(trial, Alignment.of(recording, trial.recording)) for trial in trials.made]
     reading = _draw(twin, recording, draft.items, settle(draft, aligned, model), causes)
+    graph = replace(reading.graph, sizes=draft.shapes)
     heads = tuple(each for each in idle if each.head)
-    return replace(reading, notes=tuple(dict.fromkeys(trials.notes)), heads=heads)
+    return replace(reading, graph=graph, notes=tuple(dict.fromkeys(trials.notes)), heads=heads)
 
 
 def _draw(
@@ -128,16 +132,18 @@ def _draw(
     name_items(model, items, causes)
     guard_changes(items, outputs)
     guard_inputs(trace, items)
-    items, outputs = drop_identities(items, outputs)
+    items, alias = drop_identities(items)
+    outputs = [alias.get(name, name) for name in outputs]
     norms = {item.place.path for item in items if isinstance(item.place, NormPlace)}
     steps = tuple(steps_of(trace, items, norms))
     bind_linears(model, trace, items)
+    calls = ModuleCalls(trace, items, alias, norms)
     items = add_absent(model, trace, items)
     items = part_twins(items, shapes)
     inputs = tuple(v.name for v in trace.inputs.values() if not v.slots)
     nodes = tuple(item.node() for item in items)
     graph = Graph(nodes, inputs, tuple(dict.fromkeys(outputs)), shapes)
-    return _reading(trace, graph, items, steps)
+    return replace(_reading(trace, graph, items, steps), calls=calls)
 
 
 def _reading(trace: Trace, graph: Graph, items: Sequence[DraftNode], steps: tuple[TraceStep, ...]) -> Reading:
@@ -152,8 +158,10 @@ def _outputs(trace: Trace) -> list[str]:
     return [v.name for v in trace.outputs.values() if not v.constant and not v.slots]
 
 
-def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple[TraceStep, ...]:
-    """What a module that was edited runs outside of the modules that were BatchNorms.
+def draw_steps(
+    model: nn.Module, example_inputs: Any, reading: Reading, replaced: Collection[str] = ()
+) -> tuple[TraceStep, ...]:
+    """What a module that was edited runs outside of the modules that were BatchNorms, and of other replaced ones.
 
     Raises:
         Exception: whatever it raises.
@@ -162,8 +170,9 @@ def draw_steps(model: nn.Module, example_inputs: Any, reading: Reading) -> tuple
     trace = record_pass(model, args, kwargs, reading.fake)
     outputs = _outputs(trace)
     items = join_biases(Draft(trace, Evaluator()).items, outputs)
-    items, _ = drop_identities(items, outputs)
-    return tuple(steps_of(trace, items, {place.path for place in reading.norms.values()}))
+    items, _ = drop_identities(items)
+    norms = {place.path for place in reading.norms.values()}
+    return tuple(steps_of(trace, items, norms.union(replaced)))
 
 
 def _at_the_doors(recording: Trace) -> Iterator[DraftNode]:

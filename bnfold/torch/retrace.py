@@ -9,7 +9,7 @@ is taken out (or added) without its numbers, and the rest must still run the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,28 +17,45 @@ import torch
 from torch import nn
 
 from bnfold.ir import Graph, Node
+from bnfold.merge import Merged
+from bnfold.torch.merging import touched_modules
 from bnfold.torch.read import Reading, draw_steps
 from bnfold.torch.sandbox import copy_structure
 from bnfold.torch.steps import TraceStep
-from bnfold.torch.write import become
+from bnfold.torch.write import become, write
 from bnfold.travel import Plan
 
-__all__ = ["find_fault", "read_again", "refuse_everything", "runs_alike"]
+__all__ = ["find_fault", "find_unmergeable", "read_again", "refuse_everything", "runs_alike"]
 
 _ALIKE = {"clamp": "hardtanh"}
 
 
-def runs_alike(folded: nn.Module, example_inputs: Any, reading: Reading, plan: Plan) -> bool:
-    """Whether the folded module runs the calls that were read, and passes on each bias that it was given."""
+def runs_alike(
+    folded: nn.Module, example_inputs: Any, reading: Reading, plan: Plan, merged: Merged | None = None
+) -> bool:
+    """Whether the folded module runs the calls that were read, and passes on each bias that it was given.
+
+    What runs within modules that became merged operators is not compared, nor the sums that have lost operands to one.
+    """
     shifted = (node for node in plan.graph.nodes if node.linear is not None and node.linear.shifts)
     places = (reading.linears[node.name] for node in shifted if node.name in reading.linears)
     biased = {place.weight.name for place in places if place.bias is not None}
-    return _matches(folded, example_inputs, reading, biased)
+    if merged is None or not merged.merges or reading.calls is None:
+        return _matches(folded, example_inputs, reading, biased)
+    paths = touched_modules(merged)
+    inputs = {name: plan.graph[name].inputs for name in merged.left}
+    gone = {
+        name: inputs[name][places[0]] if places else inputs[name][0] for name, places in merged.left.items()
+    }
+    expected = replace(reading, steps=reading.calls.steps(paths, gone))
+    return _matches(folded, example_inputs, expected, biased, paths)
 
 
-def _matches(folded: nn.Module, example_inputs: Any, reading: Reading, biased: set[str]) -> bool:
+def _matches(
+    folded: nn.Module, example_inputs: Any, reading: Reading, biased: set[str], replaced: Collection[str] = ()
+) -> bool:
     try:
-        steps = draw_steps(folded, example_inputs, reading)
+        steps = draw_steps(folded, example_inputs, reading, replaced)
     except Exception:  # noqa: BLE001 whatever the code raises that missed something
         return False
     if len(steps) != len(reading.steps):
@@ -82,6 +99,20 @@ def find_fault(model: nn.Module, example_inputs: Any, reading: Reading) -> Readi
     if reading.data_dependent:
         return refuse_everything(model, example_inputs, reading)
     return _refuse(reading, set(_culprits(norms, take_out)), set(_culprits(biases, add)))
+
+
+def find_unmergeable(
+    model: nn.Module, example_inputs: Any, reading: Reading, plan: Plan, merged: Merged
+) -> set[str]:
+    """The modules that cannot become merged operators, since other code would not run as it did."""
+    merges = {one.place.host.path: one for one in merged.merges}
+
+    def works(paths: Sequence[str]) -> bool:
+        some = replace(merged, merges=tuple(one for path, one in merges.items() if path in paths))
+        twin = write(copy_structure(model), reading, plan, inplace=True, merged=some)
+        return runs_alike(twin, example_inputs, reading, plan, some)
+
+    return set(_culprits(sorted(merges), works))
 
 
 def refuse_everything(model: nn.Module, example_inputs: Any, reading: Reading) -> Reading:

@@ -45,8 +45,8 @@ def _is_bias(item: DraftNode, linear: DraftNode) -> bool:
     return bias.constant and last and whole and bias.shape[-1:] == (outputs,)
 
 
-def drop_identities(items: Sequence[DraftNode], outputs: Sequence[str]) -> tuple[list[DraftNode], list[str]]:
-    """Let who reads a copy of a value read the value."""
+def drop_identities(items: Sequence[DraftNode]) -> tuple[list[DraftNode], dict[str, str]]:
+    """Let who reads a copy of a value read the value; with the value that stands for each copy."""
     alias: dict[str, str] = {}
     kept = []
     for item in items:
@@ -55,7 +55,7 @@ def drop_identities(items: Sequence[DraftNode], outputs: Sequence[str]) -> tuple
             alias[item.outputs[0]] = item.inputs[0]
         else:
             kept.append(item)
-    return kept, [alias.get(name, name) for name in outputs]
+    return kept, alias
 
 
 def part_twins(items: Sequence[DraftNode], shapes: dict[str, Shape]) -> list[DraftNode]:

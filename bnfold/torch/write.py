@@ -16,36 +16,40 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bnfold.algebra import Affine, Array, round_to_odd
+from bnfold.algebra import Affine, Array
 from bnfold.ir import Node
+from bnfold.merge import Merged
 from bnfold.torch.capture import computes_weight
-from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace, NormPlace
-from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail
+from bnfold.torch.merging import compute_merged, put_merged
+from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
 from bnfold.torch.sandbox import copy_structure
+from bnfold.torch.stored import round_like, stored_numbers, stored_tensors
 from bnfold.torch.tensors import leaves
 from bnfold.travel import Plan
 
-__all__ = ["become", "check_fit", "settle_weight", "to_float64", "write"]
+__all__ = ["become", "check_fit", "settle_weight", "write"]
 
 
-def write(model: nn.Module, reading: Reading, plan: Plan, inplace: bool = False) -> nn.Module:
+def write(
+    model: nn.Module, reading: Reading, plan: Plan, inplace: bool = False, merged: Merged | None = None
+) -> nn.Module:
     """The folded module: a copy, or with `inplace` the module itself.
 
     Args:
         model: the module that was read, or a copy of it (in float64, say).
         reading, plan: what was read, and where every affine went.
+        merged: what of that is to be one operator.
 
     Raises:
         UnreadableModel: the module cannot be copied.
     """
     target = model if inplace else copy_structure(model)
-    made = _edit(target, reading, plan)
+    made = _edit(target, reading, plan, merged or Merged(plan.graph))
     return target if inplace else _part(target, made)
 
 
@@ -63,36 +67,15 @@ def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def to_float64(model: nn.Module) -> nn.Module:
-    """A copy of a module with every float tensor in float64.
-
-    Raises:
-        Exception: whatever the module raises when it is copied.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            for _, tensor in leaves([module._parameters, module._buffers, vars(module)]):
-                memo.setdefault(id(tensor), _widened(tensor))
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            module.double()
-    return twin
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    wide = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
-    wide = wide.clone() if wide.dtype == tensor.dtype else wide
-    return nn.Parameter(wide, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide
-
-
-def _edit(model: nn.Module, reading: Reading, plan: Plan) -> list[Tensor]:
+def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged) -> list[Tensor]:
     """Apply the difference; return the tensors that are new."""
     after = {node.name: node for node in plan.graph.nodes}
+    operators = compute_merged(model, reading, merged)
     made: list[Tensor] = []
     done: set[str] = set()
     for node in sorted(reading.graph.nodes, key=lambda node: -node.affine.rank if node.affine else 0):
+        if node.name in merged.nodes:
+            continue
         new = after.get(node.name)
         kept = new is not None and new.op == node.op and new.affine is node.affine
         if node.name in reading.norms and node.place not in done and not kept:
@@ -108,7 +91,7 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan) -> list[Tensor]:
             if place.weight.name not in done:
                 made += _edit_linear(model, place, new)
                 done.add(place.weight.name)
-    return made
+    return made + put_merged(model, operators)
 
 
 # ---------------------------------------------------------------- linear operators
@@ -116,7 +99,7 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan) -> list[Tensor]:
 
 def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tensor]:
     module = model.get_submodule(place.weight.module)
-    weight, bias = _stored(model, place)
+    weight, bias = stored_tensors(model, place)
     new_weight, new_bias = _fold(model, place, node)
     if place.computed:
         settle_weight(module, place.computed)
@@ -125,51 +108,6 @@ def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tenso
         owner = model.get_submodule(place.bias.module)
         made.append(_put(owner, place.bias.attribute, new_bias, weight if bias is None else bias))
     return made
-
-
-def _stored(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor | None]:
-    """The tensors at the two slots; a computed weight as it is now."""
-    module = model.get_submodule(place.weight.module)
-    bias = (
-        None if place.bias is None else getattr(model.get_submodule(place.bias.module), place.bias.attribute)
-    )
-    if place.computed == "parametrization":
-        held: Any = module.parametrizations
-        weight = next(iter(held["weight"].parameters(recurse=False)))
-    elif place.computed:
-        weight = next(
-            p for name, p in module._parameters.items() if p is not None and name.startswith("weight_")
-        )
-    else:
-        weight = getattr(module, place.weight.attribute)
-    return weight, bias
-
-
-def _numbers(model: nn.Module, place: LinearPlace) -> npt.NDArray[Any]:
-    """The weight that an operator uses, in float64."""
-    if place.computed:
-        tensor = _compute_weight(model.get_submodule(place.weight.module), place.computed)
-    else:
-        tensor = numbers(_stored(model, place)[0])
-    array = tensor.numpy()
-    return array.T if place.transposed else array
-
-
-def _compute_weight(module: nn.Module, how: str) -> Tensor:
-    """The weight that a parametrization or hook computes, in float64."""
-    twin = to_float64(module)
-    with torch.no_grad():
-        if how == "hook":
-            hook = next(h for h in twin._forward_pre_hooks.values() if computes_weight(h))
-            return numbers(_run_hook(hook, twin))
-        return numbers(twin.weight)  # type: ignore[arg-type]
-
-
-def _run_hook(hook: Any, module: nn.Module) -> Tensor:
-    options = {"do_power_iteration": False} if hasattr(hook, "n_power_iterations") else {}
-    compute = hook.apply_mask if hasattr(hook, "apply_mask") else hook.compute_weight
-    weight: Tensor = compute(module, **options)
-    return weight
 
 
 def settle_weight(module: nn.Module, how: str) -> None:
@@ -210,9 +148,7 @@ def _remove_parametrization(module: nn.Module) -> None:
 def _fold(model: nn.Module, place: LinearPlace, node: Node) -> tuple[Array, Array | None]:
     """New weight and bias in float64, laid out as they are stored."""
     assert node.linear is not None
-    _, old = _stored(model, place)
-    bias = None if old is None else numbers(old).numpy()
-    weight, new_bias = node.linear.fold(_numbers(model, place), bias)
+    weight, new_bias = node.linear.fold(*stored_numbers(model, place))
     if node.op == "Embedding" and new_bias is not None:
         weight, new_bias = weight + new_bias, None
     return (np.ascontiguousarray(weight.T) if place.transposed else weight), new_bias
@@ -220,7 +156,7 @@ def _fold(model: nn.Module, place: LinearPlace, node: Node) -> tuple[Array, Arra
 
 def _put(module: nn.Module, attribute: str, array: Array, like: Tensor) -> Tensor:
     """Store numbers at a slot, with the dtype, device, layout and gradient setting of the tensor that was there."""
-    tensor = _round(array, like)
+    tensor = round_like(array, like)
     if attribute in module._buffers:
         module._buffers[attribute] = tensor
     elif isinstance(vars(module).get(attribute), Tensor) and attribute not in module._parameters:
@@ -230,17 +166,6 @@ def _put(module: nn.Module, attribute: str, array: Array, like: Tensor) -> Tenso
         vars(module).pop(attribute, None)
         module._parameters[attribute] = tensor
     return tensor
-
-
-def _round(array: Array, like: Tensor) -> Tensor:
-    """Float64 numbers as a tensor of another's dtype and device, rounded once."""
-    if like.device.type == "meta":
-        return torch.empty(array.shape, dtype=like.dtype, device="meta")
-    narrow = like.dtype not in (torch.float64, torch.float32)
-    tensor = torch.from_numpy(round_to_odd(array) if narrow else np.array(array)).to(like.dtype)
-    if tensor.shape != like.shape:
-        return tensor.to(like.device)
-    return torch.empty_like(like, requires_grad=False).copy_(tensor)
 
 
 # ---------------------------------------------------------------- BatchNorms
@@ -262,14 +187,14 @@ def _edit_norm(model: nn.Module, place: NormPlace, new: Node | None) -> list[Ten
 def become(module: nn.Module, place: NormPlace, left: nn.Module | None) -> None:
     """Let a BatchNorm module become what is left of it: nothing, one module, and whatever it did afterwards."""
     if not place.tail:
-        _become(module, left or nn.Identity())
+        turn_into(module, left or nn.Identity())
         return
     children = {name: child for name, child in module._modules.items() if child is not None}
     steps = [name for name, _ in place.tail]
     children.update({name: stand_in for name, stand_in in place.tail if stand_in is not None})
     if left is not None:
         children["affine"], steps = left, ["affine", *steps]
-    _become(module, Tail(copy.copy(children), steps))
+    turn_into(module, Tail(copy.copy(children), steps))
 
 
 _REWRITABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -300,15 +225,6 @@ def _rewrite_norm(module: nn.Module, affine: Affine) -> list[Tensor]:
     return [*made, norm.running_mean, norm.running_var]
 
 
-def _become(module: nn.Module, other: nn.Module) -> None:
-    """Make an object what another one is; everyone who holds it sees the change."""
-    training = module.training
-    module.__class__ = type(other)
-    vars(module).clear()
-    vars(module).update(vars(other))
-    module.training = training
-
-
 def _leftover(module: nn.Module, place: NormPlace, affine: Affine) -> nn.Module:
     """One add, or one multiply and one add, with an affine's numbers."""
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
@@ -316,10 +232,10 @@ def _leftover(module: nn.Module, place: NormPlace, affine: Affine) -> nn.Module:
     dtype = torch.float64 if like.dtype == torch.float64 else place.dtype
     like = torch.empty((), dtype=dtype, device=like.device)
     trained = any(p.requires_grad for p in module.parameters())
-    bias = _round(_for_any_rank(module, affine.shift[0]), like)
+    bias = round_like(_for_any_rank(module, affine.shift[0]), like)
     if not np.any(affine.scale != 1):
         return ChannelAdd(bias, trained)
-    return ChannelMulAdd(_round(_for_any_rank(module, affine.scale[0]), like), bias, trained)
+    return ChannelMulAdd(round_like(_for_any_rank(module, affine.scale[0]), like), bias, trained)
 
 
 def _for_any_rank(module: nn.Module, numbers: Array) -> Array:
@@ -339,7 +255,7 @@ def check_fit(model: nn.Module, reading: Reading) -> Callable[[Node], str]:
         place = reading.linears.get(node.name)
         if place is None or node.linear is None:
             return ""
-        like, _ = _stored(model, place)
+        like, _ = stored_tensors(model, place)
         if like.device.type == "meta":
             return ""
         if like.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -348,7 +264,7 @@ def check_fit(model: nn.Module, reading: Reading) -> Callable[[Node], str]:
             return ""
         weight, bias = _fold(model, place, node)
         for what, array in (("weight", weight), ("bias", bias)):
-            if array is not None and not torch.isfinite(_round(array, like)).all():
+            if array is not None and not torch.isfinite(round_like(array, like)).all():
                 return f"its {what} would overflow {str(like.dtype).removeprefix('torch.')}"
         return ""
 

@@ -1,0 +1,279 @@
+"""Put merged operators into a module: which of its modules can become one, and what becomes of the others.
+
+User code is not edited, so a merged operator must stand where a module is called:
+
+- a chain of modules, each of which is one operator: the last one becomes the merged operator, the others
+  `nn.Identity`;
+- a module whose whole work it is, but for activations at its end: the module becomes an `nn.Conv`, `nn.Linear` or
+  `nn.Embedding`, with its activations after it (`modules.Tail`);
+- a sum in somebody's code of what modules give, each of which is one operator: the dearest one becomes the merged
+  operator, and the others give a zero that broadcasts (`modules.Zero`).
+
+The model itself is never replaced, so the caller's class stays. Not covered: convolutions that pad differently on two
+sides, which torch's modules cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnfold.algebra import Array
+from bnfold.errors import Refuse
+from bnfold.ir import Graph, Node
+from bnfold.merge import Candidate, Merge, Merged, merge
+from bnfold.operators import Numbers, Operator
+from bnfold.torch.calls import ModuleCalls, ModulePlace
+from bnfold.torch.modules import Tail, Zero, turn_into
+from bnfold.torch.read import Reading
+from bnfold.torch.stored import round_like, stored_numbers, stored_tensors
+
+__all__ = ["compute_merged", "merge_read", "put_merged", "touched_modules"]
+
+
+def merge_read(model: nn.Module, reading: Reading, graph: Graph, refused: Collection[str] = ()) -> Merged:
+    """Merge the linear operators of a module.
+
+    Args:
+        model: the module that was read.
+        reading: what was read.
+        graph: as `travel` left it.
+        refused: paths of modules that must stay as they are.
+    """
+    if reading.calls is None or reading.fake:
+        return Merged(graph)
+    return merge(graph, _Host(model, reading, graph, reading.calls, frozenset(refused)))
+
+
+@dataclass(frozen=True)
+class MergePlace:
+    """Which modules a merged operator takes.
+
+    Attributes:
+        host: the module that becomes it.
+        like: the node whose weight says how numbers are stored.
+        idle: paths of modules that pass on what they are given.
+        zeros: paths of modules that give zero.
+    """
+
+    host: ModulePlace
+    like: str
+    idle: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+        return self.host.path
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every module that becomes another one."""
+        return (self.host.path, *self.idle, *self.zeros)
+
+
+def touched_modules(merged: Merged) -> set[str]:
+    """The paths of all modules that become others."""
+    return {path for one in merged.merges for path in one.place.paths}
+
+
+@dataclass(eq=False)
+class _Host:
+    """A module as a host of merged operators; see `bnfold.merge.Host`."""
+
+    model: nn.Module
+    reading: Reading
+    graph: Graph
+    calls: ModuleCalls
+    refused: frozenset[str]
+    bypassed: Mapping[str, tuple[str, str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        gone = [node for node in self.reading.graph.nodes if node.name not in self.graph]
+        self.bypassed = {node.name: (node.outputs[0], node.inputs[0]) for node in gone if node.inputs}
+
+    def stored(self, node: Node) -> Any:
+        """The weight and bias of a linear node."""
+        place = self.reading.linears.get(node.name)
+        if place is None:
+            raise Refuse("its numbers are not stored in a place of their own")
+        return stored_numbers(self.model, place)
+
+    def itemsize(self, node: Node) -> int:
+        """How many bytes one number of its weight takes."""
+        place = self.reading.linears.get(node.name)
+        return 4 if place is None else stored_tensors(self.model, place)[0].element_size()
+
+    def can_drop(self, term: Candidate) -> bool:
+        """Whether a term of a sum is a module of its own, which can give zero."""
+        try:
+            return bool(term.node) and not self._find(term, term.nodes).tail
+        except Refuse:
+            return False
+
+    def place(self, candidate: Candidate) -> MergePlace:
+        """The modules that a merged operator can take."""
+        like = self._like(candidate)
+        _check_form(self.graph, candidate)
+        place = self._modules(candidate, like)
+        if any(path in self.refused for path in place.paths):
+            raise Refuse(f"the code around `{place.host.path}` would not run as it did")
+        tensor = stored_tensors(self.model, self.reading.linears[like])[0]
+        lookup = isinstance(candidate.operator, Operator) and candidate.operator.lookup
+        if tensor.dtype != place.host.dtype and not lookup:
+            raise Refuse("their numbers are of different types")
+        self._check_numbers(candidate, tensor)
+        return place
+
+    def _like(self, candidate: Candidate) -> str:
+        linears = [name for name in candidate.nodes if name in self.reading.linears]
+        if not linears:
+            raise Refuse("there is no weight among them")
+        tensors = [stored_tensors(self.model, self.reading.linears[name])[0] for name in linears]
+        if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+            raise Refuse("their numbers are of different types, or on different devices")
+        return max(linears, key=lambda name: tensors[linears.index(name)].numel())
+
+    def _check_numbers(self, candidate: Candidate, like: Tensor) -> None:
+        assert isinstance(candidate.operator, Operator)
+        with np.errstate(all="ignore"):
+            arrays = candidate.operator.numbers(self.stored)
+        if not all(torch.isfinite(round_like(array, like)).all() for array in arrays):
+            raise Refuse(f"its numbers would overflow {str(like.dtype).removeprefix('torch.')}")
+
+    def _modules(self, candidate: Candidate, like: str) -> MergePlace:
+        if candidate.dropped:
+            host, *others = (self._find(term, term.nodes) for term in candidate.terms)
+            if host.tail or any(other.tail for other in others):
+                raise Refuse("one of the modules does more than one operator")
+            return MergePlace(host, like, zeros=tuple(other.path for other in others))
+        try:
+            *idle, host = [self._find(link, (link.node,)) for link in _chain(candidate)]
+            if any(one.tail for one in idle):
+                raise Refuse("one of the modules does more than one operator")
+            return MergePlace(host, like, idle=tuple(one.path for one in idle))
+        except Refuse:
+            return MergePlace(self._find(candidate, candidate.nodes), like)
+
+    def _find(self, candidate: Candidate, nodes: Sequence[str]) -> ModulePlace:
+        source = candidate.source if len(nodes) > 1 else self.graph[nodes[0]].inputs[0]
+        return self.calls.find(nodes, source, candidate.result, self.bypassed)
+
+
+def _chain(candidate: Candidate) -> Iterator[Candidate]:
+    """The links of a chain of single operators, from the first to the last.
+
+    Raises:
+        Refuse: it is no chain.
+    """
+    links = [candidate]
+    while links[-1].parts:
+        if len(links[-1].parts) > 1:
+            raise Refuse("it is a sum")
+        links.append(links[-1].parts[0])
+    yield from reversed(links)
+
+
+def _check_form(graph: Graph, candidate: Candidate) -> None:
+    """Refuse what no module of torch.nn computes."""
+    operator, rank = candidate.operator, len(graph.shapes.get(candidate.result, ()))
+    assert isinstance(operator, Operator)
+    if operator.window is None:
+        if not operator.lookup and {operator.in_axis, operator.out_axis} != {rank - 1}:
+            raise Refuse("torch has no module for a matrix along another axis than the last")
+    elif any(before != after for before, after in operator.window.pads or ()):
+        raise Refuse("torch's convolutions pad alike on both sides")
+    elif len(operator.window.kernel) not in _CONVOLUTIONS:
+        raise Refuse("torch has no such convolution")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def compute_merged(model: nn.Module, reading: Reading, merged: Merged) -> list[tuple[Merge, Numbers, Tensor]]:
+    """The numbers of all merged operators in float64, with a tensor that says how each is to be stored."""
+
+    def stored(node: Node) -> Any:
+        return stored_numbers(model, reading.linears[node.name])
+
+    return [
+        (one, one.operator.numbers(stored), stored_tensors(model, reading.linears[one.place.like])[0])
+        for one in merged.merges
+    ]
+
+
+def put_merged(model: nn.Module, computed: Sequence[tuple[Merge, Numbers, Tensor]]) -> list[Tensor]:
+    """Let modules become merged operators; return the tensors that are new."""
+    made: list[Tensor] = []
+    for one, numbers, like in computed:
+        place: MergePlace = one.place
+        for path in place.idle:
+            turn_into(model.get_submodule(path), nn.Identity())
+        for path in place.zeros:
+            turn_into(model.get_submodule(path), Zero())
+        operator = _module(one.operator, numbers, like)
+        module = model.get_submodule(place.host.path)
+        made += operator.parameters()
+        turn_into(module, _with_tail(module, operator, place.host.tail))
+    return made
+
+
+def _with_tail(module: nn.Module, operator: nn.Module, tail: Any) -> nn.Module:
+    if not tail:
+        return operator
+    children = {"merged": operator}
+    for name, stand_in in tail:
+        child = stand_in if stand_in is not None else module._modules[name]
+        assert child is not None
+        children[name] = child
+    return Tail(children, tuple(children))
+
+
+_CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def _module(operator: Operator, numbers: Numbers, like: Tensor) -> nn.Module:
+    """The module of torch.nn that an operator is."""
+    weight, bias = numbers
+    biased = bool(np.any(bias != 0))
+    if operator.lookup:
+        module = _bare(nn.Embedding, operator.inputs, operator.outputs)
+        return _fill(module, {"weight": weight[0].T + bias}, like)
+    window = operator.window
+    if window is None:
+        module = _bare(nn.Linear, operator.inputs, operator.outputs, bias=biased)
+    else:
+        assert window.pads is not None
+        pads = tuple(before for before, _ in window.pads)
+        sizes = (operator.inputs, operator.outputs, window.kernel, window.strides, pads, window.dilations)
+        module = _bare(_CONVOLUTIONS[len(window.kernel)], *sizes, groups=operator.groups, bias=biased)
+    shape = (operator.outputs, operator.inputs // operator.groups, *operator.kernel)
+    return _fill(module, {"weight": weight.reshape(shape), **({"bias": bias} if biased else {})}, like)
+
+
+def _bare(kind: type[nn.Module], *arguments: Any, **options: Any) -> nn.Module:
+    """A module whose parameters are not initialised, which would draw random numbers."""
+    quiet: Any = type(kind.__name__, (kind,), {"reset_parameters": lambda module: None})
+    module: nn.Module = quiet(*arguments, **options)
+    module.__class__ = kind
+    return module
+
+
+def _fill(module: nn.Module, arrays: Mapping[str, Array], like: Tensor) -> nn.Module:
+    """Give a module its numbers, of another tensor's dtype and device, in its memory format."""
+    for name, array in arrays.items():
+        tensor = round_like(np.ascontiguousarray(array), like)
+        if array.ndim == like.dim() == 4 and _is_channels_last(like):
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        module._parameters[name] = nn.Parameter(tensor, like.requires_grad)
+    return module
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    last = tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()

@@ -1,0 +1,105 @@
+"""The numbers of linear operators as a module stores them, in float64, and new ones as they are to be stored."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from bnfold.algebra import Array, round_to_odd
+from bnfold.torch.capture import computes_weight
+from bnfold.torch.constants import numbers
+from bnfold.torch.draft import LinearPlace
+from bnfold.torch.tensors import leaves
+
+__all__ = ["round_like", "stored_numbers", "stored_tensors", "stored_weight", "to_float64"]
+
+
+def to_float64(model: nn.Module) -> nn.Module:
+    """A copy of a module with every float tensor in float64.
+
+    Raises:
+        Exception: whatever the module raises when it is copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for _, tensor in leaves([module._parameters, module._buffers, vars(module)]):
+                memo.setdefault(id(tensor), _widened(tensor))
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            module.double()
+    return twin
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    wide = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+    wide = wide.clone() if wide.dtype == tensor.dtype else wide
+    return nn.Parameter(wide, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide
+
+
+def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor | None]:
+    """The tensors at the two slots; a computed weight as it is now."""
+    module = model.get_submodule(place.weight.module)
+    bias = (
+        None if place.bias is None else getattr(model.get_submodule(place.bias.module), place.bias.attribute)
+    )
+    if place.computed == "parametrization":
+        held: Any = module.parametrizations
+        weight = next(iter(held["weight"].parameters(recurse=False)))
+    elif place.computed:
+        weight = next(
+            p for name, p in module._parameters.items() if p is not None and name.startswith("weight_")
+        )
+    else:
+        weight = getattr(module, place.weight.attribute)
+    return weight, bias
+
+
+def stored_weight(model: nn.Module, place: LinearPlace) -> npt.NDArray[Any]:
+    """The weight that an operator uses, in float64."""
+    if place.computed:
+        tensor = _compute_weight(model.get_submodule(place.weight.module), place.computed)
+    else:
+        tensor = numbers(stored_tensors(model, place)[0])
+    array = tensor.numpy()
+    return array.T if place.transposed else array
+
+
+def _compute_weight(module: nn.Module, how: str) -> Tensor:
+    """The weight that a parametrization or hook computes, in float64."""
+    twin = to_float64(module)
+    with torch.no_grad():
+        if how == "hook":
+            hook = next(h for h in twin._forward_pre_hooks.values() if computes_weight(h))
+            return numbers(_run_hook(hook, twin))
+        return numbers(twin.weight)  # type: ignore[arg-type]
+
+
+def _run_hook(hook: Any, module: nn.Module) -> Tensor:
+    options = {"do_power_iteration": False} if hasattr(hook, "n_power_iterations") else {}
+    compute = hook.apply_mask if hasattr(hook, "apply_mask") else hook.compute_weight
+    weight: Tensor = compute(module, **options)
+    return weight
+
+
+def stored_numbers(model: nn.Module, place: LinearPlace) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+    """The weight and the bias that an operator uses, in float64."""
+    bias = stored_tensors(model, place)[1]
+    return stored_weight(model, place), None if bias is None else numbers(bias).numpy()
+
+
+def round_like(array: Array, like: Tensor) -> Tensor:
+    """Float64 numbers as a tensor of another's dtype and device, rounded once."""
+    if like.device.type == "meta":
+        return torch.empty(array.shape, dtype=like.dtype, device="meta")
+    narrow = like.dtype not in (torch.float64, torch.float32)
+    tensor = torch.from_numpy(round_to_odd(array) if narrow else np.array(array)).to(like.dtype)
+    if tensor.shape != like.shape:
+        return tensor.to(like.device)
+    return torch.empty_like(like, requires_grad=False).copy_(tensor)
