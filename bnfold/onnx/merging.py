@@ -201,6 +201,17 @@ class _Writer:
             self._convolution()
         else:
             self._matrix()
+        self._drop_copies(self.one.candidate.result)
+
+    def _drop_copies(self, value: str) -> None:
+        """Take away what adds zero to the result or multiplies it by one: it belonged to the sum."""
+        copies = self.imported.context.copies
+        for use in list(self.imported.context.whole.uses.get(value, ())):
+            if use.ref is not None and use.ref.op in ("Add", "Sub", "Mul", "Div"):
+                (output,) = use.ref.outputs
+                if output in copies:
+                    self._drop_copies(output)
+                    self.editor.bypass([use.ref], value, output)
 
     def _insert(self, op: str, inputs: Sequence[str], output: str = "", name: str = "") -> NodeRef:
         name = name or self.label if self.anchor.node.name else ""
