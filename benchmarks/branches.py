@@ -596,10 +596,10 @@ BRANCHES = {
     ),
     "ACNet": Net(ACNet, _images(32), partial(ACNet, (4, 6), 16), _images(16)),
     "UniRepLKNet": Net(
-        UniRepLKNet, _images(224), partial(UniRepLKNet, 2, 4, 7, ((3, 1), (3, 2), (3, 3))), _images(96)
+        UniRepLKNet, _images(224), partial(UniRepLKNet, 2, 16, 7, ((3, 1), (3, 2), (3, 3))), _images(96)
     ),
     "FastViT-SA12": Net(FastViT, _images(256), partial(FastViT, (1, 1), 4, 2), _images(32)),
-    "RepViT-M0.9": Net(RepViT, _images(224), partial(RepViT, (2, 1), 4), _images(32)),
+    "RepViT-M0.9": Net(RepViT, _images(224), partial(RepViT, (2, 1), 8), _images(32)),
     "Diverse Branch Block": Net(
         DiverseBranches, _images(224), partial(DiverseBranches, (4, 6)), _images(16)
     ),
@@ -615,7 +615,7 @@ def build(name: str, gammas: str = "positive", small: bool = False) -> tuple[nn.
     torch.manual_seed(0)
     model, inputs = (net.small(), net.small_inputs) if small else (net.full(), net.inputs)
     stir(model)
-    anchor(model, inputs(8), 0.3 if gammas == "mixed" else 0.0)
+    anchor(model, inputs(8), 0.3 if gammas == "mixed" else 0.0, moved=False)
     return model, inputs(1)
 
 
