@@ -686,8 +686,11 @@ def build(name: str, gammas: str = "positive", small: bool = False) -> tuple[nn.
     return model, inputs(1)
 
 
-def anchor(model: nn.Module, inputs: tuple[Tensor, ...], negative: float) -> None:
-    """Give every BatchNorm the moments of these inputs, moved a little, and this share of negative gammas."""
+def anchor(model: nn.Module, inputs: tuple[Tensor, ...], negative: float, moved: bool = True) -> None:
+    """Give every BatchNorm the moments of these inputs and this share of negative gammas.
+
+    The moments are moved a little unless told otherwise: through some hundred BatchNorms activations explode of it.
+    """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     model.eval()
     with torch.no_grad():
@@ -697,9 +700,16 @@ def anchor(model: nn.Module, inputs: tuple[Tensor, ...], negative: float) -> Non
             norm.momentum, norm.training = 1.0, True
         model(*inputs)
         for norm in norms:
-            norm.training, spread = False, norm.running_var.sqrt()
-            norm.running_mean.add_(0.2 * spread * torch.randn_like(spread))
-            norm.running_var.mul_(torch.empty_like(spread).uniform_(0.6, 1.6)).clamp_(min=1e-4)
+            norm.training = False
+            if moved:
+                _move(norm)
+            norm.running_var.clamp_(min=1e-4)
+
+
+def _move(norm: _BatchNorm) -> None:
+    spread = norm.running_var.sqrt()
+    norm.running_mean.add_(0.2 * spread * torch.randn_like(spread))
+    norm.running_var.mul_(torch.empty_like(spread).uniform_(0.6, 1.6))
 
 
 def _gammas(norm: _BatchNorm, negative: float) -> Tensor:

@@ -8,8 +8,9 @@ instead. `--against` runs what OLD holds, of the sources asked for, and compares
 words too). What OLD does not hold is no difference, and a test that moved to another file is found by its name.
 
 The sources: `tests` (every report that a test makes, and every graph that one sends travelling), `nets` (those of
-`benchmarks.nets` as modules and out of both exporters), `graphs` (the traps of `benchmarks.onnx_folders`), `files`
-(ONNX files in installed packages, or in the folders given) and the zoos of `benchmarks.zoo_torch` that are installed.
+`benchmarks.nets` and `benchmarks.branches` as modules and out of both exporters), `graphs` (the traps of
+`benchmarks.onnx_folders`), `files` (ONNX files in installed packages, or in the folders given) and the zoos of
+`benchmarks.zoo_torch` that are installed.
 Everything runs in a process of its own, one at a time, with fixed seeds and a time limit. Nothing is compared in
 numbers unless `--verify` is given; the tests do that by themselves.
 """
@@ -140,11 +141,11 @@ def fold_file(name: str, verify: bool, path: Path) -> Verdicts:
 
 
 def fold_net(name: str, verify: bool, net: str, gammas: str, small: bool, way: str) -> Verdicts:
-    """Fold a net of `benchmarks.nets` as a module, or as a file that one of torch's exporters wrote."""
-    from benchmarks.nets import build
+    """Fold a net of `NETS` or `BRANCHES` as a module, or as a file that one of torch's exporters wrote."""
+    from benchmarks import branches, nets
     from benchmarks.onnx_folders import WAYS, export
 
-    model, inputs = build(net, gammas, small)
+    model, inputs = (branches if net in branches.BRANCHES else nets).build(net, gammas, small)
     if way not in WAYS:
         return fold_model(name, verify, model, inputs)
     with tempfile.TemporaryDirectory() as folder:
@@ -155,11 +156,12 @@ def fold_net(name: str, verify: bool, net: str, gammas: str, small: bool, way: s
 
 def nets(options: argparse.Namespace) -> Iterator[Job]:
     """Small nets in every way, whole ones as modules."""
+    from benchmarks.branches import BRANCHES
     from benchmarks.nets import NETS
     from benchmarks.onnx_folders import WAYS
 
     kinds = [(True, way) for way in ("module", *WAYS)] + [(False, "module")]
-    for net in NETS:
+    for net in (*NETS, *BRANCHES):
         for gammas in ("positive", "mixed"):
             for small, way in kinds:
                 name = f"nets/{net}, {gammas}, {'small' if small else 'whole'}, {way}"

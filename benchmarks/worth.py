@@ -296,19 +296,29 @@ def quiet() -> Any:
 def measure(
     models: dict[str, onnx.ModelProto], feed: Feed, optimise: bool, rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """Milliseconds of each model, and the ratio to the first, medians over rounds in which they take turns."""
-    times: dict[str, list[float]] = {tool: [] for tool in models}
-    order = list(models)
+    """Milliseconds of each model in onnxruntime, and the ratio to the first."""
+    return take_turns(lambda: {tool: caller(model, feed, optimise) for tool, model in models.items()}, rounds)
+
+
+def take_turns(
+    prepare: Callable[[], dict[str, Callable[[], Any]]], rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Milliseconds of each call, and the ratio to the first, medians over rounds in which they take turns.
+
+    `prepare` makes the calls anew in every sitting.
+    """
+    times: dict[str, list[float]] = {}
     for sitting in range(SITTINGS):
-        calls = {tool: caller(model, feed, optimise) for tool, model in models.items()}
+        calls = prepare()
+        order = list(calls)
         once = min(clock(call) for call in calls.values() for _ in range(2))
         repeats = max(2, min(200, round(SECONDS / once)))
         for number in range(sitting, sitting + -(-rounds // SITTINGS)):
             for tool in order[number % len(order) :] + order[: number % len(order)]:
-                times[tool].append(min(clock(calls[tool]) for _ in range(repeats)))
+                times.setdefault(tool, []).append(min(clock(calls[tool]) for _ in range(repeats)))
     plain = times[order[0]]
-    ratios = {tool: median(a / b for a, b in zip(each, plain, strict=True)) for tool, each in times.items()}
-    return {tool: (1000 * median(each), ratios[tool]) for tool, each in times.items()}
+    ratios = {tool: median(a / b for a, b in zip(times[tool], plain, strict=True)) for tool in order}
+    return {tool: (1000 * median(times[tool]), ratios[tool]) for tool in order}
 
 
 def clock(call: Callable[[], Any]) -> float:

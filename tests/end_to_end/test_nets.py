@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bnfold
+from benchmarks import branches
 from benchmarks.nets import NETS, build
 from bnfold.onnx.run import run_exactly
 
@@ -107,6 +108,40 @@ def test_both_frontends_decide_alike_and_compute_the_same_in_float64(name, gamma
     assert deviation(run_file(file, inputs), run_file(folded_file, inputs)) <= BOUND
     # the file holds eps, and constants of the activations, in float32
     assert deviation(run(module, inputs), run_file(folded_file, inputs)) <= 1e-6
+
+
+@pytest.mark.parametrize("gammas", ["positive", "mixed"])
+@pytest.mark.parametrize("name", branches.BRANCHES)
+def test_nets_with_branches_compute_the_same_folded_as_a_module_and_as_a_file(name, gammas):
+    module, inputs = double(*branches.build(name, gammas, small=True))
+    file = export(module, inputs)
+    folded, _ = bnfold.fold(module, inputs, verify=False)
+    folded_file, _ = bnfold.fold(file, verify=False)
+    assert deviation(run(module, inputs), run(folded, inputs)) <= BOUND
+    assert deviation(run_file(file, inputs), run_file(folded_file, inputs)) <= BOUND
+
+
+def operators(file):
+    nodes = Counter(node.op_type for node in file.graph.node)
+    kinds = {
+        "Conv": "Conv",
+        "Gemm": "Gemm MatMul",
+        "Add": "Add Sub Sum",
+        "BatchNormalization": "BatchNormalization",
+    }
+    return {kind: sum(nodes[name] for name in names.split()) for kind, names in kinds.items()}
+
+
+@pytest.mark.xfail(reason="operators side by side are not merged")
+@pytest.mark.parametrize("way", ["module", "file"])
+@pytest.mark.parametrize("name", [name for name in branches.BRANCHES if name != "Diverse Branch Block"])
+def test_merged_a_net_has_at_most_the_operators_of_its_own_form(name, way):
+    """But for Diverse Branch Blocks, whose border between two convs is written by code that reads the BatchNorm."""
+    module, inputs = branches.build(name, "mixed", small=True)
+    own = operators(export(module.reparameterize(), inputs))
+    file = export(bnfold.fold(module, inputs)[0] if way == "module" else module, inputs)
+    left = operators(file if way == "module" else bnfold.fold(file)[0])
+    assert not {kind: (left[kind], most) for kind, most in own.items() if left[kind] > most}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
