@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -98,20 +99,27 @@ class _Host:
                 raise Refuse(f"`{name}` is a copy that is not in the file yet")
             yield from self.imported.refs[name]
 
+    @cached_property
+    def _bypassed(self) -> frozenset[NodeRef]:
+        """The nodes of the file that folding leaves nothing of; they are read through, like a copy."""
+        gone = (node.name for node in self.imported.graph.nodes if node.name not in self.graph)
+        return frozenset(ref for name in gone for ref in self.imported.refs[name])
+
     def _check_between(self, candidate: Candidate, refs: Sequence[NodeRef]) -> None:
         """Refuse a value that somebody else reads, for its shape, say."""
-        whole, inside = self.imported.context.whole, set(refs)
+        sums = (ref for name, _ in candidate.dropped for ref in self.imported.refs[name])
+        inside = {*refs, *sums}
         waiting = [value for ref in refs for value in ref.outputs if value and value != candidate.result]
         while waiting:
-            value = waiting.pop()
-            for use in whole.uses.get(value, ()):
-                copies = use.ref.outputs if use.ref is not None else []
-                if use.ref in inside:
-                    continue
-                if use.ref is None or copies[0] not in self.imported.context.copies:
+            for use in self.imported.context.whole.uses.get(waiting.pop(), ()):
+                if use.ref is None or not (use.ref in inside or self._is_read_through(use.ref)):
                     name = use.ref.name if use.ref is not None else "the output of the model"
                     raise Refuse(f"what lies between is read by `{name}` as well")
-                waiting.append(copies[0])
+                waiting += [] if use.ref in inside else [use.ref.outputs[0]]
+
+    def _is_read_through(self, ref: NodeRef) -> bool:
+        """Whether a node computes what it reads, as far as the graph shows."""
+        return ref in self._bypassed or not self.imported.context.copies.keys().isdisjoint(ref.outputs)
 
     def _type(self, candidate: Candidate) -> int:
         """The type of all values and weights."""
