@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import pytest
 
 import bnfold.onnx
 from bnfold.report import Report
-from tests.onnx_models import Tensor, count, model, norm, random, run, weights
+from tests.onnx_models import Tensor, model, norm, random, run, weights
 
 
 def feeds(some: onnx.ModelProto) -> list[Mapping[str, Tensor]]:
@@ -85,3 +84,19 @@ def test_operands_on_one_value_are_gathered_though_another_one_stands_between() 
         k = Conv<pads=[1, 1, 1, 1]>(x, w) l = Conv(x, u) a = Add(k, z) y = Add(a, l) }"""
     folded, _ = merged(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)}))
     assert operators(folded) == ["Conv", "Add"]
+
+
+def test_a_sum_whose_operands_all_go_stays_where_its_shape_is_read() -> None:
+    text = """g (float[N, 4, H, W] x, float[N, 4, H, W] z) => (float[N, 4, H, W] y, float[N, 4, H, W] q) {
+        k = Conv<pads=[1, 1, 1, 1]>(x, w) l = Conv(x, u) a = Add(l, x) s = Shape(a) q = Reshape(z, s)
+        b = Add(k, z) y = Add(a, b) }"""
+    merged(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)}))
+
+
+def test_operators_on_the_copy_of_another_one_are_merged() -> None:
+    text = """g (float[N, 4, H, W] x) => (float[N, 4, H, W] y, float[N, 4, H, W] q) {
+        k = Conv(x, t) q = Tanh(k) n = BatchNormalization(k, s, b, m, v) r = Relu(n)
+        i = Conv(k, u) j = Conv<pads=[1, 1, 1, 1]>(k, w) z = Add(i, j) n2 = BatchNormalization(k, s, b, m, v)
+        i2 = Conv(n2, u) j2 = Conv<pads=[1, 1, 1, 1]>(n2, w) z2 = Add(i2, j2) a = Add(z, z2) y = Add(a, r) }"""
+    tensors = {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1), "t": weights(4, 4, 1, 1, seed=5)}
+    merged(model(text, {**tensors, **norm(4)}), duplicate=True)
