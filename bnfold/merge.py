@@ -35,7 +35,7 @@ from bnfold.operators import Operator, Stored, add, average, compose, diagonal, 
 from bnfold.rules import TABLE
 from bnfold.window import Window
 
-__all__ = ["Candidate", "Cost", "Host", "Merge", "Merged", "merge", "settle"]
+__all__ = ["Candidate", "Cost", "Host", "Merge", "Merged", "is_sum", "merge", "settle"]
 
 _MOST_NODES = 100
 """As many nodes make one operator, at most."""
@@ -265,7 +265,7 @@ class _Ways:
         """Go down the graph."""
         for node in self.graph.nodes:
             if len(node.outputs) == 1 and node.inputs:
-                found = list(self._of_sum(node) if _is_sum(node) else self._of_chain(node))
+                found = list(self._of_sum(node) if is_sum(node) else self._of_chain(node))
                 self.ways[node.outputs[0]] = found[:_MOST_WAYS]
 
     def is_private(self, value: str, reader: Node) -> bool:
@@ -397,7 +397,8 @@ class _Ways:
             self.refused[tuple(sorted(nodes))] = why
 
 
-def _is_sum(node: Node) -> bool:
+def is_sum(node: Node) -> bool:
+    """Whether a node adds up or subtracts values."""
     return node.op in TABLE and TABLE[node.op].signs is not None
 
 
@@ -473,10 +474,10 @@ class _Choice:
 
     def _is_root(self, node: Node) -> bool:
         """Whether a node is a sum, and no term of another one."""
-        if not _is_sum(node):
+        if not is_sum(node):
             return False
         readers = self.graph.readers(node.outputs[0])
-        return not (len(readers) == 1 and _is_sum(readers[0]) and self._is_inner(node.outputs[0], readers[0]))
+        return not (len(readers) == 1 and is_sum(readers[0]) and self._is_inner(node.outputs[0], readers[0]))
 
     def _is_inner(self, value: str, reader: Node) -> bool:
         shapes = {self.graph.shapes.get(v) for v in (value, *reader.inputs, *reader.outputs)}
@@ -565,7 +566,7 @@ class _Choice:
                 producer = self.graph.producer(value)
                 if not place and signs != (1.0, 1.0):
                     continue
-                if producer is not None and _is_sum(producer) and self._is_inner(value, node):
+                if producer is not None and is_sum(producer) and self._is_inner(value, node):
                     waiting.append((producer, own))
                 else:
                     yield _Term((node.name, value), self.found.operand(node, value), own)

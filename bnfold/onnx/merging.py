@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from onnx import TensorProto, helper
 from bnfold.algebra import Array, round_to
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
-from bnfold.merge import Candidate, Merge, Merged, merge
+from bnfold.merge import Candidate, Merge, Merged, is_sum, merge
 from bnfold.onnx.constant_folding import FLOATS, Unworkable
 from bnfold.onnx.edit import Editor
 from bnfold.onnx.flatten import NodeRef
@@ -80,6 +81,13 @@ class _Host:
         """Whether an operand of a sum can be left out: any can."""
         return True
 
+    def value(self, name: str) -> str:
+        """A value of the graph in the file: what a copy computes has another name there."""
+        producer = self.graph.producer(name)
+        if producer is None or producer.copied is None:
+            return name
+        return self.imported.refs[producer.name][-1].outputs[0]
+
     def place(self, candidate: Candidate) -> _Place:
         """Where a merged operator can be written."""
         refs = tuple(self._refs(candidate))
@@ -102,20 +110,51 @@ class _Host:
                 raise Refuse(f"`{name}` is a copy that is not in the file yet")
             yield from self.imported.refs[name]
 
+    @cached_property
+    def _bypassed(self) -> frozenset[NodeRef]:
+        """The nodes of the file that folding leaves nothing of; they are read through, like a copy."""
+        gone = (node.name for node in self.imported.graph.nodes if node.name not in self.graph)
+        return frozenset(ref for name in gone for ref in self.imported.refs[name])
+
     def _check_between(self, candidate: Candidate, refs: Sequence[NodeRef]) -> None:
         """Refuse a value that somebody else reads, for its shape, say."""
-        whole, inside = self.imported.context.whole, set(refs)
         waiting = [value for ref in refs for value in ref.outputs if value and value != candidate.result]
+        sums = [self.graph[name] for name in dict(candidate.dropped)]
+        empty = self._emptied(sums, candidate.result)
+        waiting += [node.outputs[0] for node in empty]
+        names = (reader.name for node in empty for reader in self.graph.readers(node.outputs[0]))
+        inside = {
+            *refs,
+            *(ref for name in (*dict(candidate.dropped), *names) for ref in self.imported.refs[name]),
+        }
         while waiting:
-            value = waiting.pop()
-            for use in whole.uses.get(value, ()):
-                copies = use.ref.outputs if use.ref is not None else []
-                if use.ref in inside:
-                    continue
-                if use.ref is None or copies[0] not in self.imported.context.copies:
+            for use in self.imported.context.whole.uses.get(waiting.pop(), ()):
+                if use.ref is None or not (use.ref in inside or self._is_read_through(use.ref)):
                     name = use.ref.name if use.ref is not None else "the output of the model"
                     raise Refuse(f"what lies between is read by `{name}` as well")
-                waiting.append(copies[0])
+                waiting += [] if use.ref in inside else [use.ref.outputs[0]]
+
+    def _emptied(self, sums: Sequence[Node], host: str) -> list[Node]:
+        """The sums that may have no operand left, among those that lose one and those that take these in."""
+        kept = {node.name for node in self._sums_below(host)}
+        found = {
+            node.name: node
+            for each in sums
+            if each.name not in kept
+            for node in (each, *self._sums_below(each.outputs[0]))
+        }
+        return [node for name, node in found.items() if name not in kept]
+
+    def _sums_below(self, value: str) -> Iterator[Node]:
+        """The sums that a value is a term of, from the innermost out."""
+        readers = self.graph.readers(value)
+        while len(readers) == 1 and is_sum(readers[0]):
+            yield readers[0]
+            readers = self.graph.readers(readers[0].outputs[0])
+
+    def _is_read_through(self, ref: NodeRef) -> bool:
+        """Whether a node computes what it reads, as far as the graph shows."""
+        return ref in self._bypassed or not self.imported.context.copies.keys().isdisjoint(ref.outputs)
 
     def _type(self, candidate: Candidate) -> int:
         """The type of all values and weights."""
@@ -185,7 +224,7 @@ class _Writer:
         self.place: _Place = one.place
         self.operator = one.operator
         self.recipe = _Recipe(one.operator, host)
-        self.anchor = self.place.refs[-1]
+        self.anchor, self.source = self.place.refs[-1], host.value(one.candidate.source)
         self.label = one.into
 
     def write(self) -> None:
@@ -240,7 +279,7 @@ class _Writer:
         assert window.pads is not None
         weight = self._store(0, (operator.outputs, operator.inputs // operator.groups, *window.kernel))
         bias = [self._store(1, (operator.outputs,))] if self.place.biased else []
-        ref = self._insert("Conv", [self.one.candidate.source, weight, *bias])
+        ref = self._insert("Conv", [self.source, weight, *bias])
         pads = [pair[0] for pair in window.pads] + [pair[1] for pair in window.pads]
         settings = {
             "kernel_shape": window.kernel,
@@ -252,7 +291,7 @@ class _Writer:
         ref.node.attribute.extend(helper.make_attribute(key, value) for key, value in settings.items())
 
     def _matrix(self) -> None:
-        operator, source = self.operator, self.one.candidate.source
+        operator, source = self.operator, self.source
         rank = self.imported.context.rank(self.one.candidate.result) or 0
         turned = operator.in_axis != operator.out_axis
         if rank == 2 and operator.out_axis == 1 and (turned or self.place.biased):
@@ -286,4 +325,4 @@ class _Writer:
         shape = (operator.inputs, operator.outputs)
         name = f"{self.label}.weight.merged"
         table = self.editor.add_tensor(name, numbers, shape, self.place.data_type, self._replaced())
-        self._insert("Gather", [table, self.one.candidate.source])
+        self._insert("Gather", [table, self.source])

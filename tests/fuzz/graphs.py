@@ -11,6 +11,7 @@ Not drawn: recurrent operators, sequences and optionals, quantisation, float16, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -524,6 +525,240 @@ def chain(s: Sketch) -> None:
         s.straight = False
 
 
+# ---------------------------------------------------------------- blocks of linear operators
+
+
+@dataclass(frozen=True)
+class Slide:
+    """How every term of a sum slides, so that their outputs are of one size whatever their kernels are."""
+
+    stride: int
+    slack: int
+
+    def over(self, sizes: Sequence[Dim]) -> list[Dim]:
+        """The sizes that come of it."""
+        if (self.stride, self.slack) == (1, 0):
+            return list(sizes)
+        label = f"s{self.stride}k{self.slack}"
+        return [resized(k, lambda k: (k + self.slack - 1) // self.stride + 1, label) for k in sizes]
+
+
+def slide(s: Sketch, x: str, slack: int | None = None) -> Slide:
+    """Mostly one that keeps sizes; otherwise one that leaves something of each."""
+    options = [Slide(1, 0)] * 4 + [Slide(2, 0), Slide(1, -1), Slide(1, -2), Slide(1, 1), Slide(2, -1)]
+    fits = [one for one in options if slack in (None, one.slack)]
+    return s.choose(*(fits or [Slide(1, 0)]))  # type: ignore[no-any-return]
+
+
+def slid(s: Sketch, x: str, out: int, how: Slide, kernel: int = 0) -> str:
+    """A convolution of any kernel, dilation, groups and pads that slides so."""
+    n, c, *sizes = s.values[x]
+    least = 1 if how.slack >= 0 else 1 - how.slack
+    kernels = [kernel or max(least, s.choose(1, 1, 2, 3, 3, 4)) for _ in sizes]
+    steps = [1 if kernel else s.choose(1, 1, 1, 2) for _ in sizes]
+    total = [(k - 1) * step + how.slack for k, step in zip(kernels, steps, strict=True)]
+    before = [s.choose(each // 2, each // 2, s.random.randint(0, each)) for each in total]
+    after = [each - first for each, first in zip(total, before, strict=True)]
+    groups = s.choose(*(g for g in (1, 1, 1, 2, c, c) if c % g == 0 and out % g == 0))
+    settings: dict[str, Any] = {
+        "pads": [*before, *after],
+        "strides": [how.stride] * len(sizes),
+        "dilations": steps,
+    }
+    if how == Slide(1, 0) and s.chance(0.2):
+        settings = {"auto_pad": s.choose("SAME_UPPER", "SAME_LOWER"), "dilations": steps}
+    key = (out, int(c) // groups, *kernels)
+    if key not in s.kernels or s.chance(0.8):
+        s.kernels[key] = s.constant(s.numbers(*key) / np.sqrt(np.prod(key[1:])))
+    bias = [s.constant(s.numbers(out))] if s.chance(0.3) else []
+    shape = (n, out, *how.over(sizes))
+    return s.add("Conv", [x, s.kernels[key], *bias], shape, group=groups, **settings)
+
+
+def mean(s: Sketch, x: str, how: Slide) -> str:
+    """An average pool that slides so; it counts what it pads, mostly."""
+    n, c, *sizes = s.values[x]
+    size = 1 - how.slack + s.choose(0, 1, 2, 2)
+    total = size - 1 + how.slack
+    before = s.choose(total // 2, min(total, size - 1))
+    pads = [before] * len(sizes) + [min(total - before, size - 1)] * len(sizes)
+    if total - before > size - 1 or before > size - 1:
+        raise Unsuitable
+    more = {"count_include_pad": s.choose(1, 1, 0), "ceil_mode": int(how.stride == 1 and s.chance(0.25))}
+    kernel, strides = [size] * len(sizes), [how.stride] * len(sizes)
+    shape = (n, c, *how.over(sizes))
+    return s.add("AveragePool", [x], shape, kernel_shape=kernel, strides=strides, pads=pads, **more)
+
+
+def per_channel(s: Sketch, x: str, axis: int = 1) -> str:
+    """An affine map of each channel, or of all of them alike: a BatchNorm, or arithmetic with a constant."""
+    if axis == 1 and s.chance(0.3):
+        return norm(s, x)
+    c, rank = s.values[x][axis], len(s.values[x])
+    sizes = s.choose([c] + [1] * (rank - axis - 1), [1] * rank, [])
+    op = s.choose("Mul", "Add", "Sub", "Neg", "Div")
+    if op == "Neg":
+        return s.add(op, [x], s.values[x])
+    terms = [x, s.store(np.exp(s.numbers(*sizes)) if op == "Div" else s.scales(*sizes))]
+    return s.add(op, terms[:: 1 if op == "Div" else s.choose(1, -1)], s.values[x])
+
+
+def passed(s: Sketch, x: str) -> str:
+    """A value, or a copy of it; seldom, somebody else reads it too."""
+    if s.chance(0.05):
+        s.outputs.append(x)
+    elif s.chance(0.04):
+        s.add(s.choose("Tanh", "Abs"), [x], s.values[x])
+    elif s.chance(0.06):
+        like = s.pick(lambda shape: shape == s.values[x])
+        s.add("Reshape", [like, s.raw("Shape", [x])], s.values[x])
+    return s.add(s.choose("Identity", "Dropout"), [x], s.values[x]) if s.chance(0.12) else x
+
+
+def image_term(s: Sketch, x: str, out: int, how: Slide) -> str:
+    """A linear operator on an image."""
+    c, keeps = int(s.values[x][1]), how == Slide(1, 0)
+    kinds = ["one"] * 4 + ["narrow", "wide", "scaled"]
+    kinds += ["mean", "mean"] * (c == out) + ["itself", "affine"] * (c == out and keeps)
+    kind = s.choose(*kinds)
+    if kind == "itself":
+        return x
+    if kind == "affine":
+        return per_channel(s, x)
+    if kind == "mean":
+        return mean(s, x, how)
+    if kind == "narrow":
+        thin = s.choose(1, 2, c)
+        return slid(s, passed(s, slid(s, x, thin, Slide(1, 0), 1)), out, how)
+    if kind == "wide":
+        return slid(s, passed(s, slid(s, x, s.choose(2, out), how)), out, Slide(1, 0), 1)
+    y = slid(s, x, out, how)
+    return per_channel(s, passed(s, y)) if kind == "scaled" else y
+
+
+def matrix_term(s: Sketch, x: str, out: int) -> str:
+    """A linear operator along the last axis."""
+    *rest, c = s.values[x]
+    kind = s.choose("one", "one", "two", "two", *["itself", "affine"] * (c == out))
+    if kind == "itself":
+        return x
+    if kind == "affine":
+        return per_channel(s, x, len(s.values[x]) - 1)
+    if kind == "two":
+        x = passed(s, multiplied(s, x, s.choose(1, 2, out)))
+        return multiplied(s, per_channel(s, x, len(s.values[x]) - 1) if s.chance(0.3) else x, out)
+    return multiplied(s, x, out)
+
+
+def multiplied(s: Sketch, x: str, out: int) -> str:
+    """A matrix from the right, as a Gemm or a MatMul, with a bias of any shape or without."""
+    *rest, c = s.values[x]
+    shape, scale = (*rest, out), np.sqrt(int(c))
+    biases: list[tuple[int, ...]] = [(out,), (1, out), (1,), (1, 1)]
+    if len(rest) == 1 and s.chance(0.5):
+        turned, bias = s.choose(0, 1), s.choose(None, (), *biases)
+        weight = s.constant(s.numbers(*((out, c) if turned else (c, out))) / scale)
+        numbers = [] if bias is None else [s.store(s.numbers(*bias))]
+        alpha, beta = s.choose(1.0, 0.5), s.choose(1.0, -2.0)
+        return s.add("Gemm", [x, weight, *numbers], shape, transB=turned, alpha=alpha, beta=beta)
+    around = (1,) * s.choose(0, 0, len(rest) - 1)
+    y = s.add("MatMul", [x, s.constant(s.numbers(*around, c, out) / scale)], shape)
+    return s.add("Add", [y, s.store(s.numbers(*s.choose(*biases[:3])))], shape) if s.chance(0.4) else y
+
+
+def summed(s: Sketch, terms: list[str]) -> str:
+    """A sum in any order and form, with a difference or a stranger in it."""
+    shape = s.values[terms[0]]
+    if s.chance(0.3):
+        terms.append(s.pick(lambda other: other == shape))
+    s.random.shuffle(terms)
+    while len(terms) > 1:
+        count = s.choose(2, 2, min(len(terms), s.choose(3, 4)))
+        op = "Sum" if count > 2 else s.choose("Add", "Add", "Add", "Sum", "Sub")
+        some, terms = [terms.pop(0) for _ in range(count)], terms
+        terms.insert(s.choose(0, 0, len(terms)), passed(s, s.add(op, some, shape)))
+    return s.add("Sum", terms, shape) if s.chance(0.1) else terms[0]
+
+
+def branches(s: Sketch) -> None:
+    """A sum of linear operators on one image, as in RepVGG or MobileOne, and a nonlinearity below it."""
+    x = s.pick(is_spatial)
+    how, out = slide(s, x), s.choose(int(s.values[x][1]), int(s.values[x][1]), 4)
+    last(s, summed(s, [passed(s, image_term(s, x, out, how)) for _ in range(s.choose(2, 2, 3, 4))]))
+
+
+def low_rank(s: Sketch) -> None:
+    """A sum of matrix products of one value, as in LoRA."""
+    x = s.pick(lambda shape: len(shape) > 1 and isinstance(shape[-1], int))
+    out = s.choose(int(s.values[x][-1]), 4)
+    last(s, summed(s, [passed(s, matrix_term(s, x, out)) for _ in range(s.choose(2, 2, 3))]))
+
+
+def last(s: Sketch, x: str) -> None:
+    """What ends a block, mostly."""
+    if s.chance(0.6):
+        s.add(s.choose("Relu", "Tanh"), [x], s.values[x])
+
+
+def sequence(s: Sketch) -> None:
+    """Linear operators one after another."""
+    x = s.pick(lambda shape: is_spatial(shape) or (len(shape) > 1 and isinstance(shape[-1], int)))
+    for _ in range(s.choose(2, 2, 3)):
+        if is_spatial(s.values[x]) and s.chance(0.8):
+            c = int(s.values[x][1])
+            x = image_term(s, x, s.choose(c, 2, 4), slide(s, x))
+        elif is_spatial(s.values[x]) or len(s.values[x]) == 2:
+            x = matrix_term(s, x, s.choose(3, 4)) if isinstance(s.values[x][-1], int) else x
+        x = passed(s, x)
+    last(s, x)
+
+
+def turned(s: Sketch) -> None:
+    """Matrices that multiply from the left, or that read the first of two axes."""
+    x = s.pick(lambda shape: len(shape) > 1 and isinstance(shape[-2], int))
+    for _ in range(s.choose(1, 2)):
+        *rest, c, width = s.values[x]
+        out = s.choose(c, 2, 4)
+        if len(s.values[x]) == 2 and s.chance(0.5):
+            weight = s.constant(s.numbers(c, out) / np.sqrt(int(c)))
+            x = s.add("Gemm", [x, weight, s.store(s.numbers(out))], (width, out), transA=1)
+            if not isinstance(width, int):
+                return
+        else:
+            x = s.add("MatMul", [s.constant(s.numbers(out, c) / np.sqrt(int(c))), x], (*rest, out, width))
+            x = s.add("Add", [x, s.store(s.numbers(out, 1))], (*rest, out, width)) if s.chance(0.4) else x
+
+
+def looked_up(s: Sketch) -> None:
+    """An embedding and linear operators on what it gives."""
+    embedding(s)
+    x = list(s.values)[-1]
+    last(s, matrix_term(s, x, s.choose(2, 4)) if s.chance(0.5) else summed(s, [matrix_term(s, x, 4), x]))
+
+
+def inside(s: Sketch) -> None:
+    """A block half of which, or all of which, stands in the body of an If; or one that a body reads from."""
+    x = s.pick(is_spatial)
+    c = int(s.values[x][1])
+    outside = slid(s, x, c, Slide(1, 0)) if s.chance(0.6) else x
+    known, outer, s.nodes = dict(s.values), s.nodes, []
+    y = slid(s, outside, c, Slide(1, 0), 1)
+    y = s.add("Add", [y, s.choose(x, slid(s, outside, c, Slide(1, 0)))], s.values[x]) if s.chance(0.6) else y
+    within, s.nodes = s.nodes, outer
+    other = s.name()
+    s.values = known
+    rank = len(s.values[x])
+    graphs = {
+        "then_branch": helper.make_graph(within, "then", [], [s._info(y, [None] * rank)]),
+        "else_branch": helper.make_graph(
+            [helper.make_node("Neg", [outside], [other])], "else", [], [s._info(other, [None] * rank)]
+        ),
+    }
+    condition = s.raw("Greater", [s.size("x", 0), s.store([2], whole=True)])
+    result = s.add("If", [condition], s.values[x], **graphs)
+    s.add("Add", [result, s.choose(x, outside)], s.values[x])
+
+
 FEATURES: Features = {
     "chain": (16, chain),
     "norm": (10, norm),
@@ -553,6 +788,12 @@ FEATURES: Features = {
     "call function": (2, call_function),
     "branch": (2, branch),
     "loop": (1, loop),
+    "branches": (6, branches),
+    "low rank": (3, low_rank),
+    "sequence": (4, sequence),
+    "turned": (1, turned),
+    "looked up": (2, looked_up),
+    "inside": (1, inside),
 }
 """How often each is drawn, and what adds it. A new feature is a row here."""
 

@@ -1,0 +1,102 @@
+"""Where linear operators of an ONNX model become one, and where they must not: judged without bnfold's own comparison.
+
+Every model is folded unverified and run in onnxruntime, optimisations off, at two batches and two image sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+
+import bnfold.onnx
+from bnfold.report import Report
+from tests.onnx_models import Tensor, model, norm, random, run, weights
+
+
+def feeds(some: onnx.ModelProto) -> list[Mapping[str, Tensor]]:
+    """Two feeds; open sizes are a batch of 2 and 3, images of 8 x 8 and 7 x 9."""
+    stored = {tensor.name for tensor in some.graph.initializer}
+    found = []
+    for seed, sizes in enumerate(({"N": 2, "H": 8, "W": 8}, {"N": 3, "H": 7, "W": 9})):
+        feed = {}
+        for given in some.graph.input:
+            kind = given.type.tensor_type
+            shape = [
+                sizes.get(dim.dim_param, 2) if dim.dim_param else dim.dim_value for dim in kind.shape.dim
+            ]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            array = (
+                random(seed).integers(0, 4, shape)
+                if dtype.kind == "i"
+                else random(seed).standard_normal(shape)
+            )
+            feed |= {} if given.name in stored else {given.name: np.asarray(array).astype(dtype)}
+        found.append(feed)
+    return found
+
+
+def merged(some: onnx.ModelProto, tolerance: float = 2e-6, **options: Any) -> tuple[onnx.ModelProto, Report]:
+    """Fold without a comparison, and compare."""
+    folded, report = bnfold.onnx.fold(some, verify=False, **options)
+    onnx.checker.check_model(folded, full_check=True)
+    for feed in feeds(some):
+        wanted, given = run(some, feed), run(folded, feed)
+        for name, array in wanted.items():
+            assert given[name].dtype == array.dtype
+            scale = max(float(np.abs(array).max(initial=0)), 1e-3)
+            np.testing.assert_allclose(given[name], array, rtol=0, atol=tolerance * scale)
+    return folded, report
+
+
+def operators(folded: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in folded.graph.node]
+
+
+IMAGE = "g (float[N, 4, H, W] x) => (float[N, 4, p, q] y)"
+
+
+# ---------------------------------------------------------------- after folding
+
+
+def test_what_folding_brings_together_becomes_one() -> None:
+    text = f"""{IMAGE} {{ k = Conv<pads=[1, 1, 1, 1]>(x, w) kn = BatchNormalization(k, s, b, m, v)
+        l = Conv(x, u) ln = BatchNormalization(l, s, b, m, v) i = BatchNormalization(x, s, b, m, v)
+        a = Add(kn, ln) c = Add(a, i) y = Relu(c) }}"""
+    folded, report = merged(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1), **norm(4)}))
+    assert operators(folded) == ["Conv", "Relu"]
+    assert report.count("folded") == 3
+
+
+def test_a_batchnorm_that_is_folded_does_not_stand_between_two_convolutions() -> None:
+    text = f"{IMAGE} {{ k = Conv(x, u) n = BatchNormalization(k, s, b, m, v) y = Conv(n, w) }}"
+    folded, _ = merged(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1), **norm(4)}))
+    assert operators(folded) == ["Conv"]
+
+
+# ---------------------------------------------------------------- sums with other operands
+
+
+def test_operands_on_one_value_are_gathered_though_another_one_stands_between() -> None:
+    text = """g (float[N, 4, H, W] x, float[N, 4, H, W] z) => (float[N, 4, H, W] y) {
+        k = Conv<pads=[1, 1, 1, 1]>(x, w) l = Conv(x, u) a = Add(k, z) y = Add(a, l) }"""
+    folded, _ = merged(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)}))
+    assert operators(folded) == ["Conv", "Add"]
+
+
+def test_a_sum_whose_operands_all_go_stays_where_its_shape_is_read() -> None:
+    text = """g (float[N, 4, H, W] x, float[N, 4, H, W] z) => (float[N, 4, H, W] y, float[N, 4, H, W] q) {
+        k = Conv<pads=[1, 1, 1, 1]>(x, w) l = Conv(x, u) a = Add(l, x) s = Shape(a) q = Reshape(z, s)
+        b = Add(k, z) y = Add(a, b) }"""
+    merged(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)}))
+
+
+def test_operators_on_the_copy_of_another_one_are_merged() -> None:
+    text = """g (float[N, 4, H, W] x) => (float[N, 4, H, W] y, float[N, 4, H, W] q) {
+        k = Conv(x, t) q = Tanh(k) n = BatchNormalization(k, s, b, m, v) r = Relu(n)
+        i = Conv(k, u) j = Conv<pads=[1, 1, 1, 1]>(k, w) z = Add(i, j) n2 = BatchNormalization(k, s, b, m, v)
+        i2 = Conv(n2, u) j2 = Conv<pads=[1, 1, 1, 1]>(n2, w) z2 = Add(i2, j2) a = Add(z, z2) y = Add(a, r) }"""
+    tensors = {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1), "t": weights(4, 4, 1, 1, seed=5)}
+    merged(model(text, {**tensors, **norm(4)}), duplicate=True)
