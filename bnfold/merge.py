@@ -27,7 +27,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
-from bnfold import report
+from bnfold import canonical, report
 from bnfold.algebra import Affine, Linear
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
@@ -643,10 +643,8 @@ class _Choice:
 
     def _node(self, one: Merge) -> Node:
         """The linear node that stands for several; its numbers are the operator's."""
-        way, operator, dearest = one.candidate, one.operator, self.graph[one.into]
-        op = dearest.op if dearest.linear is not None else "Conv"
-        sizes = (operator.inputs, operator.outputs, operator.in_axis, operator.out_axis, operator.groups)
-        linear = Linear("oi", *sizes, window=operator.window)
+        way, operator = one.candidate, one.operator
+        op, linear = _canonical(operator, self.graph[one.into].op)
         return Node(one.into, op, (way.source,), (way.result,), linear=linear)
 
     def _refusals(self) -> Iterator[report.Merge]:
@@ -655,6 +653,17 @@ class _Choice:
             homes = {id(self.taken.get(name)) for name in names}
             if len(homes) > 1 or not all(name in self.taken for name in names):
                 yield report.Merge("", names, reason=why)
+
+
+def _canonical(operator: Operator, matrix: str) -> tuple[str, Linear]:
+    """An operator of a node, by name and shape; `matrix` is how a product along one axis is called."""
+    sizes = (operator.inputs, operator.outputs)
+    if operator.lookup:
+        return "Embedding", canonical.embedding(*sizes, operator.out_axis)
+    if operator.window is not None:
+        return "Conv", canonical.convolution(operator.window, *sizes, operator.groups, operator.out_axis)
+    axes = (operator.in_axis, operator.out_axis)
+    return "Gemm" if len(set(axes)) > 1 else matrix, canonical.matrix("oi", *sizes, *axes)
 
 
 def _weights(node: Node) -> int:
