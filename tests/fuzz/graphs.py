@@ -246,7 +246,7 @@ def gemm(s: Sketch) -> None:
 
 def matmul(s: Sketch) -> None:
     x = s.pick(lambda shape: len(shape) > 1 and isinstance(shape[-1], int))
-    *_rest, c = s.values[x]
+    *rest, c = s.values[x]
     out = s.choose(c, c, 4, 5)
     y = s.add("MatMul", [x, s.constant(s.numbers(c, out) / np.sqrt(c))], (*rest, out))
     if s.chance(0.5):
@@ -638,7 +638,7 @@ def image_term(s: Sketch, x: str, out: int, how: Slide) -> str:
 
 def matrix_term(s: Sketch, x: str, out: int) -> str:
     """A linear operator along the last axis."""
-    *_rest, c = s.values[x]
+    *_, c = s.values[x]
     kind = s.choose("one", "one", "two", "two", *["itself", "affine"] * (c == out))
     if kind == "itself":
         return x
@@ -652,7 +652,7 @@ def matrix_term(s: Sketch, x: str, out: int) -> str:
 
 def multiplied(s: Sketch, x: str, out: int) -> str:
     """A matrix from the right, as a Gemm or a MatMul, with a bias of any shape or without."""
-    *_rest, c = s.values[x]
+    *rest, c = s.values[x]
     shape, scale = (*rest, out), np.sqrt(int(c))
     biases: list[tuple[int, ...]] = [(out,), (1, out), (1,), (1, 1)]
     if len(rest) == 1 and s.chance(0.5):
