@@ -75,6 +75,12 @@ def _parser() -> Parser:
         action="store_false",
         help="leave BatchNorms alone of which only the scale can go",
     )
+    add(
+        "--no-merge",
+        dest="merge",
+        action="store_false",
+        help="leave linear operators apart that stand side by side or one after another",
+    )
     onnx = parser.add_argument_group("ONNX files")
     onnx.add_argument("--inputs", type=Path, metavar="NPZ", help="verify on these arrays, by input name")
     onnx.add_argument(
@@ -156,7 +162,8 @@ def _console(options: argparse.Namespace) -> Console:
 
 def _choices(options: argparse.Namespace) -> dict[str, bool]:
     """What every frontend can be told."""
-    return {"verify": options.verify, "lower": options.lower, "halves": options.halves}
+    names = ("verify", "lower", "halves", "merge")
+    return {name: getattr(options, name) for name in names}
 
 
 def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
@@ -210,7 +217,7 @@ def _fold_checkpoint(options: argparse.Namespace) -> tuple[Report, str]:
     count = source.input.count
     exhaustive = count is not None and count <= _EVERY
     inputs = source.input.every() if exhaustive else source.input.sample(64)
-    model, report = fold(source.model, inputs, verify=options.verify, halves=False)
+    model, report = fold(source.model, inputs, verify=options.verify, merge=options.merge, halves=False)
     evidence = (replace(item, inputs=len(inputs), exhaustive=exhaustive) for item in report.evidence)
     report = replace(report, evidence=tuple(evidence), notes=tuple(_notes_on(report)))
     if not options.dry_run:

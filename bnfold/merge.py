@@ -190,19 +190,20 @@ class Merged:
         )
 
 
-def merge(graph: Graph, host: Host) -> Merged:
+def merge(graph: Graph, host: Host, at_any_cost: bool = False) -> Merged:
     """Merge the linear operators of a graph.
 
     Args:
         graph: as `travel` leaves it.
         host: says which merged operators can be written, and where.
+        at_any_cost: leave it all to the host, which knows what was merged before.
 
     Returns:
         The graph with one linear node in the place of each block that was merged.
     """
     found = _Ways(graph, host)
     found.find()
-    choice = _Choice(graph, host, found)
+    choice = _Choice(graph, host, found, at_any_cost)
     choice.choose()
     return choice.merged()
 
@@ -456,8 +457,8 @@ class _Term:
 class _Choice:
     """Which candidates become one operator."""
 
-    def __init__(self, graph: Graph, host: Host, found: _Ways) -> None:
-        self.graph, self.host, self.found = graph, host, found
+    def __init__(self, graph: Graph, host: Host, found: _Ways, at_any_cost: bool) -> None:
+        self.graph, self.host, self.found, self.at_any_cost = graph, host, found, at_any_cost
         self.taken: dict[str, Merge] = {}
         self.touched: set[str] = set()
         self.merges: list[Merge] = []
@@ -509,7 +510,7 @@ class _Choice:
         if not isinstance(way.operator, Operator) or any(self._is_used(name) for name in way.nodes):
             return False
         before, after = self._costs(way)
-        if after.total > before.total:
+        if after.total > before.total and not self.at_any_cost:
             self.found.refuse([way], _dearer(before, after))
             return False
         try:
@@ -577,7 +578,7 @@ class _Choice:
         best = host.way
         for term in others if isinstance(best.operator, Operator) else ():
             wider = self._wider(best, term, host.sign * term.sign)
-            if wider is not None and self._saving(wider) >= 0:
+            if wider is not None and (self.at_any_cost or self._saving(wider) >= 0):
                 best = wider
         taken = bool(best.dropped) and self._take(best)
         return {host.operand, *best.dropped} if taken else set()

@@ -25,12 +25,15 @@ from torch import Tensor, nn
 
 from bnfold.archive import load_plain, name_stranger
 from bnfold.errors import InputError
+from bnfold.merge import Merged
 from bnfold.output import replacing
 from bnfold.report import Report
 from bnfold.torch.draft import NormPlace
 from bnfold.torch.fold import fold
+from bnfold.torch.merging import compute_merged, merge_as_stored, put_merged, touched_modules
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd
 from bnfold.torch.read import read
+from bnfold.torch.tensors import inside
 from bnfold.torch.write import become, settle_weight
 
 __all__ = ["fold_checkpoint_file", "load_factory", "load_folded", "load_state", "make_inputs"]
@@ -102,13 +105,16 @@ def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tenso
         InputError: the weights are of another model.
     """
     reading = read(model, example_inputs)
-    for norm in dict.fromkeys(reading.norms.values()):
-        own = [name for name in model.get_submodule(norm.path).state_dict() if f"{norm.path}.{name}" in state]
-        if f"{norm.path}.running_mean" not in state and not any(
-            "." not in n and n not in ("weight", "bias") for n in own
-        ):
+    norms = [norm for norm in dict.fromkeys(reading.norms.values()) if _is_folded(norm, model, state)]
+    merged = merge_as_stored(model, reading, state, {norm.path for norm in norms})
+    gone = touched_modules(merged)
+    operators = compute_merged(model, reading, merged)
+    for norm in norms:
+        if not any(inside(norm.path, path) for path in gone):
             become(model.get_submodule(norm.path), norm, _leftover(norm, state))
     for place in dict.fromkeys(reading.linears.values()):
+        if any(inside(place.weight.module, path) for path in gone):
+            continue
         module = model.get_submodule(place.weight.module)
         if place.computed and f"{place.weight.module}.weight" in state:
             settle_weight(module, place.computed)
@@ -119,8 +125,28 @@ def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tenso
                 owner.register_parameter(
                     place.bias.attribute, nn.Parameter(torch.empty_like(state[place.bias.name]))
                 )
+    put_merged(model, operators)
+    _give_biases(model, merged, state)
     _fill(model, dict(state), "the state dict")
     return model
+
+
+def _is_folded(norm: NormPlace, model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether a BatchNorm is no more, by the names in a state dict."""
+    own = [name for name in model.get_submodule(norm.path).state_dict() if f"{norm.path}.{name}" in state]
+    others = any("." not in name and name not in ("weight", "bias") for name in own)
+    return f"{norm.path}.running_mean" not in state and not others
+
+
+def _give_biases(model: nn.Module, merged: Merged, state: Mapping[str, Tensor]) -> None:
+    """Let merged operators have a bias where the folded ones have."""
+    for one in merged.merges:
+        path, owner = one.place.host.path, model.get_submodule(one.place.host.path)
+        if "merged" in owner._modules:
+            path, owner = f"{path}.merged", owner.get_submodule("merged")
+        if "bias" in owner._parameters:
+            bias = state.get(f"{path}.bias")
+            owner._parameters["bias"] = None if bias is None else nn.Parameter(torch.empty_like(bias))
 
 
 def _leftover(norm: NormPlace, state: Mapping[str, Tensor]) -> nn.Module | None:

@@ -32,8 +32,9 @@ from bnfold.torch.calls import ModuleCalls, ModulePlace
 from bnfold.torch.modules import Tail, Zero, turn_into
 from bnfold.torch.read import Reading
 from bnfold.torch.stored import round_like, stored_numbers, stored_tensors
+from bnfold.torch.tensors import inside
 
-__all__ = ["compute_merged", "merge_read", "put_merged", "touched_modules"]
+__all__ = ["compute_merged", "merge_as_stored", "merge_read", "put_merged", "touched_modules"]
 
 
 def merge_read(model: nn.Module, reading: Reading, graph: Graph, refused: Collection[str] = ()) -> Merged:
@@ -48,6 +49,27 @@ def merge_read(model: nn.Module, reading: Reading, graph: Graph, refused: Collec
     if reading.calls is None or reading.fake:
         return Merged(graph)
     return merge(graph, _Host(model, reading, graph, reading.calls, frozenset(refused)))
+
+
+def merge_as_stored(
+    model: nn.Module, reading: Reading, state: Mapping[str, Tensor], folded: Collection[str]
+) -> Merged:
+    """What was merged in the folded model that a state dict belongs to, by the names and shapes in it.
+
+    The numbers of what is returned are those of an unfolded model, and are to be replaced.
+
+    Args:
+        model: unfolded.
+        reading: of the model.
+        state: the state dict.
+        folded: the paths of BatchNorms that are no more.
+    """
+    gone = {name for name, place in reading.norms.items() if place.path in folded}
+    graph = reading.graph.bypass(gone)
+    if reading.calls is None:
+        return Merged(graph)
+    host = _Loading(model, reading, graph, reading.calls, frozenset(), state)
+    return merge(graph, host, at_any_cost=True)
 
 
 @dataclass(frozen=True)
@@ -165,6 +187,62 @@ class _Host:
         return self.calls.find(nodes, source, candidate.result, self.bypassed)
 
 
+@dataclass(eq=False)
+class _Loading(_Host):
+    """A module as a host of the merged operators that a state dict has weights for."""
+
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def stored(self, node: Node) -> Any:
+        """The weight, and a bias that stands in no rule's way: it is not known whether there was one."""
+        return super().stored(node)[0], None
+
+    def place(self, candidate: Candidate) -> MergePlace:
+        """The modules that the operator has taken."""
+        place, operator = super().place(candidate), candidate.operator
+        assert isinstance(operator, Operator)
+        path = (
+            f"{place.host.path}.merged"
+            if _is_wrapped(self.model, self.reading, place, operator)
+            else place.host.path
+        )
+        tail = tuple(f"{place.host.path}.{name}." for name, _ in place.host.tail)
+        held = {
+            name: tuple(tensor.shape)
+            for name, tensor in self.state.items()
+            if any(inside(name, gone) for gone in place.paths) and not name.startswith(tail)
+        }
+        if held.get(f"{path}.weight") != _weight_shape(operator) or len(held) > 1 + (f"{path}.bias" in held):
+            raise Refuse("it is not what the state dict has weights for")
+        return place
+
+
+def _is_wrapped(model: nn.Module, reading: Reading, place: MergePlace, operator: Operator) -> bool:
+    """Whether the operator is a child of the module that it stands for.
+
+    It is where something comes after it, and where a state dict would otherwise look as that of a model that was folded
+    and not merged.
+    """
+    norms = {norm.path for norm in reading.norms.values()}
+    held = {
+        f"{path}.{name}": tuple(tensor.shape)
+        for path in place.paths
+        for name, tensor in model.get_submodule(path).state_dict().items()
+        if not any(inside(f"{path}.{name}", norm) for norm in norms)
+    }
+    weight, bias = f"{place.host.path}.weight", f"{place.host.path}.bias"
+    return bool(place.host.tail) or (
+        held.get(weight) == _weight_shape(operator) and held.keys() <= {weight, bias}
+    )
+
+
+def _weight_shape(operator: Operator) -> tuple[int, ...]:
+    """The shape in which torch stores the weight of an operator."""
+    if operator.lookup:
+        return operator.inputs, operator.outputs
+    return operator.outputs, operator.inputs // operator.groups, *operator.kernel
+
+
 def _chain(candidate: Candidate) -> Iterator[Candidate]:
     """The links of a chain of single operators, from the first to the last.
 
@@ -195,37 +273,54 @@ def _check_form(graph: Graph, candidate: Candidate) -> None:
 # ---------------------------------------------------------------- writing
 
 
-def compute_merged(model: nn.Module, reading: Reading, merged: Merged) -> list[tuple[Merge, Numbers, Tensor]]:
-    """The numbers of all merged operators in float64, with a tensor that says how each is to be stored."""
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A merged operator that is ready to be written.
+
+    Attributes:
+        place: the modules that it takes.
+        operator, numbers: what it is, and its weight and bias in float64.
+        like: a tensor that says how they are to be stored.
+        wrapped: whether it is to be a child of the module that it stands for.
+    """
+
+    place: MergePlace
+    operator: Operator
+    numbers: Numbers
+    like: Tensor
+    wrapped: bool
+
+
+def compute_merged(model: nn.Module, reading: Reading, merged: Merged) -> list[Computed]:
+    """All merged operators of a module that is as it was read."""
 
     def stored(node: Node) -> Any:
         return stored_numbers(model, reading.linears[node.name])
 
-    return [
-        (one, one.operator.numbers(stored), stored_tensors(model, reading.linears[one.place.like])[0])
-        for one in merged.merges
-    ]
+    def compute(one: Merge) -> Computed:
+        like = stored_tensors(model, reading.linears[one.place.like])[0]
+        wrapped = _is_wrapped(model, reading, one.place, one.operator)
+        return Computed(one.place, one.operator, one.operator.numbers(stored), like, wrapped)
+
+    return [compute(one) for one in merged.merges]
 
 
-def put_merged(model: nn.Module, computed: Sequence[tuple[Merge, Numbers, Tensor]]) -> list[Tensor]:
+def put_merged(model: nn.Module, computed: Sequence[Computed]) -> list[Tensor]:
     """Let modules become merged operators; return the tensors that are new."""
     made: list[Tensor] = []
-    for one, numbers, like in computed:
-        place: MergePlace = one.place
-        for path in place.idle:
+    for one in computed:
+        for path in one.place.idle:
             turn_into(model.get_submodule(path), nn.Identity())
-        for path in place.zeros:
+        for path in one.place.zeros:
             turn_into(model.get_submodule(path), Zero())
-        operator = _module(one.operator, numbers, like)
-        module = model.get_submodule(place.host.path)
+        operator = _module(one.operator, one.numbers, one.like)
+        module = model.get_submodule(one.place.host.path)
         made += operator.parameters()
-        turn_into(module, _with_tail(module, operator, place.host.tail))
+        turn_into(module, _with_tail(module, operator, one.place.host.tail) if one.wrapped else operator)
     return made
 
 
 def _with_tail(module: nn.Module, operator: nn.Module, tail: Any) -> nn.Module:
-    if not tail:
-        return operator
     children = {"merged": operator}
     for name, stand_in in tail:
         child = stand_in if stand_in is not None else module._modules[name]
@@ -252,8 +347,11 @@ def _module(operator: Operator, numbers: Numbers, like: Tensor) -> nn.Module:
         pads = tuple(before for before, _ in window.pads)
         sizes = (operator.inputs, operator.outputs, window.kernel, window.strides, pads, window.dilations)
         module = _bare(_CONVOLUTIONS[len(window.kernel)], *sizes, groups=operator.groups, bias=biased)
-    shape = (operator.outputs, operator.inputs // operator.groups, *operator.kernel)
-    return _fill(module, {"weight": weight.reshape(shape), **({"bias": bias} if biased else {})}, like)
+    return _fill(
+        module,
+        {"weight": weight.reshape(_weight_shape(operator)), **({"bias": bias} if biased else {})},
+        like,
+    )
 
 
 def _bare(kind: type[nn.Module], *arguments: Any, **options: Any) -> nn.Module:

@@ -81,6 +81,8 @@ _WITHOUT_EXAMPLES = (
 def fold_program(program: ExportedProgram, **options: Any) -> tuple[ExportedProgram, Report]:
     """Fold an exported program; the program itself is not changed.
 
+    Its operators are calls of functions, no modules, so none are merged.
+
     Raises:
         UnreadableModel: it cannot be run or exported again.
         NotEquivalent: the folded program computes something else.
@@ -91,7 +93,7 @@ def fold_program(program: ExportedProgram, **options: Any) -> tuple[ExportedProg
     dynamic = _dynamic_sizes(module, args, kwargs)
     _drop_guards(module)
     _make_modules(module)
-    folded, report = fold(module, (args, kwargs), inplace=True, **options)
+    folded, report = fold(module, (args, kwargs), inplace=True, **{**options, "merge": False})
     try:
         again = torch.export.export(folded, args, kwargs, dynamic_shapes=dynamic)
     except Exception as error:
