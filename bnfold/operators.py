@@ -104,7 +104,7 @@ def of_linear(node: Node) -> Operator:
 def _vector(bias: Array | None, outputs: int) -> Array:
     if bias is None:
         return np.zeros(outputs)
-    if bias.size not in (1, outputs):
+    if bias.size != 1 and (bias.size, bias.shape[-1]) != (outputs, outputs):
         raise Refuse("its bias is no vector along its outputs")
     return np.broadcast_to(bias.ravel(), outputs)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 
 import bnfold.onnx
 from bnfold.report import Report
@@ -100,3 +101,28 @@ def test_operators_on_the_copy_of_another_one_are_merged() -> None:
         i2 = Conv(n2, u) j2 = Conv<pads=[1, 1, 1, 1]>(n2, w) z2 = Add(i2, j2) a = Add(z, z2) y = Add(a, r) }"""
     tensors = {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1), "t": weights(4, 4, 1, 1, seed=5)}
     merged(model(text, {**tensors, **norm(4)}), duplicate=True)
+
+
+# ---------------------------------------------------------------- matrices
+
+
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_a_bias_down_the_rows_of_a_square_product_is_no_bias_of_its_columns(place: str) -> None:
+    biases = {"first": (weights(4, 1), weights(4)), "second": (weights(4), weights(4, 1))}[place]
+    text = "g (float[4, 3] x) => (float[4, 4] y) { h = Gemm(x, w, c) y = Gemm(h, u, d) }"
+    tensors = {"w": weights(3, 4), "u": weights(4, 4), "c": biases[0], "d": biases[1]}
+    folded, _ = merged(model(text, tensors))
+    assert operators(folded) == ["Gemm", "Gemm"]
+
+
+@pytest.mark.parametrize("opset", [7, 10, 11, 17])
+def test_a_product_that_reads_its_input_transposed_is_one_in_every_operator_set(opset: int) -> None:
+    text = "g (float[3, 5] x) => (float[5, 2] y) { h = Gemm<transA=1>(x, w, c) y = Gemm(h, u, d) }"
+    tensors = {
+        "w": weights(3, 4),
+        "u": weights(4, 2),
+        "c": np.zeros(4, np.float32),
+        "d": np.zeros(2, np.float32),
+    }
+    folded, _ = merged(model(text, tensors, opset=opset))
+    assert operators(folded) == ["Gemm"]
