@@ -281,7 +281,8 @@ class _Writer:
         turned = operator.in_axis != operator.out_axis
         if rank == 2 and operator.out_axis == 1 and (turned or self.place.biased):
             weight = self._store(0, (operator.outputs, operator.inputs))
-            bias = [self._store(1, (operator.outputs,))] if self.place.biased else []
+            needs_bias = self.place.biased or self.imported.context.opset < 11
+            bias = [self._store(1, (operator.outputs,))] if needs_bias else []
             ref = self._insert("Gemm", [source, weight, *bias])
             ref.node.attribute.extend([helper.make_attribute("transB", 1)])
             ref.node.attribute.extend([helper.make_attribute("transA", 1)] if turned else [])
