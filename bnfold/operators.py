@@ -233,7 +233,7 @@ def _product(
     (inner, inner_bias), (outer, outer_bias) = first.numbers(stored), second.numbers(stored)
     inner, outer = _regroup(inner, groups), _regroup(outer, groups)
     middle, inputs, *taps = inner.shape[1:]
-    flat = inner.reshape(groups, middle, -1)
+    flat = inner.reshape(groups, middle, inputs * prod(taps))
     outputs = outer.shape[1]
     kernel = window.kernel if window is not None else ()
     weight, bias = np.zeros((groups, outputs, inputs, *kernel)), np.array(outer_bias, np.float64)
