@@ -193,3 +193,16 @@ def test_numbers_that_half_precision_holds_with_fewer_digits_stay_apart() -> Non
     text = "g (float16[N, 4, H, W] x) => (float16[N, 4, H, W] y) { k = Conv(x, w) y = Conv(k, u) }"
     _, report = merged(model(text, {"w": small, "u": small}), tolerance=2e-3)
     assert "underflow float16" in report.merges[0].reason
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_a_pool_that_becomes_a_convolution_counts_as_an_operator_before() -> None:
+    text = """g (float[N, 4, 8, 8] x) => (float[N, 4, 8, 8] y) {
+        p = AveragePool<kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1>(x)
+        y = BatchNormalization(p, s, b, m, v) }"""
+    folded, report = merged(model(text, norm(4)))
+    assert operators(folded) == ["Conv"]
+    assert report.operators == (1, 1)
+    assert report.multiply_adds == (9 * 4 * 64, 9 * 4 * 64)
