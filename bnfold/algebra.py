@@ -20,6 +20,7 @@ MatMul, ConvTranspose). Seen as `(g, o, i, k)` they coincide, and each formula i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -313,7 +314,8 @@ class Linear:
     def view(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The weight as `(groups, out, in, taps)`."""
         rows, columns = weight.shape[:2]
-        grouped = weight.reshape(self.groups, rows // self.groups, columns, -1)
+        taps = math.prod(weight.shape[2:])
+        grouped = weight.reshape(self.groups, rows // self.groups, columns, taps)
         return grouped if self.order == "oi" else grouped.swapaxes(1, 2)
 
     def _unview(self, seen: Array, shape: tuple[int, ...]) -> Array:

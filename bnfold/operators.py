@@ -104,7 +104,7 @@ def of_linear(node: Node) -> Operator:
 def _vector(bias: Array | None, outputs: int) -> Array:
     if bias is None:
         return np.zeros(outputs)
-    if bias.size not in (1, outputs):
+    if bias.size != 1 and (bias.size, bias.shape[-1]) != (outputs, outputs):
         raise Refuse("its bias is no vector along its outputs")
     return np.broadcast_to(bias.ravel(), outputs)
 
@@ -233,7 +233,7 @@ def _product(
     (inner, inner_bias), (outer, outer_bias) = first.numbers(stored), second.numbers(stored)
     inner, outer = _regroup(inner, groups), _regroup(outer, groups)
     middle, inputs, *taps = inner.shape[1:]
-    flat = inner.reshape(groups, middle, -1)
+    flat = inner.reshape(groups, middle, inputs * prod(taps))
     outputs = outer.shape[1]
     kernel = window.kernel if window is not None else ()
     weight, bias = np.zeros((groups, outputs, inputs, *kernel)), np.array(outer_bias, np.float64)

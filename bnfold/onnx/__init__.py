@@ -244,9 +244,8 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
     if not decision.does_something:
         notes += _check_unchanged(imported, choices)
         notes += ["nothing was changed, so there was nothing to compare"] if verdicts else []
-        return _Folded(
-            _copy(imported.model), Report(verdicts, notes=tuple(notes), parameters=(before, before))
-        )
+        report = Report(verdicts, notes=tuple(notes), parameters=(before, before))
+        return _Folded(_copy(imported.model), decision.merged.tell(report, decision.plan.graph))
     edits = write(imported, decision.plan.graph, decision.merged)
     comparison = _compare(decision, edits, choices, model) if choices.verify else None
     folded = apply(edits, _copy(imported.model))

@@ -178,7 +178,7 @@ def _forget(edit: Forget, graph: onnx.GraphProto) -> None:
 
 
 def _node(edit: Insert) -> onnx.NodeProto:
-    node = onnx.NodeProto(op_type=edit.op, name=edit.name, input=edit.inputs, output=edit.outputs)
+    node = onnx.NodeProto(op_type=edit.op, name=edit.name or None, input=edit.inputs, output=edit.outputs)
     node.attribute.extend(edit.attributes)
     if edit.domain is not None:
         node.domain = edit.domain

@@ -98,9 +98,7 @@ class _Host:
         assert isinstance(candidate.operator, Operator)
         with np.errstate(all="ignore"):
             weight, bias = candidate.operator.numbers(self.stored)
-        dtype = helper.tensor_dtype_to_np_dtype(data_type)
-        if not all(np.isfinite(round_to(array, dtype).astype(np.float64)).all() for array in (weight, bias)):
-            raise Refuse(f"its numbers would overflow {dtype}")
+        _check_range(weight, bias, data_type)
         return _Place(refs, data_type, bool(np.any(bias != 0)))
 
     def _refs(self, candidate: Candidate) -> Iterator[NodeRef]:
@@ -168,6 +166,19 @@ class _Host:
         return types.pop()
 
 
+def _check_range(weight: Array, bias: Array, data_type: int) -> None:
+    """Refuse numbers that a type cannot hold, or only with fewer digits than it has."""
+    dtype = helper.tensor_dtype_to_np_dtype(data_type)
+    if not all(np.isfinite(round_to(array, dtype).astype(np.float64)).all() for array in (weight, bias)):
+        raise Refuse(f"its numbers would overflow {dtype}")
+    if 0 < np.abs(weight).max(initial=0) < _SMALLEST_NORMAL.get(data_type, 2.0**-126):
+        raise Refuse(f"its numbers would underflow {dtype}")
+
+
+_SMALLEST_NORMAL = {TensorProto.FLOAT16: 2.0**-14, TensorProto.DOUBLE: 2.0**-1022}
+"""Where a type begins to lose digits, if it is not the exponents of float32 that it has."""
+
+
 # ---------------------------------------------------------------- edits
 
 
@@ -198,6 +209,7 @@ def _shrink(imported: ImportedModel, node: Node, left: Sequence[int], editor: Ed
         editor.view.set_inputs(ref, inputs)
     else:
         editor.remove(ref)
+        editor.forget(ref.outputs[0])
 
 
 @dataclass(eq=False)
@@ -252,9 +264,15 @@ class _Writer:
                     self._drop_copies(output)
                     self.editor.bypass([use.ref], value, output)
 
-    def _insert(self, op: str, inputs: Sequence[str], output: str = "", name: str = "") -> NodeRef:
-        name = name or self.label if self.anchor.node.name else ""
+    def _insert(self, op: str, inputs: Sequence[str], output: str = "", step: str = "") -> NodeRef:
+        name = self._name(step) if self.anchor.node.name else ""
         return self.editor.insert(self.anchor, op, name, inputs, output or self.one.candidate.result)
+
+    def _name(self, step: str) -> str:
+        """The name of the dearest of the nodes that go; another one where it had none, or for a step before the last."""
+        if not step and self.label in {ref.node.name for ref in self.place.refs}:
+            return self.label
+        return self.editor.fresh_node(f"{self.label}{step}")
 
     def _store(self, which: int, shape: tuple[int, ...], order: tuple[int, ...] | None = None) -> str:
         """Store the weight (0) or bias (1), once its axes are reordered, in this shape."""
@@ -296,7 +314,8 @@ class _Writer:
         turned = operator.in_axis != operator.out_axis
         if rank == 2 and operator.out_axis == 1 and (turned or self.place.biased):
             weight = self._store(0, (operator.outputs, operator.inputs))
-            bias = [self._store(1, (operator.outputs,))] if self.place.biased else []
+            needs_bias = self.place.biased or self.imported.context.opset < 11
+            bias = [self._store(1, (operator.outputs,))] if needs_bias else []
             ref = self._insert("Gemm", [source, weight, *bias])
             ref.node.attribute.extend([helper.make_attribute("transB", 1)])
             ref.node.attribute.extend([helper.make_attribute("transA", 1)] if turned else [])
@@ -312,7 +331,7 @@ class _Writer:
         raw = self.editor.view.raw[self.one.candidate.result]
         between = self.editor.new_value(f"{raw}.unbiased", self.anchor.owner)
         shift = self._store(1, (operator.outputs, 1) if left else (operator.outputs,))
-        self._insert("MatMul", operands, between, f"{self.label}.product")
+        self._insert("MatMul", operands, between, ".product")
         self._insert("Add", [between, shift])
 
     def _table(self) -> None:

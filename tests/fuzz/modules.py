@@ -145,8 +145,9 @@ def tied(s: Sketch) -> None:
     """A convolution with the weight of an earlier one."""
     place = s.conv()
     other = s.earlier(*CONVOLUTIONS)
-    if s.module.layers[other].weight.shape == s.module.layers[place].weight.shape:
-        s.module.layers[place].weight = s.module.layers[other].weight
+    weight = s.module.layers[other].weight
+    if isinstance(weight, nn.Parameter) and weight.shape == s.module.layers[place].weight.shape:
+        s.module.layers[place].weight = weight
     s.step(lambda m, x: m.layers[place](x))
 
 
@@ -459,8 +460,8 @@ def outputs(module: nn.Module, x: Tensor, flag: bool) -> list[Tensor] | None:
 def distance(before: list[Tensor], after: list[Tensor] | None) -> float:
     if after is None or [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         return float("inf")
-    pairs = zip(before, after, strict=True)
-    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in pairs)
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.numel()]
+    return max((float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in pairs), default=0.0)
 
 
 def judge(one: Draw) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 
 import bnfold.onnx
 from bnfold.report import Report
@@ -100,3 +101,108 @@ def test_operators_on_the_copy_of_another_one_are_merged() -> None:
         i2 = Conv(n2, u) j2 = Conv<pads=[1, 1, 1, 1]>(n2, w) z2 = Add(i2, j2) a = Add(z, z2) y = Add(a, r) }"""
     tensors = {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1), "t": weights(4, 4, 1, 1, seed=5)}
     merged(model(text, {**tensors, **norm(4)}), duplicate=True)
+
+
+# ---------------------------------------------------------------- matrices
+
+
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_a_bias_down_the_rows_of_a_square_product_is_no_bias_of_its_columns(place: str) -> None:
+    biases = {"first": (weights(4, 1), weights(4)), "second": (weights(4), weights(4, 1))}[place]
+    text = "g (float[4, 3] x) => (float[4, 4] y) { h = Gemm(x, w, c) y = Gemm(h, u, d) }"
+    tensors = {"w": weights(3, 4), "u": weights(4, 4), "c": biases[0], "d": biases[1]}
+    folded, _ = merged(model(text, tensors))
+    assert operators(folded) == ["Gemm", "Gemm"]
+
+
+@pytest.mark.parametrize("opset", [7, 10, 11, 17])
+def test_a_product_that_reads_its_input_transposed_is_one_in_every_operator_set(opset: int) -> None:
+    text = "g (float[3, 5] x) => (float[5, 2] y) { h = Gemm<transA=1>(x, w, c) y = Gemm(h, u, d) }"
+    tensors = {
+        "w": weights(3, 4),
+        "u": weights(4, 2),
+        "c": np.zeros(4, np.float32),
+        "d": np.zeros(2, np.float32),
+    }
+    folded, _ = merged(model(text, tensors, opset=opset))
+    assert operators(folded) == ["Gemm"]
+
+
+EMPTY = {
+    "no output": (weights(4, 3), weights(3, 0)),
+    "nothing between": (weights(4, 0), weights(0, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_matrices_without_elements_are_merged_like_others(kind: str) -> None:
+    text = "g (float[2, 4] x) => (float[2, p] y) { a = MatMul(x, w) b = MatMul(a, u) y = Add(b, c) }"
+    if kind == "nothing between":
+        text = "g (float[2, 4] x) => (float[2, 4] y) { k = MatMul(x, q) a = MatMul(x, w) b = MatMul(a, u) y = Add(k, b) }"
+    first, second = EMPTY[kind]
+    tensors = {"w": first, "u": second}
+    merged(model(text, {**tensors, **({"q": weights(4, 4)} if "q" in text else {"c": weights(0)})}))
+
+
+# ---------------------------------------------------------------- names
+
+
+TREE = "k = Conv<pads=[1, 1, 1, 1]>(x, w) l = Conv(x, u) a = Add(k, l) c = Add(a, x) y = Relu(c)"
+
+
+def test_an_operator_is_not_called_like_a_node_that_stays() -> None:
+    some = model(f"{IMAGE} {{ {TREE} }}", {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)})
+    some.graph.node[3].name, some.graph.node[4].name = "sum", "k"
+    folded, _ = merged(some)
+    assert [node.name for node in folded.graph.node] == ["k_2", "k"]
+
+
+def test_an_operator_keeps_the_name_of_the_one_with_most_weights() -> None:
+    some = model(f"{IMAGE} {{ {TREE} }}", {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)})
+    for place, name in enumerate("klacy"):
+        some.graph.node[place].name = name
+    folded, report = merged(some)
+    assert [node.name for node in folded.graph.node] == ["k", "y"]
+    assert report.merged[0].into == "k"
+
+
+def test_a_product_before_its_bias_is_not_called_like_a_node_that_stays() -> None:
+    text = "g (float[N, 5, 4] x) => (float[N, 5, 4] y) { a = MatMul(x, w) b = MatMul(a, u) c = Add(b, v) y = Relu(c) }"
+    some = model(text, {"w": weights(4, 4), "u": weights(4, 4, seed=2), "v": weights(4)})
+    for place, name in enumerate(["a", "b", "c", "a.product"]):
+        some.graph.node[place].name = name
+    folded, _ = merged(some)
+    assert [node.op_type for node in folded.graph.node] == ["MatMul", "Add", "Relu"]
+
+
+def test_nothing_is_said_of_a_sum_that_is_gone() -> None:
+    text = """g (float[N, 4, H, W] x, float[N, 4, H, W] z) => (float[N, 4, H, W] y) {
+        k = Conv<pads=[1, 1, 1, 1]>(x, w) l = Conv(x, u) b = Add(x, l) d = Add(k, z) e = Add(d, b) y = Relu(e) }"""
+    some = model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)})
+    folded, _ = merged(onnx.shape_inference.infer_shapes(some))
+    assert operators(folded) == ["Conv", "Add", "Relu"]
+    made = {name for node in folded.graph.node for name in node.output}
+    assert {info.name for info in folded.graph.value_info} <= made
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_numbers_that_half_precision_holds_with_fewer_digits_stay_apart() -> None:
+    small = (weights(4, 4, 1, 1) * 1e-3).astype(np.float16)
+    text = "g (float16[N, 4, H, W] x) => (float16[N, 4, H, W] y) { k = Conv(x, w) y = Conv(k, u) }"
+    _, report = merged(model(text, {"w": small, "u": small}), tolerance=2e-3)
+    assert "underflow float16" in report.merges[0].reason
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_a_pool_that_becomes_a_convolution_counts_as_an_operator_before() -> None:
+    text = """g (float[N, 4, 8, 8] x) => (float[N, 4, 8, 8] y) {
+        p = AveragePool<kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1>(x)
+        y = BatchNormalization(p, s, b, m, v) }"""
+    folded, report = merged(model(text, norm(4)))
+    assert operators(folded) == ["Conv"]
+    assert report.operators == (1, 1)
+    assert report.multiply_adds == (9 * 4 * 64, 9 * 4 * 64)

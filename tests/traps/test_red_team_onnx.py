@@ -188,7 +188,9 @@ def test_what_lets_nothing_through(kind):
 def test_a_kernel_beside_a_batchnorm_has_a_centre_or_none(pads, size, gone):
     text = f"""g (float[N, 4, 8, 8] x) => (float[N, 4, 8, 8] y) {{
         k = Conv<auto_pad="{pads}">(x, w) h = BatchNormalization(x, s, b, m, v) y = Add(k, h) }}"""
-    fold(model(text, {"w": weights(4, 4, size, size), **norm(4)}), gone, 1 - gone)
+    some = model(text, {"w": weights(4, 4, size, size), **norm(4)})
+    fold(some, gone, 1 - gone, merge=False)
+    fold(some, 1)
 
 
 def test_a_slope_that_is_computed_lets_nothing_through():
