@@ -181,12 +181,22 @@ class Merged:
             told: the report so far.
             graph: the graph before.
         """
-        before, after = _linears(graph), _linears(self.graph)
+        rest = [
+            _work_of(graph, node)
+            for node in graph.nodes
+            if node.linear is not None and node.name not in self.nodes
+        ]
+        parts = [
+            node
+            for name in self.nodes
+            if (node := graph[name]).linear is not None or node.op == "AveragePool"
+        ]
+        pairs = [one.record.multiply_adds for one in self.merges]
         return replace(
             told,
             merges=(*(one.record for one in self.merges), *self.refused),
-            operators=(len(before), len(after)),
-            multiply_adds=(sum(before), sum(after)),
+            operators=(len(rest) + len(parts), len(rest) + len(self.merges)),
+            multiply_adds=(sum(rest) + sum(a for a, _ in pairs), sum(rest) + sum(b for _, b in pairs)),
         )
 
 
@@ -208,14 +218,11 @@ def merge(graph: Graph, host: Host, at_any_cost: bool = False) -> Merged:
     return choice.merged()
 
 
-def _linears(graph: Graph) -> list[int]:
-    """How many multiply-adds each linear operator of a graph takes for one example."""
-    return [
-        (0 if node.op == "Embedding" else _weights(node))
-        * _positions(graph, node.outputs[0], node.linear.out_axis)
-        for node in graph.nodes
-        if node.linear is not None
-    ]
+def _work_of(graph: Graph, node: Node) -> int:
+    """How many multiply-adds a linear node takes for one example."""
+    if node.linear is None or node.op == "Embedding":
+        return 0
+    return _weights(node) * _positions(graph, node.outputs[0], node.linear.out_axis)
 
 
 def _positions(graph: Graph, value: str, channels: int) -> int:

@@ -175,7 +175,7 @@ def _check_range(weight: Array, bias: Array, data_type: int) -> None:
         raise Refuse(f"its numbers would underflow {dtype}")
 
 
-_SMALLEST_NORMAL = {TensorProto.FLOAT16: 2.0**-14, TensorProto.DOUBLE: 2.0**-1022}
+_SMALLEST_NORMAL: dict[int, float] = {TensorProto.FLOAT16: 2.0**-14, TensorProto.DOUBLE: 2.0**-1022}
 """Where a type begins to lose digits, if it is not the exponents of float32 that it has."""
 
 
@@ -269,7 +269,7 @@ class _Writer:
         return self.editor.insert(self.anchor, op, name, inputs, output or self.one.candidate.result)
 
     def _name(self, step: str) -> str:
-        """The name of the dearest of the nodes that go; another one where it had none, or for a step before the last."""
+        """The name of the dearest node that goes; another one where it had none, or for a step before the last."""
         if not step and self.label in {ref.node.name for ref in self.place.refs}:
             return self.label
         return self.editor.fresh_node(f"{self.label}{step}")

@@ -138,7 +138,8 @@ EMPTY = {
 def test_matrices_without_elements_are_merged_like_others(kind: str) -> None:
     text = "g (float[2, 4] x) => (float[2, p] y) { a = MatMul(x, w) b = MatMul(a, u) y = Add(b, c) }"
     if kind == "nothing between":
-        text = "g (float[2, 4] x) => (float[2, 4] y) { k = MatMul(x, q) a = MatMul(x, w) b = MatMul(a, u) y = Add(k, b) }"
+        text = """g (float[2, 4] x) => (float[2, 4] y) {
+            k = MatMul(x, q) a = MatMul(x, w) b = MatMul(a, u) y = Add(k, b) }"""
     first, second = EMPTY[kind]
     tensors = {"w": first, "u": second}
     merged(model(text, {**tensors, **({"q": weights(4, 4)} if "q" in text else {"c": weights(0)})}))

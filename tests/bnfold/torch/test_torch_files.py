@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
 import torch
 
+from benchmarks.branches import BRANCHES
+from benchmarks.branches import build as build_branches
 from bnfold import InputError
 from bnfold.torch.files import fold_checkpoint_file, load_factory, load_folded, load_state, make_inputs
 from bnfold.torch.fold import fold
@@ -98,6 +101,19 @@ def test_folded_weights_are_loaded_into_every_architecture(name):
     after, _ = fold(model, inputs, verify=False)
     twin = load_folded(build().eval(), inputs, after.state_dict())
     assert torch.equal(twin(inputs), after(inputs))
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_merged_weights_are_loaded_into_every_net_with_branches(name):
+    """The names and shapes in a state dict tell what was merged, whatever numbers the new net has so far."""
+    model, inputs = build_branches(name, small=True)
+    after, report = fold(model, inputs, verify=False)
+    twin = copy.deepcopy(model)
+    for number, parameter in enumerate(twin.parameters()):
+        torch.nn.init.constant_(parameter, 0.1 + number % 3)
+    load_folded(twin, inputs, after.state_dict())
+    assert report.merged
+    assert torch.equal(twin(*inputs), after(*inputs))
 
 
 class Everything(torch.nn.Module):
