@@ -28,17 +28,17 @@ PLACES: dict[tuple[str, str], str] = {
     (
         "torch",
         "import",
-    ): "read simplify norms aliasing storage steps determinism naming trials alignment sizes idle",
-    ("torch", "write"): "write modules",
+    ): "read simplify norms aliasing storage steps determinism naming tails calls trials alignment sizes idle",
+    ("torch", "write"): "write merging stored modules",
     ("torch", "run and compare"): "fold retrace sandbox double",
-    ("", "lower"): "canonical algebra",
+    ("", "lower"): "canonical algebra window",
     ("", "import"): "ir",
-    ("", "decide"): "travel rules duplicate",
+    ("", "decide"): "travel rules duplicate merge operators",
     ("", "run and compare"): "equivalence report",
     ("onnx", "see"): "accept flatten shapes sizes constant_folding",
     ("onnx", "lower"): "lower context",
     ("onnx", "import"): "read",
-    ("onnx", "write"): "write edit",
+    ("onnx", "write"): "write merging slots edit",
     ("onnx", "run and compare"): "proof run reference inputs",
 }
 """Which modules stand where, by lane and stage."""
