@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+import torch
 
 from tests.fuzz.drawing import Finding, complaint, findings
-from tests.fuzz.modules import FEATURES, judge
+from tests.fuzz.modules import FEATURES, distance, judge
 from tests.fuzz.test_graphs import LIES
 
 FEW, MANY, SHARDS = range(40), range(1_000, 11_000), 40
@@ -28,6 +29,17 @@ def test_dozens_of_random_modules_compute_the_same_folded() -> None:
 def test_thousands_of_random_modules_compute_the_same_folded(shard: int) -> None:
     found = search(MANY[shard::SHARDS])
     assert not found, "\n".join(map(str, found))
+
+
+def test_a_weight_that_is_computed_is_tied_to_nothing() -> None:
+    assert not search(range(20), "parametrised", "tied")
+
+
+def test_values_that_are_empty_are_as_far_apart_as_their_shapes() -> None:
+    empty, narrow = torch.ones(2, 0), torch.ones(1, 0)
+    assert distance([empty], [empty]) == 0
+    assert distance([empty], [narrow]) == float("inf")
+    assert distance([empty, torch.ones(2)], [empty, torch.zeros(2)]) == 1
 
 
 def test_a_reader_that_runs_a_module_on_its_example_alone_is_found_out(
