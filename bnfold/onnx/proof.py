@@ -8,6 +8,7 @@ out of the evidence, with a note that says why.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from onnx import TensorProto
 
 from bnfold.equivalence import UNIT_ROUNDOFF, Unavailable
 from bnfold.errors import InputError
+from bnfold.exclusive import exclusive
 from bnfold.onnx import inputs as made
 from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.files import stored_tensors
@@ -279,12 +281,17 @@ def _given(inputs: Any) -> list[Feed] | None:
 
 
 def _load(path: Path) -> Feed:
+    """The arrays of a file; what NumPy warns of (a header as Python 2 wrote it) is no matter of the fold."""
     if not path.is_file():
         raise InputError(
             f"{path} is no .npz file: {'it is no regular file' if path.exists() else 'no such file'}"
         )
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with (
+            exclusive(),
+            warnings.catch_warnings(action="ignore"),
+            np.load(path, allow_pickle=False) as archive,
+        ):
             return {name: archive[name] for name in archive.files}
     except Exception as error:
         raise InputError(f"{path} is no .npz file of arrays: {error}") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from hashlib import sha256
 from pathlib import Path
 
@@ -407,6 +409,18 @@ def test_wrong_inputs_are_refused(inputs):
 
 def test_inputs_from_a_file(tmp_path):
     np.savez(tmp_path / "in.npz", x=weights(5, 3, 6, 6))
+    _, report = bnfold.onnx.fold(net(), tmp_path / "in.npz")
+    assert report.evidence[0].inputs == 5
+
+
+def test_inputs_as_python_2_wrote_them_are_read_without_a_warning(tmp_path):
+    array, content = weights(5, 3, 6, 6), io.BytesIO()
+    np.save(content, array)
+    named = content.getvalue().replace(b"(5, 3, 6, 6), }  ", b"(5L, 3, 6L, 6), }")
+    with zipfile.ZipFile(tmp_path / "in.npz", "w") as archive:
+        archive.writestr("x.npy", named)
+    with pytest.warns(UserWarning, match="Python 2"), np.load(tmp_path / "in.npz") as given:
+        np.testing.assert_array_equal(given["x"], array)
     _, report = bnfold.onnx.fold(net(), tmp_path / "in.npz")
     assert report.evidence[0].inputs == 5
 
