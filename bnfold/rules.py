@@ -28,6 +28,9 @@ from bnfold.ir import Dim, Node, Shape
 
 __all__ = ["TABLE", "Row", "Surroundings", "find"]
 
+LARGEST = 1 << 24
+"""An affine that would have to be written out in more numbers than this goes no further."""
+
 
 def _table() -> dict[str, Row]:
     rows = {
@@ -216,6 +219,11 @@ def _size(node: Node, size: Dim) -> int:
     return size
 
 
+def _check_size(node: Node, sizes: Iterable[int]) -> None:
+    if prod(sizes) > LARGEST:
+        raise Refuse(f"`{node.name}` ({node.op}) would write the affine out in more than {LARGEST:,} numbers")
+
+
 def _pass(node: Node, around: Surroundings, flow: Flow) -> Answer:
     return [_only(flow)]
 
@@ -267,6 +275,7 @@ def _regroup(node: Node, affine: Affine, source: Shape, target: Shape) -> Affine
         narrow += [_size(node, size) for size in made]
     if prod(wide) != prod(narrow):
         raise Refuse(f"the shapes around `{node.name}` ({node.op}) do not agree")
+    _check_size(node, wide)
     moved = affine.map(lambda array: np.broadcast_to(array, wide).reshape(narrow))
     if any(axis in alike for axis in moved.axes):
         raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
@@ -378,7 +387,9 @@ def _slice_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
         return [_only(wanted)]
 
     def spread(array: Array) -> Array:
-        full = np.full([known.get(axis, size) for axis, size in enumerate(array.shape)], np.nan)
+        sizes = [known.get(axis, size) for axis, size in enumerate(array.shape)]
+        _check_size(node, sizes)
+        full = np.full(sizes, np.nan)
         full[tuple(s if axis in cut else slice(None) for axis, s in enumerate(slices))] = array
         return full
 
@@ -394,6 +405,7 @@ def _take_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     def take(array: Array) -> Array:
         if array.shape[axis] == 1:
             return array if indices.ndim else array.squeeze(axis)
+        _check_size(node, [*array.shape[:axis], indices.size, *array.shape[axis + 1 :]])
         return np.take(array, indices, axis)
 
     return [_only(given).map(take)]
@@ -408,6 +420,7 @@ def _take_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 
     def spread(array: Array) -> Array:
         array = array if indices.ndim else np.expand_dims(array, axis)
+        _check_size(node, [*array.shape[:axis], max(size, indices.size), *array.shape[axis + 1 :]])
         array = np.moveaxis(
             np.broadcast_to(array, [*array.shape[:axis], indices.size, *array.shape[axis + 1 :]]), axis, 0
         )
@@ -432,13 +445,14 @@ def _pieces(affine: Affine, axis: int, sizes: Sequence[int]) -> list[Affine]:
     return [Affine(scale, shift).collapse() for scale, shift in cut]
 
 
-def _join(flow: Flow, axis: int, sizes: Sequence[int]) -> Affine:
+def _join(node: Node, flow: Flow, axis: int, sizes: Sequence[int]) -> Affine:
     """Put affines (None: identity) side by side along an axis."""
     rank = next(affine.rank for affine in flow if affine is not None)
     whole = [affine or Affine.identity(rank) for affine in flow]
     shape = np.broadcast_shapes(
         *(tuple(1 if a == axis else n for a, n in enumerate(w.scale.shape)) for w in whole)
     )
+    _check_size(node, [*shape[:axis], sum(sizes), *shape[axis + 1 :]])
 
     def wide(array: Array, size: int) -> Array:
         return np.broadcast_to(array, [*shape[:axis], size, *shape[axis + 1 :]])
@@ -466,14 +480,14 @@ def _concat_down(node: Node, around: Surroundings, given: Flow) -> Answer:
         axis = node.attributes["axis"]
         if first.scale.shape[axis] == 1:
             return [first]
-    return [_join(given, node.attributes["axis"], _sizes(node, around))]
+    return [_join(node, given, node.attributes["axis"], _sizes(node, around))]
 
 
 CONCAT = Row(_concat_up, _concat_down, "all", ("axis",), carries=True)
 
 
 def _split_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
-    return [_join(wanted, node.attributes["axis"], node.attributes["sizes"])]
+    return [_join(node, wanted, node.attributes["axis"], node.attributes["sizes"])]
 
 
 def _split_down(node: Node, around: Surroundings, given: Flow) -> Answer:
@@ -533,12 +547,11 @@ def _tile_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 
 
 def _tile_down(node: Node, around: Surroundings, given: Flow) -> Answer:
-    repeats = node.attributes["repeats"]
-    return [
-        _only(given).map(
-            lambda a: np.tile(a, [r if n != 1 else 1 for n, r in zip(a.shape, repeats, strict=True)])
-        )
-    ]
+    affine = _only(given)
+    sizes = zip(affine.scale.shape, node.attributes["repeats"], strict=True)
+    repeats = [times if size != 1 else 1 for size, times in sizes]
+    _check_size(node, (*affine.scale.shape, *repeats))
+    return [affine.map(lambda array: np.tile(array, repeats))]
 
 
 TILE = Row(_tile_up, _tile_down, "all", ("repeats",), carries=True)
@@ -552,6 +565,7 @@ def _channels_to_blocks(node: Node, around: Surroundings, flow: Flow) -> Answer:
     copies = block ** (affine.rank - 2)
     if affine.scale.shape[1] == 1:
         return [affine]
+    _check_size(node, (*affine.scale.shape, copies))
     if node.attributes["mode"] == "CRD":
         return [affine.map(lambda array: np.repeat(array, copies, 1))]
     return [affine.map(lambda array: np.concatenate([array] * copies, 1))]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from bnfold.algebra import Affine, Linear
 from bnfold.errors import Refuse
 from bnfold.ir import Node, Shape
-from bnfold.rules import TABLE, find, groups
+from bnfold.rules import LARGEST, TABLE, find, groups
 from tests.properties import machine
 
 
@@ -193,7 +193,9 @@ NEGATIVE = Affine.along(1, 4, [1.0, -2.0, 3.0, 4.0], 0.0)
 ZERO = Affine.along(1, 4, [0.0, 1.0, 1.0, 1.0], 0.0)
 COLUMNS = Affine.along(3, 4, np.arange(1.0, 7.0), 0.0)
 SHAPE = (2, 4, 6, 6)
+HUGE = 1 << 58
 IMAGES = {"x": SHAPE, "y": SHAPE, "z": SHAPE, "column": (4, 1, 1), "dim": ("N", "C", 6, 6)}
+IMAGES |= {"long": (2, HUGE, 6, 6), "huge": (2, 4, 3, HUGE), "flat": (2, 12 * HUGE)}
 DENSE = Linear("oi", 4, 4, 1, 1)
 
 
@@ -279,10 +281,31 @@ REFUSALS: list[tuple[str, Node, list[Affine | None], str]] = [
     ("down", node("PRelu", "x z"), [None, SCALES], "an operand that cannot carry an affine would have to"),
 ]  # fmt: skip
 
+WHOLE = slice(None)
+TOO_LARGE: list[tuple[str, Node, list[Affine | None]]] = [
+    ("down", node("Reshape", "huge", "flat"), [CHANNELS]),
+    ("up", node("Reshape", "flat", "huge"), [CHANNELS]),
+    ("up", node("Slice", "long", slices=(WHOLE, slice(0, 4), WHOLE, WHOLE)), [CHANNELS]),
+    ("up", node("Gather", "long", axis=1, indices=np.arange(4)), [CHANNELS]),
+    ("down", node("Gather", axis=1, indices=np.broadcast_to(0, HUGE)), [CHANNELS]),
+    ("down", node("Concat", "x long", axis=1), [CHANNELS, None]),
+    ("up", node("Split", "long", "y z", axis=1, sizes=(4, HUGE)), [CHANNELS, None]),
+    ("down", node("Tile", repeats=(1, HUGE, 1, 1)), [CHANNELS]),
+    ("up", node("DepthToSpace", blocksize=1 << 29, mode="CRD"), [CHANNELS]),
+    ("down", node("SpaceToDepth", blocksize=1 << 29, mode="DCR"), [CHANNELS]),
+]
+
+REFUSALS += [
+    (*case, f"`n` ({case[1].op}) would write the affine out in more than {LARGEST:,} numbers")
+    for case in TOO_LARGE
+]
+
 STATED = {template(sentence) for *_, sentence in REFUSALS}
 
 
-@pytest.mark.parametrize(("direction", "asked", "flow", "sentence"), REFUSALS, ids=[r[3] for r in REFUSALS])
+@pytest.mark.parametrize(
+    ("direction", "asked", "flow", "sentence"), REFUSALS, ids=[f"{r[3]}, {r[0]}" for r in REFUSALS]
+)
 def test_a_refusal_names_the_node_and_the_fact(
     direction: str, asked: Node, flow: list[Affine | None], sentence: str
 ) -> None:
