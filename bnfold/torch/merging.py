@@ -326,7 +326,7 @@ def _with_tail(module: nn.Module, operator: nn.Module, tail: Any) -> nn.Module:
         child = stand_in if stand_in is not None else module._modules[name]
         assert child is not None
         children[name] = child
-    return Tail(children, tuple(children))
+    return Tail(children, ("merged", *(name for name, _ in tail)))
 
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -63,18 +63,17 @@ class Tail(nn.Module):
     """What a BatchNorm with a built-in activation does after its affine map.
 
     Holds the children of the module that it replaces under their own names, so that names in state dicts stay, and
-    runs `steps` of them one after another.
+    runs some of them one after another.
     """
 
     def __init__(self, children: dict[str, nn.Module], steps: Sequence[str]) -> None:
         super().__init__()
-        self.steps = tuple(steps)
-        for name, child in children.items():
-            self.add_module(name, child)
+        self._steps = tuple(steps)
+        self._modules.update(children)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run one step after another."""
-        for name in self.steps:
+        for name in self._steps:
             x = self._modules[name](x)  # type: ignore[misc]
         return x
 

@@ -19,6 +19,9 @@ __all__ = ["Tail", "find_tail", "obstacle"]
 Tail = tuple[tuple[str, nn.Module | None], ...]
 """Names of a module's own children, or modules that stand for a function."""
 
+_TAKEN = ("affine", "merged")
+"""What the operator before a tail is called where it stands beside it as a child."""
+
 
 def find_tail(
     frame: Frame,
@@ -47,7 +50,7 @@ def find_tail(
             child, children = children[0], children[1:]
             name = next((n for n, held in frame.module._modules.items() if held is child.module), None)
             chained = child.plain and resolve(child.given[0].name) == value and rest[: len(inner)] == inner
-            if name is None or not chained:
+            if name is None or name in _TAKEN or not chained:
                 return None
             steps.append((name, None))
             value, rest = resolve(child.made[0].name), rest[len(inner) :]
@@ -57,9 +60,14 @@ def find_tail(
         step = _stand_in(rest[0], value, resolve)
         if step is None:
             return None
-        steps.append((f"step{len(steps)}", step))
+        steps.append((_unused(f"step{len(steps)}", frame.module), step))
         value, rest = resolve(rest[0].outputs[0]), rest[1:]
     return tuple(steps) if value == resolve(frame.made[0].name) else None
+
+
+def _unused(name: str, module: nn.Module) -> str:
+    """A name for one more child of a module."""
+    return _unused(f"{name}_", module) if name in module._modules else name
 
 
 def _stand_in(item: DraftNode, value: str, resolve: Callable[[str], str]) -> nn.Module | None:

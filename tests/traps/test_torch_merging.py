@@ -1,0 +1,89 @@
+"""Where linear operators of a module become one, and where they must not: judged without bnfold's own comparison.
+
+Every module is folded unverified, in float64, and judged on other numbers, batches and image sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from bnfold.torch import fold
+from tests.torch_models import randomise
+
+SHAPES = ((2, 4, 8, 8), (1, 4, 8, 8), (3, 4, 7, 9), (2, 4, 20, 18))
+
+
+def same(wanted, given):
+    """Whether two results are the same, but for rounding."""
+    (wanted, form), (given, other) = tree_flatten(wanted), tree_flatten(given)
+    assert form == other
+    for one, two in zip(wanted, given, strict=True):
+        if isinstance(one, Tensor):
+            assert (one.shape, one.dtype) == (two.shape, two.dtype)
+            torch.testing.assert_close(two, one, rtol=1e-11, atol=1e-11)
+        else:
+            assert one == two
+
+
+def merged(net, *shapes):
+    """Fold a module on an input of the first shape, without a comparison; compare on all of them."""
+    shapes, net = shapes or SHAPES, randomise(net).double()
+    state = copy.deepcopy(net.state_dict())
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    folded, report = fold(net, inputs[0], verify=False)
+    with torch.no_grad():
+        for x in inputs:
+            same(net(x.clone()), folded(x.clone()))
+    same(state, net.state_dict())
+    return folded, tuple(one for one in report.merges if one.into)
+
+
+class Net(nn.Module):
+    """Parts, and a forward that a test gives."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def pair(forward, **parts):
+    """A 3x3 and a 1x1 that keep the size."""
+    return Net(forward, wide=nn.Conv2d(4, 4, 3, padding=1), point=nn.Conv2d(4, 4, 1), **parts)
+
+
+def chain(forward, stride=1):
+    """A 3x3 and a 1x1, to be called one after another."""
+    return Net(forward, first=nn.Conv2d(4, 4, 3, stride=stride), second=nn.Conv2d(4, 4, 1))
+
+
+def before_a_relu(block):
+    """A block that is not the whole model."""
+    return nn.Sequential(block, nn.ReLU(), nn.Conv2d(4, 4, 1))
+
+
+# ---------------------------------------------------------------- what follows in the module
+
+
+@pytest.mark.parametrize("name", ["act", "merged", "affine", "steps", "step0", "step1", "_steps"])
+def test_an_activation_keeps_its_name_whatever_that_is(name):
+    def forward(net, x):
+        return torch.tanh(getattr(net, name)(net.wide(x) + net.point(x)))
+
+    merged(before_a_relu(pair(forward, **{name: nn.LeakyReLU(0.3)})))
+
+
+def test_an_activation_that_is_called_twice_is_called_twice():
+    net = before_a_relu(pair(lambda net, x: net.act(net.act(net.wide(x) + net.point(x))), act=nn.Tanh()))
+    assert len(merged(net)[1]) == 1
