@@ -1,4 +1,4 @@
-"""Fold BatchNorms into the linear layers around them, exactly, and prove it.
+"""Fold BatchNorms into the linear layers around them, merge what is linear side by side, exactly, and prove it.
 
     folded, report = bnfold.fold(model, example_inputs)        # an nn.Module, or an ONNX model
     report = bnfold.fold_file("model.onnx", "model.folded.onnx")
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from bnfold.errors import BnfoldError, InputError, NotEquivalent, UnreadableModel
-from bnfold.report import Evidence, Report, Verdict
+from bnfold.report import Evidence, Merge, Report, Verdict
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "BnfoldError",
     "Evidence",
     "InputError",
+    "Merge",
     "NotEquivalent",
     "Report",
     "UnreadableModel",
@@ -39,19 +40,20 @@ Model = TypeVar("Model")
 
 
 def fold(model: Model, example_inputs: Any = None, **options: Any) -> tuple[Model, Report]:
-    """Fold every BatchNorm of a model that can be folded exactly, and verify the result.
+    """Fold every BatchNorm of a model that can be folded exactly, merge linear operators, and verify the result.
 
     Args:
         model: an `nn.Module` in eval mode, an `onnx.ModelProto` or an `onnx_ir.Model`. It is not changed.
         example_inputs: for a module what it is called with: a tensor, a tuple of positional arguments, a dict of
             keyword arguments, or a pair `(args, kwargs)`. For an ONNX model a dict of arrays by input name, or None
             to have them made from the declared types and shapes.
-        **options: `verify=False` compares nothing, and the report says so. The rest is the frontend's: see
+        **options: `verify=False` compares nothing, and the report says so. `merge=False` leaves linear operators apart
+            that stand side by side or one after another. The rest is the frontend's: see
             `bnfold.torch.fold` and `bnfold.onnx.fold`.
 
     Returns:
-        The folded model, of the caller's own class, and the report: one verdict for every BatchNorm, and how the two
-        models were compared.
+        The folded model, of the caller's own class, and the report: one verdict for every BatchNorm, what was merged,
+        and how the two models were compared.
 
     Raises:
         InputError: the model is of no kind that bnfold folds, or cannot be used as it is.

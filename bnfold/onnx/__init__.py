@@ -97,7 +97,7 @@ def fold(
         verify: run both models and compare; the report says unverified without.
         freeze_initializers: take initializers that are also inputs for constants, and take them off the inputs.
         folder: where external data lies, if the model refers to any.
-        **options: see `bnfold.travel.Options` (`halves`, `lower`, ...).
+        **options: see `bnfold.travel.Options` (`halves`, `lower`, `merge`, ...).
 
     Returns:
         The folded model, of the caller's own class, and the report.

@@ -61,7 +61,7 @@ def fold(
             and a dict. Their values matter only to models that branch on them.
         inplace: edit the module itself instead of a copy.
         verify: compare the outputs before and after.
-        **options: see `travel.Options` (`halves`, `lower`).
+        **options: see `travel.Options` (`halves`, `lower`, `merge`).
 
     Returns:
         The folded module, of the same class, and a report with a verdict for every BatchNorm.
