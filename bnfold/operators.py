@@ -46,7 +46,7 @@ class Operator:
         in_axis, out_axis: where the channels lie on the value read and on the value written.
         window: how its kernel slides; None for a matrix.
         lookup: whether it looks up rows of a table instead of multiplying.
-        numbers: computes its weight and bias.
+        numbers: computes its weight and bias; refuses where those are no matrix with a vector beside it.
     """
 
     inputs: int

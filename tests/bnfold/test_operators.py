@@ -270,6 +270,13 @@ def test_a_bias_of_one_number_is_that_of_every_output(bias: Any) -> None:
     assert operator.numbers(stored([[1], [2]], bias))[1].tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("bias", [[[1.0], [2.0]], [[1.0, 2.0], [3.0, 4.0]], [[1.0], [2.0], [3.0]]])
+def test_a_bias_that_differs_from_row_to_row_is_refused(bias: Any) -> None:
+    operator = of_linear(node("Gemm", Linear("oi", 1, 2, 1, 1)))
+    with pytest.raises(Refuse, match="no vector along its outputs"):
+        operator.numbers(stored([[1], [2]], bias))
+
+
 def test_a_convolution_is_read_by_groups_with_what_it_has_absorbed() -> None:
     linear = Linear("oi", 2, 2, 1, 1, 2, window=line(2)).absorb_after(
         np.array([2.0, 3.0]), np.array([1.0, 1.0])
