@@ -1,0 +1,518 @@
+"""Which linear operators of a graph become one, which do not and why; each graph by hand, run before and after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bnfold.algebra import Affine, Linear
+from bnfold.errors import Refuse
+from bnfold.ir import Graph, Node
+from bnfold.merge import Candidate, Cost, Merged, merge
+from bnfold.window import Window
+from tests.properties import blocks
+
+SHAPE = (2, 4, 8, 8)
+POINT = Window.point(2)
+SAME = Window((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+VALID = Window((3, 3), (1, 1), (1, 1), ((0, 0), (0, 0)))
+ROW = Window((1, 3), (1, 1), (1, 1), ((0, 0), (1, 1)))
+COLUMN = Window((3, 1), (1, 1), (1, 1), ((1, 1), (0, 0)))
+
+
+class Block:
+    """A graph made by hand on the inputs x and z, which can be merged and run; values are known by their nodes."""
+
+    def __init__(self, shape: tuple[int, ...] = SHAPE) -> None:
+        self.random = np.random.default_rng(0)
+        self.nodes: list[Node] = []
+        self.weights: dict[str, Any] = {}
+        self.values = {name: self.random.normal(size=shape) for name in ("x", "z")}
+        self.shapes: dict[str, Any] = {"x": shape, "z": shape}
+
+    def add(self, op: str, *inputs: str, name: str = "", **parts: Any) -> str:
+        name = name or f"{op.lower()}{len(self.nodes)}"
+        node = Node(name, op, inputs, (name,), parts.pop("attributes", {}), **parts)
+        self.values[name] = blocks.compute(node, self.weights, [self.values[value] for value in inputs])
+        self.shapes[name] = self.values[name].shape
+        self.nodes.append(node)
+        return name
+
+    def conv(
+        self,
+        x: str,
+        name: str = "",
+        window: Window = POINT,
+        outputs: int = 4,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> str:
+        name, inputs = name or f"conv{len(self.nodes)}", self.shapes[x][1]
+        weight = self.random.normal(size=(outputs, inputs // groups, *window.kernel))
+        self.weights[name] = (weight, self.random.normal(size=outputs) if bias else None)
+        linear = Linear("oi", inputs, outputs, 1, 1, groups, window=window)
+        return self.add("Conv", x, name=name, linear=linear)
+
+    def matrix(self, x: str, outputs: int, axes: tuple[int, int] = (1, 1), name: str = "") -> str:
+        op = "Gemm" if len(self.shapes[x]) == 2 and axes[1] == 1 else "MatMul"
+        name, inputs = name or f"{op.lower()}{len(self.nodes)}", self.shapes[x][axes[0]]
+        self.weights[name] = (self.random.normal(size=(outputs, inputs)), self.random.normal(size=outputs))
+        return self.add(op, x, name=name, linear=Linear("oi", inputs, outputs, *axes))
+
+    def table(self, x: str, rows: int, outputs: int, name: str = "") -> str:
+        name, rank = name or f"table{len(self.nodes)}", len(self.shapes[x])
+        self.weights[name] = (self.random.normal(size=(rows, outputs)), None)
+        return self.add("Embedding", x, name=name, linear=Linear("io", rows, outputs, 0, rank))
+
+    def affine(self, x: str, name: str = "", op: str = "Affine", shift: bool = True, axis: int = 1) -> str:
+        size = self.shapes[x][axis]
+        scale, offset = self.random.normal(size=(2, size))
+        affine = Affine.along(axis, len(self.shapes[x]), scale, offset * shift)
+        return self.add(op, x, name=name, affine=affine)
+
+    def pool(self, x: str, window: Window, name: str = "") -> str:
+        return self.add("AveragePool", x, name=name, attributes={"window": window})
+
+    def graph(self, *outputs: str) -> Graph:
+        return Graph(tuple(self.nodes), ("x", "z"), outputs, dict(self.shapes))
+
+    def merge(self, *outputs: str, model: blocks.Model | None = None, **changes: Any) -> Merged:
+        """Merge, and check that every output stays what it was."""
+        model = model or blocks.Model(self.weights)
+        merged = merge(replace(self.graph(*outputs), **changes), model)
+        made = model.merged(merged)
+        after = blocks.run(merged.graph, made, {name: self.values[name] for name in ("x", "z")})
+        for old, new in zip(outputs, merged.graph.outputs, strict=True):
+            assert np.allclose(after[new], self.values[old], rtol=1e-12, atol=1e-12)
+        return merged
+
+
+def names(merged: Merged) -> list[str]:
+    """The nodes of the graph afterwards."""
+    return [node.name for node in merged.graph.nodes]
+
+
+def made_of(merged: Merged) -> dict[str, set[str]]:
+    """What was merged, by what it became."""
+    return {one.into: set(one.record.sources) for one in merged.merges}
+
+
+def reasons(merged: Merged) -> dict[tuple[str, ...], str]:
+    return {one.sources: one.reason for one in merged.refused}
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def test_branches_on_one_value_become_the_dearest_of_them() -> None:
+    block = Block()
+    total = block.add("Add", block.conv("x", "small"), block.conv("x", "large", SAME), name="sum")
+    merged = block.merge(total)
+    assert names(merged) == ["large"]
+    assert made_of(merged) == {"large": {"small", "large", "sum"}}
+    assert merged.graph["large"].inputs == ("x",)
+    assert merged.graph["large"].outputs == ("sum",)
+
+
+def test_a_block_of_mobileone_becomes_one_convolution() -> None:
+    block = Block()
+    relu = block.add("Relu", "x")
+    branches = [block.conv(relu, f"branch{place}", SAME, groups=4) for place in range(3)]
+    branches += [block.conv(relu, "scale", groups=4), block.affine(relu, "skip", "BatchNormalization")]
+    total = branches[0]
+    for branch in branches[1:]:
+        total = block.add("Add", total, branch)
+    merged = block.merge(block.add("Relu", total, name="out"))
+    assert names(merged) == ["relu0", "branch0", "out"]
+    assert merged.graph["branch0"].linear is not None
+    assert merged.graph["branch0"].linear.groups == 4
+
+
+def test_a_value_is_an_operator_on_itself() -> None:
+    block = Block()
+    merged = block.merge(block.add("Add", "x", block.conv("x", "conv", SAME)))
+    assert names(merged) == ["conv"]
+
+
+def test_what_is_subtracted_counts_with_its_sign() -> None:
+    block = Block()
+    first = block.add("Sub", block.conv("x", "a", SAME), block.affine("x"))
+    merged = block.merge(block.add("Sub", "x", first))
+    assert names(merged) == ["a"]
+
+
+def test_a_value_that_is_an_operand_twice_counts_twice() -> None:
+    block = Block()
+    merged = block.merge(block.add("Sum", "x", "x", block.conv("x", "conv")))
+    assert names(merged) == ["conv"]
+    block = Block()
+    assert names(block.merge(block.conv(block.add("Add", "x", "x"), "below"))) == ["below"]
+
+
+@pytest.mark.parametrize("spatial", [1, 3])
+def test_a_row_a_column_and_a_square_are_one_square(spatial: int) -> None:
+    block = Block((2, 4, *(5,) * spatial))
+    whole = Window(*((size,) * spatial for size in (3, 1, 1)), ((1, 1),) * spatial)
+    parts = [
+        replace(
+            whole,
+            kernel=tuple(3 if axis == one else 1 for axis in range(spatial)),
+            pads=tuple((1, 1) if axis == one else (0, 0) for axis in range(spatial)),
+        )
+        for one in range(spatial)
+    ]
+    merged = block.merge(
+        block.add("Sum", block.conv("x", "whole", whole), *[block.conv("x", window=part) for part in parts])
+    )
+    assert names(merged) == ["whole"]
+
+
+def test_a_row_and_a_column_alone_are_dearer_as_a_square() -> None:
+    block = Block()
+    merged = block.merge(block.add("Add", block.conv("x", "row", ROW), block.conv("x", "column", COLUMN)))
+    assert len(names(merged)) == 3
+    assert "as one it would be dearer: 9,216 multiply-adds" in reasons(merged)["column", "row"]
+
+
+def test_a_pool_beside_a_convolution_goes_into_it() -> None:
+    block = Block()
+    merged = block.merge(block.add("Add", block.pool("x", SAME), block.conv("x", "conv", SAME)))
+    assert names(merged) == ["conv"]
+
+
+def test_operators_on_different_values_stay() -> None:
+    block = Block()
+    merged = block.merge(block.add("Add", block.conv("x", "a", SAME), block.conv("z", "b", SAME)))
+    assert not merged.merges
+
+
+def test_operands_that_broadcast_stay_operands() -> None:
+    block = Block()
+    small = block.pool("x", Window((8, 8), (8, 8), (1, 1), ((0, 0), (0, 0))))
+    merged = block.merge(block.add("Add", block.conv("x", "a", SAME), block.conv(small, "b")))
+    assert merged.graph.nodes[-1].op == "Add"
+
+
+# ---------------------------------------------------------------- one after another
+
+
+@pytest.mark.parametrize("windows", [(SAME, POINT), (POINT, VALID), (SAME, VALID)])
+def test_one_after_another_becomes_one_where_the_second_one_pads_nothing(windows: Any) -> None:
+    block = Block()
+    merged = block.merge(block.conv(block.conv("x", "a", windows[0], 8), "b", windows[1], 1))
+    assert len(names(merged)) == 1
+
+
+def test_a_bias_under_padding_is_not_what_the_padding_is() -> None:
+    block = Block()
+    merged = block.merge(block.conv(block.conv("x", "a"), "b", SAME))
+    assert reasons(merged) == {("a", "b"): "the second one pads with zeros, and the first one has a bias"}
+    block = Block()
+    assert names(block.merge(block.conv(block.conv("x", "a", bias=False), "b", SAME))) == ["b"]
+
+
+def test_a_shift_under_padding_is_a_bias_too_and_a_scale_is_none() -> None:
+    block = Block()
+    assert not block.merge(block.conv(block.affine("x"), "b", SAME)).merges
+    block = Block()
+    assert names(block.merge(block.conv(block.affine("x", shift=False), "b", SAME))) == ["b"]
+
+
+def test_padding_on_what_has_taps_is_refused() -> None:
+    block = Block()
+    merged = block.merge(block.conv(block.conv("x", "a", ROW, bias=False), "b", COLUMN))
+    assert "not what the first one pads" in reasons(merged)["a", "b"]
+
+
+def test_a_low_rank_branch_goes_into_the_matrix_that_it_corrects() -> None:
+    block = Block((3, 16))
+    branch = block.matrix(block.matrix("x", 2, name="down"), 16, name="up")
+    merged = block.merge(block.add("Add", block.matrix("x", 16, name="full"), branch))
+    assert names(merged) == ["full"]
+
+
+def test_a_low_rank_product_alone_stays_two() -> None:
+    block = Block((3, 16))
+    merged = block.merge(block.matrix(block.matrix("x", 2, name="down"), 16, name="up"))
+    assert names(merged) == ["down", "up"]
+    assert reasons(merged)["down", "up"].startswith("as one it would be dearer")
+
+
+def test_depthwise_and_pointwise_stay_two_where_there_are_many_channels() -> None:
+    block = Block()
+    merged = block.merge(block.conv(block.conv("x", "deep", SAME, groups=4), "wide", outputs=16))
+    assert names(merged) == ["deep", "wide"]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_matrices_along_one_axis_become_one_along_any_axis(axis: int) -> None:
+    block = Block((3, 4, 5))
+    merged = block.merge(block.matrix(block.matrix("x", 6, (axis, axis)), 2, (axis, axis)))
+    assert len(merged.graph.nodes) == 1
+
+
+def test_matrices_along_two_axes_stay_two() -> None:
+    block = Block((3, 4, 4))
+    merged = block.merge(block.matrix(block.matrix("x", 4, (1, 1), "a"), 4, (2, 2), "b"))
+    assert reasons(merged) == {("a", "b"): "they have their channels on other axes"}
+
+
+def test_a_matrix_that_is_read_transposed_stays_so() -> None:
+    block = Block((4, 3))
+    inner = block.matrix(block.matrix("x", 6, (0, 0)), 6, (0, 1))
+    merged = block.merge(block.matrix(inner, 2, (1, 1), "last"))
+    (node,) = merged.graph.nodes
+    assert node.op == "Gemm"
+    assert node.linear is not None
+    assert (node.linear.in_axis, node.linear.out_axis) == (0, 1)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def rows(block: Block, count: int, shape: tuple[int, ...] = (3, 5)) -> Block:
+    """The block, with rows of a table as its input."""
+    block.values["x"] = block.random.integers(0, count, shape)
+    block.shapes["x"] = shape
+    return block
+
+
+def test_a_table_and_what_is_linear_below_it_become_a_table_where_it_is_small() -> None:
+    block = rows(Block(), 4)
+    below = block.matrix(block.table("x", 4, 8, "table"), 6, (2, 2), "matrix")
+    merged = block.merge(below)
+    assert names(merged) == ["matrix"]
+    assert merged.graph["matrix"].op == "Embedding"
+
+
+def test_a_table_stays_where_it_would_become_too_large() -> None:
+    block = rows(Block(), 5_000)
+    merged = block.merge(block.matrix(block.table("x", 5_000, 8), 60, (2, 2)))
+    assert not merged.merges
+    assert "as one it would be dearer" in merged.refused[0].reason
+
+
+def test_tables_that_are_looked_up_by_one_value_are_added() -> None:
+    block = rows(Block(), 5)
+    total = block.add("Add", block.table("x", 5, 3, "a"), block.table("x", 5, 3, "b"))
+    merged = block.merge(total)
+    assert [(node.name, node.op) for node in merged.graph.nodes] == [("a", "Embedding")]
+
+
+def test_tables_of_different_lengths_stay() -> None:
+    block = rows(Block(), 5)
+    merged = block.merge(block.add("Add", block.table("x", 5, 3, "a"), block.table("x", 6, 3, "b")))
+    assert reasons(merged) == {("a", "b"): "they read or write other channels, or along other axes"}
+
+
+# ---------------------------------------------------------------- who else reads
+
+
+def test_what_somebody_else_reads_is_not_looked_through() -> None:
+    block = Block()
+    between = block.conv("x", "a")
+    below = block.conv(between, "b")
+    assert names(block.merge(below, block.add("Relu", between))) == ["a", "b", "relu2"]
+
+
+def test_an_output_of_the_model_in_between_stays() -> None:
+    block = Block()
+    first, second = block.conv("x", "a", SAME), block.conv("x", "b", SAME)
+    inner = block.add("Add", first, second, name="inner")
+    outer = block.add("Add", inner, block.conv("x", "c", SAME), name="outer")
+    merged = block.merge(outer, inner)
+    assert made_of(merged) == {"a": {"a", "b", "inner"}}
+    assert merged.graph.outputs == ("outer", "inner")
+    assert made_of(block.merge(outer, first)) == {"b": {"b", "c"}}
+
+
+def test_a_nonlinear_node_between_keeps_two_apart() -> None:
+    block = Block()
+    assert not block.merge(block.conv(block.add("Relu", block.conv("x")))).merges
+
+
+def test_a_batchnorm_that_normalises_by_the_batch_is_not_linear() -> None:
+    block = Block()
+    batch = block.affine(block.conv("x"), "bn", "BatchNormalization")
+    graph = block.graph(block.conv(batch))
+    graph = graph.replace({"bn": replace(graph["bn"], affine=None, reason="it is in training mode")})
+    assert not merge(graph, blocks.Model(block.weights)).merges
+
+
+@pytest.mark.parametrize("change", [{"linear": None, "reason": "it is computed"}, {"op": "ConvTranspose"}])
+def test_what_is_not_known_to_be_linear_stays(change: Any) -> None:
+    block = Block()
+    graph = block.graph(block.add("Add", block.conv("x", "a"), block.conv("x", "b")))
+    graph = graph.replace({"a": replace(graph["a"], **change)})
+    assert not merge(graph, blocks.Model(block.weights)).merges
+
+
+# ---------------------------------------------------------------- sums with other operands
+
+
+def test_operands_on_one_value_are_gathered_in_the_dearest_and_the_others_dropped() -> None:
+    block = Block()
+    other = block.add("Relu", "z", name="other")
+    total = block.add("Add", block.conv("x", "a", SAME), other, name="inner")
+    total = block.add("Add", total, block.conv("x", "b"), name="outer")
+    merged = block.merge(total)
+    assert names(merged) == ["other", "a", "inner"]
+    assert merged.left == {"outer": (0,)}
+    assert merged.graph.outputs == ("inner",)
+
+
+def test_a_term_that_is_subtracted_is_gathered_with_its_sign() -> None:
+    block = Block()
+    inner = block.add("Sub", "z", block.conv("x", "a", SAME), name="inner")
+    inner = block.add("Add", inner, block.conv("x", "b"), name="middle")
+    merged = block.merge(block.add("Add", inner, block.add("Relu", "z"), name="outer"))
+    assert made_of(merged) == {"a": {"a", "b"}}
+    assert merged.left == {"middle": (0,)}
+
+
+def test_of_one_sum_several_operands_are_gathered_value_by_value() -> None:
+    block = Block()
+    on_x, on_z = ([block.conv(value, f"{value}{place}", SAME) for place in range(2)] for value in ("x", "z"))
+    merged = block.merge(block.add("Sum", on_x[0], on_z[0], on_x[1], on_z[1], name="sum"))
+    assert made_of(merged) == {"x1": {"x0", "x1"}, "z1": {"z0", "z1"}}
+    assert names(merged) == ["x1", "z1", "sum"]
+    assert merged.left == {"sum": (0, 1)}
+
+
+def test_what_it_would_be_dearer_to_gather_stays() -> None:
+    block = Block()
+    merged = block.merge(block.add("Sum", block.conv("x", "a", ROW), "z", block.conv("x", "b", COLUMN)))
+    assert not merged.merges
+
+
+# ---------------------------------------------------------------- hosts
+
+
+class Reluctant(blocks.Model):
+    """A model that has a place for some candidates only."""
+
+    def __init__(self, weights: Any, *allowed: set[str]) -> None:
+        super().__init__(weights)
+        self.allowed = allowed
+        self.asked: list[set[str]] = []
+
+    def place(self, candidate: Candidate) -> Any:
+        self.asked.append(set(candidate.nodes))
+        if set(candidate.nodes) not in self.allowed:
+            raise Refuse("there is no place for it")
+        return None
+
+
+def test_where_the_whole_has_no_place_a_part_is_taken() -> None:
+    block = Block()
+    inner = block.conv(block.conv("x", "a"), "b")
+    last = block.conv(inner, "c")
+    model = Reluctant(block.weights, {"a", "b"})
+    merged = block.merge(last, model=model)
+    assert made_of(merged) == {"a": {"a", "b"}}
+    assert reasons(merged)["a", "b", "c"] == "there is no place for it"
+    assert model.asked[0] == {"a", "b", "c"}
+
+
+def test_a_host_without_any_place_changes_nothing() -> None:
+    block = Block()
+    total = block.add("Sum", block.conv("x", "a"), block.conv(block.conv("x", "b"), "c"), "z")
+    model = Reluctant(block.weights)
+    merged = block.merge(total, model=model)
+    assert merged.graph.nodes == block.graph(total).nodes
+    assert not merged.merges
+    assert {one.reason for one in merged.refused} == {"there is no place for it"}
+
+
+def test_numbers_that_cannot_be_read_are_a_reason() -> None:
+    class Blind(blocks.Model):
+        def stored(self, node: Node) -> Any:
+            raise Refuse("they are not in the file")
+
+    block = Block()
+    merged = merge(block.graph(block.conv(block.conv("x", "a", bias=False), "b", SAME)), Blind(block.weights))
+    assert reasons(merged) == {("a", "b"): "they are not in the file"}
+
+
+def test_what_lies_within_a_merge_is_not_reported_as_refused() -> None:
+    block = Block()
+    parts = [block.conv("x", "row", ROW), block.conv("x", "column", COLUMN), block.conv("x", "square", SAME)]
+    inner = block.add("Add", parts[0], parts[1])
+    merged = block.merge(block.add("Add", inner, parts[2]))
+    assert names(merged) == ["square"]
+    assert not merged.refused
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_costs_add_up_and_weights_are_read_once() -> None:
+    assert Cost(3, 8).plus(Cost(4, 1)) == Cost(7, 9)
+    assert Cost(3, 8).times(10) == Cost(30, 8)
+    assert Cost(30, 8).total == 38
+
+
+def test_the_record_says_what_was_saved() -> None:
+    block = Block()
+    merged = block.merge(block.add("Add", block.conv("x", "a", SAME), block.conv("x", "b")))
+    (one,) = merged.merges
+    positions, weights = 8 * 8, 4 * 4 * 9
+    assert one.record.multiply_adds == ((weights + 16 + 4) * positions, weights * positions)
+    assert one.record.bytes == (4 * (weights + 4 + 16 + 4), 4 * (weights + 4))
+
+
+def test_numbers_of_half_the_size_weigh_half() -> None:
+    block = Block()
+    total = block.add("Add", block.conv("x", "a", SAME), block.conv("x", "b"))
+    (one,) = block.merge(total, model=blocks.Model(block.weights, size=2)).merges
+    assert one.record.bytes == (2 * (148 + 20), 2 * 148)
+
+
+def test_sizes_that_are_known_of_one_example_count_and_decide() -> None:
+    block = rows(Block(), 300, (3, 400))
+    below = block.matrix(block.table("x", 300, 8), 60, (2, 2))
+    graph = block.graph(below)
+    shapes = {name: (None, None, *shape[2:]) for name, shape in graph.shapes.items()}
+    model = blocks.Model(block.weights)
+    assert not merge(replace(graph, shapes=shapes), model).merges
+    assert merge(replace(graph, shapes=shapes, sizes=graph.shapes), model).merges
+
+
+# ---------------------------------------------------------------- large graphs
+
+
+def long_chain(count: int, broken: int) -> Block:
+    """Points in a row, an activation after every so many."""
+    block = Block((1, 1, 1, 1))
+    value = "x"
+    for place in range(count):
+        value = block.conv(value, outputs=1)
+        if place % broken == broken - 1:
+            value = block.add("Relu", value)
+    return block
+
+
+@pytest.mark.parametrize("broken", [7, 250, 2_001])
+def test_long_chains_are_merged_without_running_out_of_stack(broken: int) -> None:
+    block = long_chain(2_000, broken)
+    merged = block.merge(block.nodes[-1].name)
+    assert len(merged.graph.nodes) < len(block.nodes) / 3
+
+
+def _beside(block: Block, value: str) -> str:
+    branches = [block.conv(value, outputs=1) for _ in range(2)]
+    return block.add("Sum", *branches, value)
+
+
+def test_ten_thousand_nodes_are_merged() -> None:
+    block = Block((1, 1, 1, 1))
+    value = "x"
+    for _ in range(2_000):
+        value = block.add("Add", _beside(block, value), value)
+        value = block.add("Relu", value)
+    assert len(block.nodes) == 10_000
+    merged = block.merge(value)
+    assert len(merged.graph.nodes) == 4_000
