@@ -77,7 +77,7 @@ class Candidate:
         node: the node that computes the result; "" where source and result are one value.
         parts: how the inputs of that node are written.
         before: what its nodes cost now, for each position of the result.
-        dropped: nodes and operands of theirs, in a sum, whose share the operator computes as well.
+        dropped: nodes of sums, and places of operands of theirs whose share the operator computes as well.
         terms: of a sum that was gathered, the terms in question, the one that takes the others in first.
         size: how many nodes it has.
     """
@@ -88,7 +88,7 @@ class Candidate:
     node: str = ""
     parts: tuple[Candidate, ...] = ()
     before: Cost = NOTHING
-    dropped: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[tuple[str, int], ...] = ()
     terms: tuple[Candidate, ...] = ()
     size: int = 0
 
@@ -453,9 +453,9 @@ def _beside(first: Operator | Affine, second: Operator | Affine, sign: float) ->
 
 @dataclass(frozen=True, eq=False)
 class _Term:
-    """One operand of a sum: the node that reads it and the value, how it can be written, its sign, and one such way."""
+    """One operand of a sum: the node that reads it and where, how it can be written, its sign, and one such way."""
 
-    operand: tuple[str, str]
+    operand: tuple[str, int]
     ways: dict[str, Candidate]
     sign: float
     way: Candidate = field(default_factory=lambda: Candidate("", "", Affine.identity(0)))
@@ -577,9 +577,9 @@ class _Choice:
                 if producer is not None and is_sum(producer) and self._is_inner(value, node):
                     waiting.append((producer, own))
                 else:
-                    yield _Term((node.name, value), self.found.operand(node, value), own)
+                    yield _Term((node.name, place), self.found.operand(node, value), own)
 
-    def _gather_on(self, terms: Sequence[_Term]) -> set[tuple[str, str]]:
+    def _gather_on(self, terms: Sequence[_Term]) -> set[tuple[str, int]]:
         """Gather terms in the dearest one, each as long as that is not dearer; return those that are used up."""
         host, *others = sorted(terms, key=lambda term: -_work(term.way.operator))
         best = host.way
@@ -638,9 +638,9 @@ class _Choice:
         left: dict[str, tuple[int, ...]] = {}
         gone: set[str] = set()
         for node in self.graph.nodes if touched else ():
-            pairs = [(place, value) for place, value in enumerate(node.inputs) if value not in gone]
-            if node.name in touched or len(pairs) < len(node.inputs):
-                left[node.name] = tuple(p for p, value in pairs if (node.name, value) not in dropped)
+            places = [place for place, value in enumerate(node.inputs) if value not in gone]
+            if node.name in touched or len(places) < len(node.inputs):
+                left[node.name] = tuple(place for place in places if (node.name, place) not in dropped)
                 gone.update(() if left[node.name] else node.outputs)
         return left
 

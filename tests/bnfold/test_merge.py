@@ -373,6 +373,18 @@ def test_a_term_that_is_subtracted_is_gathered_with_its_sign() -> None:
     assert merged.left == {"middle": (0,)}
 
 
+def test_a_value_that_is_an_operand_twice_is_dropped_where_it_was_gathered_only() -> None:
+    block = Block()
+    value = block.add("Relu", "x")
+    nothing = block.add("Sub", value, value, name="nothing")
+    total = block.add("Add", nothing, block.conv(value, "conv", SAME))
+    merged = block.merge(block.add("Add", total, "z"))
+    assert merged.left == {"nothing": (0,)}
+    block = Block()
+    merged = block.merge(block.add("Sum", "x", "z", "x", block.conv("x", "conv", SAME), name="sum"))
+    assert merged.left == {"sum": (1, 3)}
+
+
 def test_of_one_sum_several_operands_are_gathered_value_by_value() -> None:
     block = Block()
     on_x, on_z = ([block.conv(value, f"{value}{place}", SAME) for place in range(2)] for value in ("x", "z"))
