@@ -113,6 +113,19 @@ class ModuleCalls:
             return ModulePlace(frame.path, tail, frame.given[0].dtype)
         raise Refuse("no module does that alone; make one of it")
 
+    def check_idle(self, idle: Sequence[str], host: str) -> None:
+        """Refuse to let modules pass on what they are given, where that is changed before the host reads it.
+
+        Args:
+            idle: paths of modules, from the first one on.
+            host: the path of the module after them.
+        """
+        first, last = (next(f for f in self.trace.frames if f.path == path) for path in (idle[0], host))
+        for call in self.trace.calls[first.start : last.start]:
+            changed = (*call.written, *(old for old, _ in call.changed))
+            if any(value.memory == first.given[0].memory for value in changed):
+                raise Refuse(f"what `{first.path}` is given is changed in place before `{host}` runs")
+
     def _tail(
         self,
         frame: Frame,

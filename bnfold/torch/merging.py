@@ -178,7 +178,9 @@ class _Host:
             *idle, host = [self._find(link, (link.node,)) for link in _chain(candidate)]
             if any(one.tail for one in idle):
                 raise Refuse("one of the modules does more than one operator")
-            return MergePlace(host, like, idle=tuple(one.path for one in idle))
+            paths = tuple(one.path for one in idle)
+            self.calls.check_idle(paths, host.path)
+            return MergePlace(host, like, idle=paths)
         except Refuse:
             return MergePlace(self._find(candidate, candidate.nodes), like)
 

@@ -86,3 +86,17 @@ def test_an_activation_keeps_its_name_whatever_that_is(name):
 def test_an_activation_that_is_called_twice_is_called_twice():
     net = before_a_relu(pair(lambda net, x: net.act(net.act(net.wide(x) + net.point(x))), act=nn.Tanh()))
     assert len(merged(net)[1]) == 1
+
+
+# ---------------------------------------------------------------- in place
+
+
+@pytest.mark.parametrize("change", [lambda x: x.relu_(), lambda x: x.mul_(3.0), lambda x: x[:, 1:].zero_()])
+def test_what_a_chain_reads_is_not_changed_before_its_last_operator_runs(change):
+    def forward(net, x):
+        x = torch.tanh(x)
+        y = net.first(x)
+        change(x)
+        return net.second(y)
+
+    merged(chain(forward))
