@@ -6,6 +6,7 @@ Two passes correspond module call by module call: what the code of one did itsel
 ran) is matched in order with what it did in the other pass, by what was called and on which parameters. From there,
 
 - a value **parts** where it is not read by the same calls in both passes, or is an output in one of them only;
+- a module works **otherwise** where what its call makes does not correspond, or it is called once more;
 - a parameter is **used apart** where a call of the other pass that corresponds to nothing reads it.
 
 A slice that takes all of an axis is an alias, or no call at all, so one that happens in one pass only, along an axis
@@ -19,11 +20,14 @@ Not covered: what no pass that was made has done.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any
+
+from torch import nn
 
 from bnfold.torch.trace import Call, Frame, Trace, Value
 
@@ -50,6 +54,9 @@ class _Script:
         self.origins = {call.made[0].name: _source(call) for call in slices}
         silent = {id(call) for call in slices}
         self.calls = [call for call in recording.calls if _computes(call) and id(call) not in silent]
+        self.places = [
+            at for at, call in enumerate(recording.calls) if _computes(call) and id(call) not in silent
+        ]
         lines: dict[int, list[tuple[float, Call | Frame]]] = {}
         for at, call in enumerate(recording.calls):
             if _computes(call) and id(call) not in silent:
@@ -85,6 +92,10 @@ class _Script:
     def reads(self, call: Call) -> list[Value]:
         """The computed values that a call reads."""
         return [self.origin(value) for value in _computed(call)]
+
+    def count(self, frame: Frame) -> int:
+        """How many calls a module call made that compute something."""
+        return bisect_left(self.places, frame.stop) - bisect_left(self.places, frame.start)
 
     def sign(self, event: Call | Frame) -> Any:
         """What an event is, as far as it can be told apart from others."""
@@ -186,6 +197,20 @@ class Alignment:
             back = (self._back.get(value.name) for value in theirs)
             names = (*(value.name for value in reads), *(name for name in back if name is not None))
             yield from (Parting(name, frame) for name in names)
+
+    @cached_property
+    def otherwise(self) -> dict[str, nn.Module]:
+        """The modules whose calls do something else in the other pass, or happen more often there, by path."""
+        frames = (frame for frame in self.theirs.recording.frames if frame.path is not None)
+        return {f.path: f.module for f in frames if f.path and f.module is not None and not self._is_alike(f)}
+
+    def _is_alike(self, theirs: Frame) -> bool:
+        """Whether a module call of the other pass makes what the one that it corresponds to makes, in as many calls."""
+        mine = self.frames.get(id(theirs))
+        if mine is None or mine.plain != theirs.plain or self.mine.count(mine) != self.theirs.count(theirs):
+            return False
+        made = [self.values.get(self.mine.origin(value).name) for value in mine.made]
+        return made == [self.theirs.origin(value) for value in theirs.made]
 
     def _wiring(self, call: Call) -> Frame:
         """The module call whose code hands a call what it reads: the innermost that is given the same in both."""

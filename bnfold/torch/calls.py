@@ -47,7 +47,12 @@ class ModuleCalls:
     """The module calls of one pass, with the nodes of each."""
 
     def __init__(
-        self, trace: Trace, items: Sequence[DraftNode], alias: Mapping[str, str], norms: Collection[str]
+        self,
+        trace: Trace,
+        items: Sequence[DraftNode],
+        alias: Mapping[str, str],
+        norms: Collection[str],
+        otherwise: Mapping[str, str],
     ) -> None:
         """Sort the nodes by module call.
 
@@ -56,8 +61,10 @@ class ModuleCalls:
             items: its nodes, named.
             alias: for the values that are copies of another one, that one.
             norms: the paths of BatchNorms.
+            otherwise: the paths of modules that do something else for other inputs, and what those are.
         """
         self.trace, self.items, self.alias, self.norms = trace, list(items), alias, frozenset(norms)
+        self.otherwise = otherwise
         self.frames = {item.name: item.call.frame for item in items}
         self.held: dict[int, list[DraftNode]] = {}
         self.children: dict[int, list[Frame]] = {}
@@ -166,6 +173,9 @@ class ModuleCalls:
             raise Refuse(f"`{path}` is compiled")
         if any(_has_hooks(part) for part in module.modules()):
             raise Refuse(f"`{path}` has hooks, or a module in it")
+        for where, words in self.otherwise.items():
+            if inside(where, path):
+                raise Refuse(f"`{where}` does something else, given {words}")
         for holder, attribute, at in self.reads:
             if inside(holder, path) and not frame.start <= at < frame.stop:
                 raise Refuse(f"`{holder}.{attribute}` is read outside of `{path}`")

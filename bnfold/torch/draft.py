@@ -53,7 +53,7 @@ class NormPlace:
 
 @dataclass(eq=False, slots=True)
 class DraftNode:
-    """A node as it is being drawn."""
+    """A node as it is being drawn; `varies` tells that its call has other settings for other inputs."""
 
     op: str
     inputs: list[str]
@@ -71,6 +71,7 @@ class DraftNode:
     joined: Call | None = None
     reason: str = ""
     partial: str = ""
+    varies: bool = False
 
     @property
     def is_batchnorm(self) -> bool:

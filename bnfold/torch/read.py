@@ -16,7 +16,7 @@ says what each needs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,11 +36,11 @@ from bnfold.torch.naming import name_items
 from bnfold.torch.norms import absent, add_absent, calls_itself_batchnorm, find_norms
 from bnfold.torch.sandbox import arrange, copy_structure, record_pass, record_somehow
 from bnfold.torch.simplify import drop_identities, join_biases, part_twins
-from bnfold.torch.sizes import settle
+from bnfold.torch.sizes import is_of_torch, settle
 from bnfold.torch.steps import TraceStep, steps_of
 from bnfold.torch.storage import bind_linears
 from bnfold.torch.trace import Call, Trace
-from bnfold.torch.trials import Trials, run_trials, two_or_more
+from bnfold.torch.trials import Trial, Trials, run_trials, two_or_more
 
 __all__ = ["Reading", "draw_steps", "read"]
 
@@ -107,7 +107,8 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
     draft = Draft(recording, Evaluator())
     draft.items += _at_the_doors(recording)
     aligned = [(trial, Alignment.of(recording, trial.recording)) for trial in trials.made]
-    reading = _draw(twin, recording, draft.items, settle(draft, aligned, model), causes)
+    shapes = settle(draft, aligned, model)
+    reading = _draw(twin, recording, draft.items, shapes, causes, _otherwise(aligned))
     graph = replace(reading.graph, sizes=draft.shapes)
     heads = tuple(each for each in idle if each.head)
     return replace(reading, graph=graph, notes=tuple(dict.fromkeys(trials.notes)), heads=heads)
@@ -119,6 +120,7 @@ def _draw(
     items: Sequence[DraftNode],
     shapes: dict[str, Shape],
     causes: Mapping[str, str],
+    otherwise: Mapping[str, str],
 ) -> Reading:
     """Let one pass after another decide about the nodes.
 
@@ -137,7 +139,7 @@ def _draw(
     norms = {item.place.path for item in items if isinstance(item.place, NormPlace)}
     steps = tuple(steps_of(trace, items, norms))
     bind_linears(model, trace, items)
-    calls = ModuleCalls(trace, items, alias, norms)
+    calls = ModuleCalls(trace, items, alias, norms, otherwise)
     items = add_absent(model, trace, items)
     items = part_twins(items, shapes)
     inputs = tuple(v.name for v in trace.inputs.values() if not v.slots)
@@ -173,6 +175,16 @@ def draw_steps(
     items, _ = drop_identities(items)
     norms = {place.path for place in reading.norms.values()}
     return tuple(steps_of(trace, items, norms.union(replaced)))
+
+
+def _otherwise(aligned: Iterable[tuple[Trial, Alignment]]) -> dict[str, str]:
+    """The modules that do something else in another pass, with what that was given."""
+    return {
+        path: trial.words
+        for trial, alignment in aligned
+        for path, module in alignment.otherwise.items()
+        if trial.ranked or not is_of_torch(module)
+    }
 
 
 def _at_the_doors(recording: Trace) -> Iterator[DraftNode]:

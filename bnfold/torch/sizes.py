@@ -22,10 +22,11 @@ from bnfold.ir import Shape
 from bnfold.torch.alignment import Alignment
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import Draft, DraftNode
+from bnfold.torch.steps import settings
 from bnfold.torch.trace import Call, Frame, Value
 from bnfold.torch.trials import Trial
 
-__all__ = ["settle"]
+__all__ = ["is_of_torch", "settle"]
 
 
 def settle(draft: Draft, trials: Iterable[tuple[Trial, Alignment]], model: nn.Module) -> dict[str, Shape]:
@@ -60,6 +61,8 @@ class _Settler:
             if (match := alignment.calls.get(call)) is None:
                 continue
             pair = theirs.get(id(match), [])
+            for item in items:
+                item.varies |= not _same_words(item.call, match)
             if [_form(item) for item in items] != [_form(item) for item in pair]:
                 for item in items:
                     _give_up(item)
@@ -106,7 +109,7 @@ class _Settler:
         The modules of torch.nn do the same with and without a batch axis, in other calls.
         """
         for parting in alignment.partings:
-            known = not trial.ranked and type(parting.frame.module).__module__.startswith("torch.nn.")
+            known = not trial.ranked and is_of_torch(parting.frame.module)
             if parting.value not in self.parted and not known:
                 self.parted.add(parting.value)
                 self.draft.items.append(self._reader(parting.value, parting.frame, trial))
@@ -132,6 +135,11 @@ class _Settler:
             item.become_opaque(item.call.label)
 
 
+def is_of_torch(module: nn.Module | None) -> bool:
+    """Whether a module is one of torch.nn, which do the same with and without a batch axis."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
 def _by_call(items: Sequence[DraftNode]) -> dict[int, list[DraftNode]]:
     drawn: dict[int, list[DraftNode]] = {}
     for item in items:
@@ -154,6 +162,11 @@ def _stored(item: DraftNode) -> list[Value]:
 def _moved(mine: tuple[int, ...], theirs: tuple[int, ...]) -> list[int]:
     """The axes along which two shapes of one rank differ."""
     return [axis for axis, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
+
+
+def _same_words(mine: Call, theirs: Call) -> bool:
+    """Whether two calls have the same numbers and words among their arguments."""
+    return list(settings((mine.args, mine.kwargs))) == list(settings((theirs.args, theirs.kwargs)))
 
 
 def _give_up(item: DraftNode) -> None:

@@ -15,7 +15,7 @@ from bnfold.torch.draft import DraftNode
 from bnfold.torch.storage import choose
 from bnfold.torch.trace import Trace
 
-__all__ = ["TraceStep", "steps_of"]
+__all__ = ["TraceStep", "settings", "steps_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,18 +62,18 @@ def steps_of(trace: Trace, items: Sequence[DraftNode], norms: set[str]) -> Itera
         slot = None if item.weight is None else choose(item.weight, item.call.frame)
         weight = "" if slot is None else slot.name
         affine = None if item.is_batchnorm else item.affine
-        settings = tuple(_settings((item.call.args, item.call.kwargs)))
+        words = tuple(settings((item.call.args, item.call.kwargs)))
         known = tuple(source for source in sources if source != "")
-        yield TraceStep(item.call.label, count, affine, weight, item.bias is not None, known, settings)
+        yield TraceStep(item.call.label, count, affine, weight, item.bias is not None, known, words)
         at += 1
 
 
-def _settings(thing: Any) -> Iterator[Any]:
+def settings(thing: Any) -> Iterator[Any]:
     """The numbers and words in nested arguments."""
     if isinstance(thing, dict):
         thing = [part for _, part in sorted(thing.items())]
     if isinstance(thing, list | tuple):
         for part in thing:
-            yield from _settings(part)
+            yield from settings(part)
     elif isinstance(thing, bool | int | float | str):
         yield thing

@@ -74,7 +74,7 @@ def _stand_in(item: DraftNode, value: str, resolve: Callable[[str], str]) -> nn.
     """A module that computes what a call does to a value, where that is a plain activation."""
     make = TAILS.get(item.call.label)
     given = [resolve(name) for name in item.inputs]
-    if make is None or given != [value] or len(item.outputs) != 1 or len(item.call.reads) != 1:
+    if make is None or item.varies or given != [value] or len(item.outputs) != 1 or len(item.call.reads) != 1:
         return None
     try:
         return make(*item.call.args[1:], **{k: v for k, v in item.call.kwargs.items() if k != "inplace"})

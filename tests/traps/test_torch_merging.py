@@ -67,9 +67,9 @@ def chain(forward, stride=1):
     return Net(forward, first=nn.Conv2d(4, 4, 3, stride=stride), second=nn.Conv2d(4, 4, 1))
 
 
-def before_a_relu(block):
+def within(block):
     """A block that is not the whole model."""
-    return nn.Sequential(block, nn.ReLU(), nn.Conv2d(4, 4, 1))
+    return nn.Sequential(block, nn.Tanh(), nn.Conv2d(4, 4, 1))
 
 
 # ---------------------------------------------------------------- what follows in the module
@@ -80,11 +80,11 @@ def test_an_activation_keeps_its_name_whatever_that_is(name):
     def forward(net, x):
         return torch.tanh(getattr(net, name)(net.wide(x) + net.point(x)))
 
-    merged(before_a_relu(pair(forward, **{name: nn.LeakyReLU(0.3)})))
+    merged(within(pair(forward, **{name: nn.LeakyReLU(0.3)})))
 
 
 def test_an_activation_that_is_called_twice_is_called_twice():
-    net = before_a_relu(pair(lambda net, x: net.act(net.act(net.wide(x) + net.point(x))), act=nn.Tanh()))
+    net = within(pair(lambda net, x: net.act(net.act(net.wide(x) + net.point(x))), act=nn.Tanh()))
     assert len(merged(net)[1]) == 1
 
 
@@ -100,3 +100,51 @@ def test_what_a_chain_reads_is_not_changed_before_its_last_operator_runs(change)
         return net.second(y)
 
     merged(chain(forward))
+
+
+# ---------------------------------------------------------------- other inputs
+
+
+def more_when_large(net, x):
+    y = net.wide(x) + net.point(x)
+    return y * 2 if x.shape[-1] > 8 else y
+
+
+def fewer_when_alone(net, x):
+    y = net.wide(x)
+    return y + net.point(x) if x.shape[0] > 1 else y
+
+
+def another_activation_when_large(net, x):
+    y = net.wide(x) + net.point(x)
+    return torch.relu(y) if x.shape[-1] > 8 else torch.tanh(y)
+
+
+def an_activation_by_size(net, x):
+    return F.leaky_relu(net.wide(x) + net.point(x), 1 / x.shape[-1])
+
+
+def once_more_when_large(net, x):
+    y = torch.relu(net.wide(x) + net.point(x))
+    return net.point(y) if x.shape[-1] > 8 else y
+
+
+def by_its_weight_when_large(net, x):
+    y = torch.relu(net.wide(x) + net.point(x))
+    return F.conv2d(y, net.point.weight) if x.shape[-1] > 8 else y
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        more_when_large,
+        fewer_when_alone,
+        another_activation_when_large,
+        an_activation_by_size,
+        once_more_when_large,
+        by_its_weight_when_large,
+    ],
+)
+def test_a_block_that_does_something_else_for_other_inputs(forward):
+    merged(pair(forward))
+    merged(within(pair(forward)))
