@@ -543,11 +543,10 @@ class Slide:
         return [resized(k, lambda k: (k + self.slack - 1) // self.stride + 1, label) for k in sizes]
 
 
-def slide(s: Sketch, x: str, slack: int | None = None) -> Slide:
+def slide(s: Sketch) -> Slide:
     """Mostly one that keeps sizes; otherwise one that leaves something of each."""
-    options = [Slide(1, 0)] * 4 + [Slide(2, 0), Slide(1, -1), Slide(1, -2), Slide(1, 1), Slide(2, -1)]
-    fits = [one for one in options if slack in (None, one.slack)]
-    return s.choose(*(fits or [Slide(1, 0)]))  # type: ignore[no-any-return]
+    others = (Slide(2, 0), Slide(1, -1), Slide(1, -2), Slide(1, 1), Slide(2, -1))
+    return Slide(1, 0) if s.chance(0.5) else s.choose(*others)  # type: ignore[no-any-return]
 
 
 def slid(s: Sketch, x: str, out: int, how: Slide, kernel: int = 0) -> str:
@@ -566,7 +565,7 @@ def slid(s: Sketch, x: str, out: int, how: Slide, kernel: int = 0) -> str:
         "dilations": steps,
     }
     if how == Slide(1, 0) and s.chance(0.2):
-        settings = {"auto_pad": s.choose("SAME_UPPER", "SAME_LOWER"), "dilations": steps}
+        settings = {"auto_pad": s.choose("SAME_UPPER", "SAME_LOWER")}
     key = (out, int(c) // groups, *kernels)
     if key not in s.kernels or s.chance(0.8):
         s.kernels[key] = s.constant(s.numbers(*key) / np.sqrt(np.prod(key[1:])))
@@ -638,7 +637,7 @@ def image_term(s: Sketch, x: str, out: int, how: Slide) -> str:
 
 def matrix_term(s: Sketch, x: str, out: int) -> str:
     """A linear operator along the last axis."""
-    *_, c = s.values[x]
+    c = s.values[x][-1]
     kind = s.choose("one", "one", "two", "two", *["itself", "affine"] * (c == out))
     if kind == "itself":
         return x
@@ -683,7 +682,7 @@ def summed(s: Sketch, terms: list[str]) -> str:
 def branches(s: Sketch) -> None:
     """A sum of linear operators on one image, as in RepVGG or MobileOne, and a nonlinearity below it."""
     x = s.pick(is_spatial)
-    how, out = slide(s, x), s.choose(int(s.values[x][1]), int(s.values[x][1]), 4)
+    how, out = slide(s), s.choose(int(s.values[x][1]), int(s.values[x][1]), 4)
     last(s, summed(s, [passed(s, image_term(s, x, out, how)) for _ in range(s.choose(2, 2, 3, 4))]))
 
 
@@ -706,7 +705,7 @@ def sequence(s: Sketch) -> None:
     for _ in range(s.choose(2, 2, 3)):
         if is_spatial(s.values[x]) and s.chance(0.8):
             c = int(s.values[x][1])
-            x = image_term(s, x, s.choose(c, 2, 4), slide(s, x))
+            x = image_term(s, x, s.choose(c, 2, 4), slide(s))
         elif is_spatial(s.values[x]) or len(s.values[x]) == 2:
             x = matrix_term(s, x, s.choose(3, 4)) if isinstance(s.values[x][-1], int) else x
         x = passed(s, x)

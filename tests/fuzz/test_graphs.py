@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from bnfold import operators as kernels
 from bnfold import rules as operators
 from bnfold.algebra import Affine, Linear
 from bnfold.ir import Node
@@ -17,6 +18,7 @@ from tests.fuzz.graphs import FEATURES, judge
 
 FEW, MANY, SHARDS = range(300), range(1_000, 41_000), 40
 LINEAR = operators._linear
+HOST = import_module("bnfold.onnx.merging")._Host
 WRITER = import_module("bnfold.onnx.write")._Writer
 
 
@@ -48,11 +50,17 @@ def _last_axis(self: Any, slots: Any, linear: Linear, bias: Any) -> Any:
     return bias
 
 
+def _in_the_corner(own: Any, whole: Any) -> Any:
+    return (...,) if own is None else (..., *(slice(0, size) for size in own.kernel))
+
+
 LIES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a zero border takes a shift": (operators, "_linear", _without_border),
     "a shift passes a ReLU": (operators, "_linear_only", _any),
     "a negative scale passes a maximum": (operators, "_monotone", _any),
     "a bias lies along the last axis": (WRITER, "_place_bias", _last_axis),
+    "a small kernel lies in the corner of a large one": (kernels, "_taps", _in_the_corner),
+    "what is merged may be read by others": (HOST, "_check_between", lambda *given: None),
 }
 
 
