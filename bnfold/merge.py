@@ -369,7 +369,27 @@ class _Ways:
         for source in operands[0]:
             terms = [ways.get(source) for ways in operands]
             if None not in terms:
-                yield from self._sum(node, [term for term in terms if term is not None], signs)
+                for way in self._sum(node, [term for term in terms if term is not None], signs):
+                    yield way
+                    yield from self._above(way, node)
+
+    def _above(self, way: Candidate, node: Node) -> Iterator[Candidate]:
+        """Through a sum, and on through the value that it is a sum on, if nothing but the sum reads that."""
+        inside, source = {*way.nodes}, way.source
+        if source in self.graph.outputs or any(one.name not in inside for one in self.graph.readers(source)):
+            return
+        for inner in self.ways.get(source, ()):
+            if inner.size + way.size <= _MOST_NODES:
+                try:
+                    operator = self._sequence(inner.operator, way.operator, node)
+                except Refuse as why:
+                    self.refuse((inner, way), str(why))
+                    return
+                before = inner.before.times(_stride(way.operator)).plus(way.before)
+                parts, size = (*way.parts, inner), inner.size + way.size
+                yield replace(
+                    way, source=inner.source, operator=operator, parts=parts, before=before, size=size
+                )
 
     def operand(self, node: Node, value: str) -> dict[str, Candidate]:
         """How one operand of a sum can be written, by the value that it is an operator on."""

@@ -103,6 +103,29 @@ def test_operators_on_the_copy_of_another_one_are_merged() -> None:
     merged(model(text, {**tensors, **norm(4)}), duplicate=True)
 
 
+TWICE = {
+    "branches": "g = Conv<pads=[1, 1, 1, 1]>(x, w) k = Conv(g, u) a = Add(g, k) y = Relu(a)",
+    "the same operand": "g = Conv<pads=[1, 1, 1, 1]>(x, w) a = Add(g, g) y = Relu(a)",
+    "nothing but itself less itself": "g = Conv<pads=[1, 1, 1, 1]>(x, w, c) a = Sub(g, g) y = Relu(a)",
+    "a mean": """g = Conv(x, u, c) p = AveragePool<kernel_shape=[3, 3]>(g) k = Conv(g, w) a = Sub(p, k) y = Relu(a)""",
+}
+
+
+@pytest.mark.parametrize("kind", TWICE)
+def test_what_only_the_terms_of_a_sum_read_becomes_a_part_of_it(kind: str) -> None:
+    tensors = {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1), "c": weights(4)}
+    some = model(f"{IMAGE} {{ {TWICE[kind]} }}", tensors)
+    folded, _ = merged(some)
+    assert operators(folded) == ["Conv", "Relu"]
+
+
+def test_what_another_one_reads_beside_the_terms_of_a_sum_stays() -> None:
+    text = """g (float[N, 4, H, W] x) => (float[N, 4, p, q] y, int64[4] s) {
+        g = Conv<pads=[1, 1, 1, 1]>(x, w) k = Conv(g, u) y = Add(g, k) s = Shape(g) }"""
+    folded, _ = merged(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)}))
+    assert operators(folded) == ["Conv", "Conv", "Shape"]
+
+
 # ---------------------------------------------------------------- matrices
 
 
