@@ -132,7 +132,6 @@ def operators(file):
     return {kind: sum(nodes[name] for name in names.split()) for kind, names in kinds.items()}
 
 
-@pytest.mark.xfail(reason="operators side by side are not merged")
 @pytest.mark.parametrize("way", ["module", "file"])
 @pytest.mark.parametrize("name", [name for name in branches.BRANCHES if name != "Diverse Branch Block"])
 def test_merged_a_net_has_at_most_the_operators_of_its_own_form(name, way):
