@@ -133,6 +133,15 @@ class ModuleCalls:
             if any(value.memory == first.given[0].memory for value in changed):
                 raise Refuse(f"what `{first.path}` is given is changed in place before `{host}` runs")
 
+    def measured(self, bypassed: Mapping[str, tuple[str, str]]) -> dict[str, list[Frame]]:
+        """The module calls in whose code the size of each value is asked for, but for BatchNorms."""
+        resolve = _resolver(self.alias, bypassed)
+        found: dict[str, list[Frame]] = {}
+        for name, frames in self.trace.measured.items():
+            others = [frame for frame in frames if not any(f.path in self.norms for f in frame.line())]
+            found.setdefault(resolve(name), []).extend(others)
+        return found
+
     def _tail(
         self,
         frame: Frame,

@@ -52,7 +52,7 @@ from bnfold.torch.internals import (
 from bnfold.torch.lower import LOWERINGS
 from bnfold.torch.memory import Memory
 from bnfold.torch.modules import TAILS
-from bnfold.torch.tensors import leaves, returned
+from bnfold.torch.tensors import leaves, returned, words
 from bnfold.torch.trace import Call, Frame, Like, Trace, Value
 
 __all__ = ["KEPT", "Differentiates", "capture", "computes_weight"]
@@ -86,6 +86,7 @@ class _Calls:
         self.frame = self.root = Frame(None, None, None)
         self.sealed: _Sealed | None = None
         self.unseen = False
+        self.measured: dict[str, list[Frame]] = {}
 
     # -- values
 
@@ -104,6 +105,13 @@ class _Calls:
         """The values of the tensors in nested things."""
         with self.looking():
             return tuple(self.value(tensor) for _, tensor in leaves(thing))
+
+    def measure(self, tensor: Any) -> None:
+        """Note that somebody asks for the size of a tensor."""
+        if self.sealed is None and not self.unseen and isinstance(tensor, Tensor):
+            value = self.memory.noted(tensor)
+            if value is not None and value.data:
+                self.measured.setdefault(value.name, []).append(self.frame)
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -143,6 +151,7 @@ class _Calls:
         """A call with values in the place of tensors."""
         call = Call(0, function, (), {}, self.frame)
         if reads_shape(function) and args and isinstance(args[0], Tensor):
+            self.measure(args[0])
             args = (Like(tuple(args[0].shape), args[0].dtype), *args[1:])
         call.args, call.kwargs = self._freeze(args, call), self._freeze(kwargs, call)
         return call
@@ -348,6 +357,8 @@ class _Surroundings(TorchFunctionMode):
         self.casts = bool(self.devices) and name_of(function) not in _CASTS
         if function in _DIFFERENTIATING or (function in _ASKING and torch.is_grad_enabled()):
             self._differentiate(function)
+        if function in _MEASURING and args:
+            self.calls.measure(args[0])
         if function == _SET_GRAD:
             function(*args, **kwargs)
             return self.below.settle()
@@ -382,6 +393,18 @@ _SET_GRAD = torch._C._set_grad_enabled
 _MAKE_DUAL = _TORCH._VF._make_dual
 _DIFFERENTIATING = {torch.autograd.grad, torch.autograd.backward, Tensor.backward, _MAKE_DUAL}
 _ASKING = {_TENSOR.requires_grad.__get__, _TENSOR.grad_fn.__get__}
+
+_SIZES = (
+    Tensor.size,
+    Tensor.dim,
+    Tensor.ndimension,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.__len__,
+    torch.numel,
+)
+_MEASURING = {_TENSOR.shape.__get__, _TENSOR.ndim.__get__, _TENSOR.nbytes.__get__, *_SIZES}
+"""Functions that tell the size of a tensor."""
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_copy"}
 """Functions that cast where the model says so."""
@@ -463,6 +486,8 @@ def capture(
         calls.root.data_dependent,
         nondeterministic,
         differentiates,
+        words=() if calls.root.data_dependent else tuple(words(result)),
+        measured=calls.measured,
     )
 
 

@@ -33,6 +33,7 @@ from bnfold.torch.modules import Tail, Zero, turn_into
 from bnfold.torch.read import Reading
 from bnfold.torch.stored import round_like, stored_numbers, stored_tensors
 from bnfold.torch.tensors import inside
+from bnfold.torch.trace import Frame
 
 __all__ = ["compute_merged", "merge_as_stored", "merge_read", "put_merged", "touched_modules"]
 
@@ -114,10 +115,12 @@ class _Host:
     calls: ModuleCalls
     refused: frozenset[str]
     bypassed: Mapping[str, tuple[str, str]] = field(init=False)
+    measured: Mapping[str, list[Frame]] = field(init=False)
 
     def __post_init__(self) -> None:
         gone = [node for node in self.reading.graph.nodes if node.name not in self.graph]
         self.bypassed = {node.name: (node.outputs[0], node.inputs[0]) for node in gone if node.inputs}
+        self.measured = self.calls.measured(self.bypassed)
 
     def stored(self, node: Node) -> Any:
         """The weight and bias of a linear node."""
@@ -173,16 +176,29 @@ class _Host:
             host, *others = (self._find(term, term.nodes) for term in candidate.terms)
             if host.tail or any(other.tail for other in others):
                 raise Refuse("one of the modules does more than one operator")
-            return MergePlace(host, like, zeros=tuple(other.path for other in others))
+            place = MergePlace(host, like, zeros=tuple(other.path for other in others))
+            self._check_sizes(place, [term.result for term in candidate.terms[1:]])
+            return place
         try:
-            *idle, host = [self._find(link, (link.node,)) for link in _chain(candidate)]
+            links = list(_chain(candidate))
+            *idle, host = [self._find(link, (link.node,)) for link in links]
             if any(one.tail for one in idle):
                 raise Refuse("one of the modules does more than one operator")
             paths = tuple(one.path for one in idle)
             self.calls.check_idle(paths, host.path)
-            return MergePlace(host, like, idle=paths)
+            place = MergePlace(host, like, idle=paths)
+            self._check_sizes(place, [link.result for link in links[:-1]])
+            return place
         except Refuse:
             return MergePlace(self._find(candidate, candidate.nodes), like)
+
+    def _check_sizes(self, place: MergePlace, values: Sequence[str]) -> None:
+        """Refuse where code that is left asks for the size of a value that is gone."""
+        for value in values:
+            for frame in self.measured.get(value, ()):
+                if not any(inside(frame.path or "", path) for path in place.paths):
+                    where = frame.path or type(self.model).__name__
+                    raise Refuse(f"the code of `{where}` asks for the size of what is gone then")
 
     def _find(self, candidate: Candidate, nodes: Sequence[str]) -> ModulePlace:
         source = candidate.source if len(nodes) > 1 else self.graph[nodes[0]].inputs[0]

@@ -41,7 +41,7 @@ class TraceStep:
 
 
 def steps_of(trace: Trace, items: Sequence[DraftNode], norms: set[str]) -> Iterator[TraceStep]:
-    """What runs outside of the modules of these paths, in order."""
+    """What runs outside of the modules of these paths, in order, and what is returned besides numbers."""
     inside = tuple(f"{path}." for path in norms)
     given = {value.name for value in trace.inputs.values()}
     origins: dict[str, int | str] = {}
@@ -66,6 +66,7 @@ def steps_of(trace: Trace, items: Sequence[DraftNode], norms: set[str]) -> Itera
         known = tuple(source for source in sources if source != "")
         yield TraceStep(item.call.label, count, affine, weight, item.bias is not None, known, words)
         at += 1
+    yield TraceStep("return", 0, None, "", False, (), trace.words)
 
 
 def settings(thing: Any) -> Iterator[Any]:

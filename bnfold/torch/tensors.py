@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Slot", "held", "inside", "leaves", "put_back", "returned"]
+__all__ = ["Slot", "held", "inside", "leaves", "put_back", "returned", "words"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,26 @@ def leaves(thing: Any, path: str = "", seen: set[int] | None = None) -> Iterator
     seen.add(id(thing))
     for key, part in _parts(thing):
         yield from leaves(part, f"{path}.{key}" if path else str(key), seen)
+
+
+def words(thing: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """What else there is in nested things: names and whole numbers, and the rank and dtype of each tensor.
+
+    Not covered: floats, which may tell of numbers or of the time, and what has no order.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(thing, Tensor):
+        yield path, (thing.dim(), thing.dtype)
+    elif thing is None or isinstance(thing, str | int | torch.dtype | torch.device):
+        yield path, thing
+    elif not isinstance(thing, _WORDLESS) and id(thing) not in seen:
+        seen.add(id(thing))
+        for key, part in _parts(thing):
+            name = str(key) if isinstance(key, str | int) else type(key).__name__
+            yield from words(part, f"{path}.{name}" if path else name, seen)
+
+
+_WORDLESS = (bytes, float, complex, type, nn.Module, set, frozenset)
 
 
 def _parts(thing: Any) -> Iterable[tuple[Any, Any]]:

@@ -144,6 +144,8 @@ class Trace:
         nondeterministic: what was known before of code that does not always run alike.
         differentiates: whether the model was known to differentiate by itself.
         draws: whether the pass drew from a global random state.
+        words: what the caller gets besides numbers (see `tensors.words`); unknown where numbers left the tensors.
+        measured: the module calls in whose code the size of a value was asked for, by the name of the value.
     """
 
     calls: list[Call]
@@ -158,3 +160,5 @@ class Trace:
     nondeterministic: frozenset[str] = frozenset()
     differentiates: bool = False
     draws: bool = False
+    words: tuple[Any, ...] = ()
+    measured: dict[str, list[Frame]] = field(default_factory=dict)

@@ -149,3 +149,75 @@ def by_its_weight_when_large(net, x):
 def test_a_block_that_does_something_else_for_other_inputs(forward):
     merged(pair(forward))
     merged(within(pair(forward)))
+
+
+# ---------------------------------------------------------------- sizes and settings that code looks at
+
+
+def returning_the_size_of_a_term(net, x):
+    y = net.point(x)
+    return net.wide(x) + y, y.shape, y.dim(), y.numel(), len(y), torch.ones_like(y)
+
+
+def keeping_the_size_of_a_term(net, x):
+    y = net.point(x)
+    net.size = tuple(y.shape)
+    return net.wide(x) + y
+
+
+@pytest.mark.parametrize("forward", [returning_the_size_of_a_term, keeping_the_size_of_a_term])
+def test_the_size_of_a_term_is_asked_for(forward):
+    net = pair(forward)
+    folded, merges = merged(net)
+    assert not merges
+    assert getattr(net, "size", 0) == getattr(folded, "size", 0)
+
+
+def returning_the_size_between(net, x):
+    y = net.first(x)
+    return net.second(y), y.shape[-2:]
+
+
+def keeping_the_size_between(net, x):
+    y = net.first(x)
+    net.size = tuple(y.size())
+    return net.second(y)
+
+
+@pytest.mark.parametrize("forward", [returning_the_size_between, keeping_the_size_between])
+def test_the_size_of_what_lies_between_two_operators_is_asked_for(forward):
+    net = chain(forward, stride=2)
+    folded, merges = merged(net)
+    assert not merges
+    assert getattr(net, "size", 0) == getattr(folded, "size", 0)
+
+
+class Measured(nn.Conv2d):
+    """A convolution that asks for the size of its input."""
+
+    def forward(self, x):
+        return super().forward(x if min(x.shape[-2:]) > 0 else x.relu())
+
+
+def test_a_module_that_asks_for_the_size_of_its_own_input_may_go():
+    net = Net(lambda net, x: net.second(net.first(x)), first=Measured(4, 4, 3), second=Measured(4, 4, 1))
+    assert len(merged(net)[1]) == 1
+
+
+def counting_convolutions(net, x):
+    return net.second(net.first(x)), sum(isinstance(part, nn.Conv2d) for part in net.children())
+
+
+def telling_the_kernel(net, x):
+    return net.second(net.first(x)), {"kernel": net.second.kernel_size}
+
+
+def telling_a_type_if_there_is_one(net, x):
+    return net.second(net.first(x)), getattr(getattr(net.first, "weight", None), "dtype", None)
+
+
+@pytest.mark.parametrize(
+    "forward", [counting_convolutions, telling_the_kernel, telling_a_type_if_there_is_one]
+)
+def test_what_a_model_returns_tells_of_a_module(forward):
+    assert not merged(chain(forward))[1]
