@@ -41,7 +41,7 @@ _MOST_NODES = 100
 """As many nodes make one operator, at most."""
 
 _MOST_WAYS = 8
-"""In as many ways a value is written as one operator on an earlier value."""
+"""In as many ways a value is written as one operator on an earlier value; as many terms of a sum may take others in."""
 
 
 class Cost(NamedTuple):
@@ -79,7 +79,7 @@ class Candidate:
         before: what its nodes cost now, for each position of the result.
         dropped: nodes of sums, and places of operands of theirs whose share the operator computes as well.
         terms: of a sum that was gathered, the terms in question, the one that takes the others in first.
-        size: how many nodes it has.
+        size: how many nodes it has, where a sum of many counts as sums of two.
     """
 
     source: str
@@ -401,7 +401,7 @@ class _Ways:
 
     def _sum(self, node: Node, terms: Sequence[Candidate], signs: tuple[float, float]) -> Iterator[Candidate]:
         """The sum of some terms on one value."""
-        size = 1 + sum(term.size for term in terms)
+        size = len(terms) - 1 + sum(term.size for term in terms)
         if size > _MOST_NODES:
             return
         try:
@@ -575,11 +575,15 @@ class _Choice:
         terms = list(self._terms(root))
         counts = Counter(source for term in terms for source in term.ways)
         for source, _ in counts.most_common():
-            mine = [replace(term, way=term.ways[source]) for term in terms if source in term.ways]
-            free = [term for term in mine if not any(self._is_used(name) for name in term.way.nodes)]
-            free = [term for term in free if self.host.can_drop(term.way)] if len(free) > 1 else []
-            used = self._gather_on(free) if len(free) > 1 else set()
-            terms = [term for term in terms if term.operand not in used]
+            while used := self._gather_on(self._free(terms, source)):
+                terms = [term for term in terms if term.operand not in used]
+
+    def _free(self, terms: Iterable[_Term], source: str) -> list[_Term]:
+        """Those that are operators on one value, and can be left out; nothing, unless there are two."""
+        mine = [replace(term, way=term.ways[source]) for term in terms if source in term.ways]
+        free = [term for term in mine if not any(self._is_used(name) for name in term.way.nodes)]
+        free = [term for term in free if self.host.can_drop(term.way)] if len(free) > 1 else []
+        return free if len(free) > 1 else []
 
     def _terms(self, root: Node) -> Iterator[_Term]:
         """The operands of a whole tree of sums, but for what is subtracted from."""
@@ -600,33 +604,38 @@ class _Choice:
                     yield _Term((node.name, place), self.found.operand(node, value), own)
 
     def _gather_on(self, terms: Sequence[_Term]) -> set[tuple[str, int]]:
-        """Gather terms in the dearest one, each as long as that is not dearer; return those that are used up."""
-        host, *others = sorted(terms, key=lambda term: -_work(term.way.operator))
-        best = host.way
-        for term in others if isinstance(best.operator, Operator) else ():
-            wider = self._wider(best, term, host.sign * term.sign)
-            if wider is not None and (self.at_any_cost or self._saving(wider) >= 0):
-                best = wider
-        taken = bool(best.dropped) and self._take(best)
-        return {host.operand, *best.dropped} if taken else set()
+        """Gather terms in a dear one, each as long as that is not dearer; return those that are used up."""
+        dearest = sorted(terms, key=lambda term: -_work(term.way.operator))
+        for place, host in enumerate(dearest[:_MOST_WAYS]):
+            best = host.way
+            for term in dearest[place + 1 :] if isinstance(best.operator, Operator) else ():
+                best = self._wider(best, term, host.sign * term.sign) or best
+            if best.dropped and self._take(best):
+                return {host.operand, *best.dropped}
+        return set()
 
     def _wider(self, so_far: Candidate, term: _Term, sign: float) -> Candidate | None:
-        """A candidate with one more term of its sum."""
+        """A candidate with one more term of its sum; None where that is dearer than both."""
         way = term.way
+        size = so_far.size + way.size + 1
+        if size > _MOST_NODES:
+            return None
         try:
             operator = _beside(so_far.operator, way.operator, sign)
         except Refuse as why:
             self.found.refuse([so_far, way], str(why))
             return None
-        return replace(
+        wider = replace(
             so_far,
             operator=operator,
             parts=(*so_far.parts, *((way,) if way.node else ())),
             before=so_far.before.plus(way.before).plus(Cost(_width(operator, 0), 0)),
             dropped=(*so_far.dropped, term.operand),
             terms=(*(so_far.terms or (so_far,)), way),
-            size=so_far.size + way.size,
+            size=size,
         )
+        pays = self.at_any_cost or self._saving(wider) >= self._saving(so_far)
+        return wider if pays else None
 
     # -- what comes of it
 

@@ -400,6 +400,24 @@ def test_what_it_would_be_dearer_to_gather_stays() -> None:
     assert not merged.merges
 
 
+def test_what_makes_a_gathered_sum_dearer_stays_though_others_save_more() -> None:
+    block = Block()
+    long = Window((1, 7), (1, 1), (1, 1), ((0, 0), (3, 3)))
+    terms = [block.conv("x", "a", SAME), block.conv("x", "long", long), block.conv("x", "b", SAME)]
+    merged = block.merge(block.add("Sum", *terms, "z", name="sum"))
+    assert made_of(merged) == {"b": {"a", "b"}}
+    assert merged.left == {"sum": (0, 1, 3)}
+
+
+def test_operators_that_do_not_fit_the_dearest_one_are_gathered_among_themselves() -> None:
+    block = Block()
+    far = [Window((size, 1), (1, 1), (1, 1), ((size // 2, size // 2), (0, 0))) for size in (5, 3)]
+    terms = [block.conv("x", "long", Window((1, 7), (1, 1), (1, 1), ((0, 0), (3, 3))))]
+    terms += [block.conv("x", f"high{place}", window) for place, window in enumerate(far)]
+    merged = block.merge(block.add("Sum", *terms, "z", name="sum"))
+    assert made_of(merged) == {"high0": {"high0", "high1"}}
+
+
 # ---------------------------------------------------------------- hosts
 
 
@@ -512,6 +530,26 @@ def test_long_chains_are_merged_without_running_out_of_stack(broken: int) -> Non
     block = long_chain(2_000, broken)
     merged = block.merge(block.nodes[-1].name)
     assert len(merged.graph.nodes) < len(block.nodes) / 3
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_sums_of_a_thousand_branches_are_merged_without_running_out_of_stack(flat: bool) -> None:
+    block = Block((1, 1, 1, 1))
+    terms = ["z", *(block.conv("x", outputs=1) for _ in range(1_200))]
+    total = block.add("Sum", *terms) if flat else terms[0]
+    for term in () if flat else terms[1:]:
+        total = block.add("Add", total, term)
+    merged = block.merge(total)
+    assert len(merged.graph.nodes) < 60
+    assert sum(len(one.candidate.nodes) for one in merged.merges) == 1_200
+
+
+def test_a_value_that_is_an_operand_a_thousand_times_does_not_run_out_of_stack() -> None:
+    block = Block((1, 1, 1, 1))
+    merged = block.merge(block.add("Sum", *["x"] * 1_200, block.conv("x", outputs=1), "z"))
+    assert len(merged.merges) == 1
+    block = Block((1, 1, 1, 1))
+    block.merge(block.add("Sum", *["x"] * 1_200, block.conv("x", outputs=1)))
 
 
 def _beside(block: Block, value: str) -> str:
