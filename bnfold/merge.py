@@ -27,6 +27,8 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from bnfold import canonical, report
 from bnfold.algebra import Affine, Linear
 from bnfold.errors import Refuse
@@ -126,7 +128,7 @@ class Host(Protocol):
         """Where the operator of a candidate can be written.
 
         Raises:
-            Refuse: nowhere, and why.
+            Refuse: nowhere, and why; also where its numbers are not finite, or cannot be had.
         """
 
 
@@ -212,9 +214,10 @@ def merge(graph: Graph, host: Host, at_any_cost: bool = False) -> Merged:
         The graph with one linear node in the place of each block that was merged.
     """
     found = _Ways(graph, host)
-    found.find()
     choice = _Choice(graph, host, found, at_any_cost)
-    choice.choose()
+    with np.errstate(all="ignore"):
+        found.find()
+        choice.choose()
     return choice.merged()
 
 
@@ -327,7 +330,7 @@ class _Ways:
         window, shape = node.attributes.get("window"), self.graph.shapes.get(node.inputs[0], ())
         axis = len(shape) - len(window.kernel) - 1 if isinstance(window, Window) else -1
         channels = shape[axis] if axis >= 0 else None
-        if not isinstance(window, Window) or not isinstance(channels, int):
+        if not isinstance(window, Window) or not isinstance(channels, int) or not channels:
             return None
         return average(window, channels, axis)
 

@@ -350,6 +350,42 @@ def test_what_is_not_known_to_be_linear_stays(change: Any) -> None:
     assert not merge(graph, blocks.Model(block.weights)).merges
 
 
+def test_what_has_no_channels_stays() -> None:
+    block = Block((2, 0, 8, 8))
+    pools = block.pool(block.pool("x", SAME), POINT, name="pools")
+    assert not block.merge(block.affine(pools, "affine")).merges
+    wide, narrow = (
+        Node(
+            f"conv{channels}",
+            "Conv",
+            ("affine",),
+            (f"conv{channels}",),
+            linear=Linear("oi", 0, channels, 1, 1, window=POINT),
+        )
+        for channels in (4, 0)
+    )
+    total = Node("sum", "Add", ("conv0", "affine"), ("sum",))
+    graph = replace(block.graph("sum", "conv4"), nodes=(*block.nodes, wide, narrow, total))
+    graph = replace(graph, shapes=graph.shapes | dict.fromkeys(("conv0", "sum"), (2, 0, 8, 8)))
+    assert not merge(graph, blocks.Model(block.weights)).merges
+
+
+def test_numbers_that_are_not_finite_or_overflow_are_left_to_the_host_and_warn_nobody() -> None:
+    block = Block()
+    huge = Affine.along(1, 4, np.full(4, 1e300), np.zeros(4))
+    with np.errstate(all="ignore"):
+        affine = block.add("Affine", block.add("Affine", "x", affine=huge), affine=huge)
+        last = block.conv(block.conv(affine, "a", bias=False), "b", bias=False)
+        padded = block.conv(last, "c", SAME)
+        total = block.add("Add", padded, block.affine(padded))
+    block.weights["a"] = (np.full((4, 4, 1, 1), np.inf), None)
+    block.weights["b"] = (np.zeros((4, 4, 1, 1)), None)
+    (one,) = merge(block.graph(total), blocks.Model(block.weights)).merges
+    with np.errstate(all="ignore"):
+        weight, _ = one.operator.numbers(lambda node: block.weights[node.name])
+    assert np.isnan(weight).any()
+
+
 # ---------------------------------------------------------------- sums with other operands
 
 
