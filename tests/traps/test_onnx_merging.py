@@ -229,4 +229,20 @@ def test_a_pool_that_becomes_a_convolution_counts_as_an_operator_before() -> Non
     folded, report = merged(model(text, norm(4)))
     assert operators(folded) == ["Conv"]
     assert report.operators == (1, 1)
-    assert report.multiply_adds == ((9 + 1) * 4 * 64, 9 * 4 * 64), "the pool and the BatchNorm, then the convolution"
+    assert report.multiply_adds == ((9 + 1) * 4 * 64, 9 * 4 * 64), (
+        "the pool and the BatchNorm, then the convolution"
+    )
+    before, after = report.multiply_adds or (0, 0)
+    assert before >= after == 9 * 4 * 64
+
+
+# ---------------------------------------------------------------- size
+
+
+def test_a_sum_of_a_thousand_products_is_merged_part_by_part() -> None:
+    count = 1200
+    nodes = " ".join(f"k{n} = MatMul(x, w) s{n + 1} = Add(s{n}, k{n})" for n in range(count))
+    text = f"g (float[N, 4] x, float[N, 4] s0) => (float[N, 4] y) {{ {nodes} y = Tanh(s{count}) }}"
+    folded, report = merged(model(text, {"w": weights(4, 4)}), tolerance=1e-5)
+    assert sum(op == "MatMul" for op in operators(folded)) < count / 50
+    assert report.merged
