@@ -244,5 +244,5 @@ def test_a_sum_of_a_thousand_products_is_merged_part_by_part() -> None:
     nodes = " ".join(f"k{n} = MatMul(x, w) s{n + 1} = Add(s{n}, k{n})" for n in range(count))
     text = f"g (float[N, 4] x, float[N, 4] s0) => (float[N, 4] y) {{ {nodes} y = Tanh(s{count}) }}"
     folded, report = merged(model(text, {"w": weights(4, 4)}), tolerance=1e-5)
-    assert sum(op == "MatMul" for op in operators(folded)) < count / 50
+    assert sum(op == "MatMul" for op in operators(folded)) <= count / 50
     assert report.merged
