@@ -81,7 +81,7 @@ class Candidate:
         before: what its nodes cost now, for each position of the result.
         dropped: nodes of sums, and places of operands of theirs whose share the operator computes as well.
         terms: of a sum that was gathered, the terms in question, the one that takes the others in first.
-        size: how many nodes it has, where a sum of many counts as sums of two.
+        size: how many nodes of it compute something; a sum of many counts as sums of two.
     """
 
     source: str
@@ -296,20 +296,19 @@ class _Ways:
         own = self._own(node)
         if own is None or len(node.inputs) != 1:
             return
-        source, result = node.inputs[0], node.outputs[0]
-        cost = self._cost(node, own)
-        if node.op != "Identity":
-            yield Candidate(source, result, own, node.name, (), cost, size=1)
+        (source,), (result,) = node.inputs, node.outputs
+        cost, size = self._cost(node, own), int(node.op != "Identity")
+        yield Candidate(source, result, own, node.name, (), cost, size=size)
         for inner in self.through(source, node):
             if inner.size < _MOST_NODES:
                 try:
-                    operator = self._sequence(inner.operator, own, node)
+                    operator = self._sequence(inner.operator, own) if size else inner.operator
                 except Refuse as why:
                     self.refuse((inner, node.name), str(why))
                     return
                 before = inner.before.times(_stride(own)).plus(cost)
                 yield Candidate(
-                    inner.source, result, operator, node.name, (inner,), before, size=inner.size + 1
+                    inner.source, result, operator, node.name, (inner,), before, size=inner.size + size
                 )
 
     def _own(self, node: Node) -> Operator | Affine | None:
@@ -348,7 +347,7 @@ class _Ways:
         sizes = [size for axis in axes if axis < len(shape) and isinstance(size := shape[axis], int)]
         return min(sizes, default=1)
 
-    def _sequence(self, first: Operator | Affine, second: Operator | Affine, node: Node) -> Operator | Affine:
+    def _sequence(self, first: Operator | Affine, second: Operator | Affine) -> Operator | Affine:
         if isinstance(first, Affine) and isinstance(second, Affine):
             return second.after(first)
         if isinstance(first, Affine):
@@ -374,9 +373,9 @@ class _Ways:
             if None not in terms:
                 for way in self._sum(node, [term for term in terms if term is not None], signs):
                     yield way
-                    yield from self._above(way, node)
+                    yield from self._above(way)
 
-    def _above(self, way: Candidate, node: Node) -> Iterator[Candidate]:
+    def _above(self, way: Candidate) -> Iterator[Candidate]:
         """Through a sum, and on through the value that it is a sum on, if nothing but the sum reads that."""
         inside, source = {*way.nodes}, way.source
         if source in self.graph.outputs or any(one.name not in inside for one in self.graph.readers(source)):
@@ -384,12 +383,12 @@ class _Ways:
         for inner in self.ways.get(source, ()):
             if inner.size + way.size <= _MOST_NODES:
                 try:
-                    operator = self._sequence(inner.operator, way.operator, node)
+                    operator = self._sequence(inner.operator, way.operator)
                 except Refuse as why:
                     self.refuse((inner, way), str(why))
                     return
                 before = inner.before.times(_stride(way.operator)).plus(way.before)
-                parts, size = (*way.parts, inner), inner.size + way.size
+                parts, size = (inner, *way.parts), inner.size + way.size
                 yield replace(
                     way, source=inner.source, operator=operator, parts=parts, before=before, size=size
                 )

@@ -308,6 +308,50 @@ def test_tables_of_different_lengths_stay() -> None:
     assert reasons(merged) == {("a", "b"): "they read or write other channels, or along other axes"}
 
 
+# ---------------------------------------------------------------- copies
+
+
+def test_a_copy_of_a_value_is_the_value() -> None:
+    block = Block()
+    value = block.add("Relu", "x")
+    copy = block.add("Identity", value, name="copy")
+    merged = block.merge(block.add("Add", block.conv(value, "a", SAME), block.conv(copy, "b")))
+    assert names(merged) == ["relu0", "a"]
+    assert made_of(merged)["a"] >= {"a", "b", "copy"}
+
+
+def test_a_value_and_its_copy_are_twice_the_value() -> None:
+    block = Block()
+    value = block.conv("x", "conv")
+    double = block.add("Add", value, block.add("Identity", value))
+    assert names(block.merge(block.conv(double, "below"))) == ["conv"]
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_copy_alone_is_nothing_to_merge(copies: int) -> None:
+    block = Block()
+    value = block.conv("x", "conv")
+    for _ in range(copies):
+        value = block.add("Identity", value)
+    merged = block.merge(block.add("Relu", value))
+    assert not merged.merges
+    assert not merged.refused
+
+
+def test_a_copy_between_two_goes_with_them() -> None:
+    block = Block()
+    below = block.conv(block.add("Identity", block.conv("x", "a")), "b")
+    assert len(block.merge(below).graph.nodes) == 1
+
+
+def test_a_row_of_copies_is_looked_through_as_far_as_other_nodes_are() -> None:
+    block = Block((1, 1, 1, 1))
+    value = block.conv("x", "above", outputs=1)
+    for _ in range(2_000):
+        value = block.add("Identity", value)
+    block.merge(block.conv(value, "below", outputs=1))
+
+
 # ---------------------------------------------------------------- who else reads
 
 
