@@ -75,6 +75,8 @@ class ModuleCalls:
         for frame in trace.frames:
             self.children.setdefault(id(frame.parent), []).append(frame)
         self.reads = list(_reads(trace))
+        values = (*trace.inputs.values(), *(value for call in trace.calls for value in call.made))
+        self.dtypes = {value.name: value.dtype for value in values}
 
     def steps(self, paths: Collection[str], gone: Mapping[str, str]) -> tuple[TraceStep, ...]:
         """What runs outside of BatchNorms and these modules.

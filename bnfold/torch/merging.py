@@ -173,6 +173,7 @@ class _Host:
 
     def _modules(self, candidate: Candidate, like: str) -> MergePlace:
         if candidate.dropped:
+            self._check_types(candidate)
             host, *others = (self._find(term, term.nodes) for term in candidate.terms)
             if host.tail or any(other.tail for other in others):
                 raise Refuse("one of the modules does more than one operator")
@@ -191,6 +192,13 @@ class _Host:
             return place
         except Refuse:
             return MergePlace(self._find(candidate, candidate.nodes), like)
+
+    def _check_types(self, candidate: Candidate) -> None:
+        """Refuse where a term decides on the type of a sum, which a zero without axes would not."""
+        for name, _ in candidate.dropped:
+            node = self.graph[name]
+            if len({self.calls.dtypes.get(value) for value in (*node.inputs, *node.outputs)}) > 1:
+                raise Refuse("they are added to numbers of another type")
 
     def _check_sizes(self, place: MergePlace, values: Sequence[str]) -> None:
         """Refuse where code that is left asks for the size of a value that is gone."""

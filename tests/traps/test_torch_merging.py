@@ -221,3 +221,19 @@ def telling_a_type_if_there_is_one(net, x):
 )
 def test_what_a_model_returns_tells_of_a_module(forward):
     assert not merged(chain(forward))[1]
+
+
+# ---------------------------------------------------------------- types
+
+
+def test_a_term_decides_on_the_type_of_a_sum():
+    def forward(net, x):
+        halves = [(x * 100).half(), torch.tanh(x).half()]
+        return net.point(x) + halves[0] + halves[1] + net.wide(x)
+
+    merged(pair(forward))
+
+
+def test_terms_are_gathered_beside_others_of_their_type():
+    net = pair(lambda net, x: x + net.point(x) + net.wide(x) + torch.tanh(x))
+    assert len(merged(net)[1]) == 1
