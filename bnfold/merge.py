@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -32,9 +33,9 @@ import numpy as np
 from bnfold import canonical, report
 from bnfold.algebra import Affine, Linear
 from bnfold.errors import Refuse
-from bnfold.ir import Graph, Node
-from bnfold.operators import Operator, Stored, add, average, compose, diagonal, of_linear
-from bnfold.rules import TABLE
+from bnfold.ir import Dim, Graph, Node, Shape
+from bnfold.operators import Operator, add, average, compose, diagonal, of_linear
+from bnfold.rules import TABLE, sign_of
 from bnfold.window import Window
 
 __all__ = ["Candidate", "Cost", "Host", "Merge", "Merged", "is_sum", "merge", "settle"]
@@ -49,21 +50,21 @@ _MOST_WAYS = 8
 class Cost(NamedTuple):
     """What an operator takes: multiply-adds (for each position of its output, or in all) and bytes of weights."""
 
-    multiply_adds: int
+    multiply_adds: int | Fraction
     bytes: int
 
     def plus(self, other: Cost) -> Cost:
         """The cost of both."""
         return Cost(self.multiply_adds + other.multiply_adds, self.bytes + other.bytes)
 
-    def times(self, positions: int) -> Cost:
+    def times(self, positions: int | Fraction) -> Cost:
         """The cost at so many positions; the weights are read once."""
         return Cost(self.multiply_adds * positions, self.bytes)
 
     @property
     def total(self) -> int:
         """What is compared: one multiply-add is about as dear as one byte that comes from memory."""
-        return self.multiply_adds + self.bytes
+        return int(self.multiply_adds) + self.bytes
 
 
 NOTHING = Cost(0, 0)
@@ -78,7 +79,7 @@ class Candidate:
         operator: an affine map as long as no operator gives it a kind.
         node: the node that computes the result; "" where source and result are one value.
         parts: how the inputs of that node are written.
-        before: what its nodes cost now, for each position of the result.
+        before: what its nodes cost now, for each position of the result; of an affine map, for each element.
         dropped: nodes of sums, and places of operands of theirs whose share the operator computes as well.
         terms: of a sum that was gathered, the terms in question, the one that takes the others in first.
         size: how many nodes of it compute something; a sum of many counts as sums of two.
@@ -93,6 +94,10 @@ class Candidate:
     dropped: tuple[tuple[str, int], ...] = ()
     terms: tuple[Candidate, ...] = ()
     size: int = 0
+
+    def cost(self, channels: int) -> Cost:
+        """What its nodes cost now for each position of the result, where that has so many channels."""
+        return self.before if isinstance(self.operator, Operator) else self.before.times(channels)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -230,8 +235,13 @@ def _work_of(graph: Graph, node: Node) -> int:
 
 def _positions(graph: Graph, value: str, channels: int) -> int:
     """How many positions one example of a value has, as far as sizes are known; `channels` is the axis of those."""
-    sizes = enumerate(graph.sizes.get(value, graph.shapes.get(value, ())))
+    sizes = enumerate(_sizes(graph, value))
     return prod(size for axis, size in sizes if axis not in (0, channels) and isinstance(size, int))
+
+
+def _sizes(graph: Graph, value: str) -> Shape:
+    """The sizes of a value, those of one example where there is one."""
+    return graph.sizes.get(value, graph.shapes.get(value, ()))
 
 
 def settle(verdicts: Iterable[report.Verdict], graph: Graph, merged: Merged) -> tuple[report.Verdict, ...]:
@@ -294,22 +304,34 @@ class _Ways:
     def _of_chain(self, node: Node) -> Iterator[Candidate]:
         """Through one node, and on through what lies above it."""
         own = self._own(node)
-        if own is None or len(node.inputs) != 1:
+        if own is not None and len(node.inputs) == 1:
+            cost, size = self._cost(node, own), int(node.op != "Identity")
+            step = Candidate(node.inputs[0], node.outputs[0], own, node.name, before=cost, size=size)
+            yield step
+            yield from self._above(step)
+
+    def _above(self, way: Candidate) -> Iterator[Candidate]:
+        """A candidate once more, on through what lies above the value that it reads, if nothing else reads that."""
+        inside, source = {*way.nodes}, way.source
+        if source in self.graph.outputs or any(one.name not in inside for one in self.graph.readers(source)):
             return
-        (source,), (result,) = node.inputs, node.outputs
-        cost, size = self._cost(node, own), int(node.op != "Identity")
-        yield Candidate(source, result, own, node.name, (), cost, size=size)
-        for inner in self.through(source, node):
-            if inner.size < _MOST_NODES:
+        for inner in self.ways.get(source, ()):
+            if inner.size + way.size <= _MOST_NODES:
                 try:
-                    operator = self._sequence(inner.operator, own) if size else inner.operator
+                    yield self._after(inner, way)
                 except Refuse as why:
-                    self.refuse((inner, node.name), str(why))
-                    return
-                before = inner.before.times(_stride(own)).plus(cost)
-                yield Candidate(
-                    inner.source, result, operator, node.name, (inner,), before, size=inner.size + size
-                )
+                    return self.refuse((inner, way), str(why))
+
+    def _after(self, first: Candidate, second: Candidate) -> Candidate:
+        """One candidate after another."""
+        before = first.before.plus(second.before)
+        operator = self._sequence(first.operator, second.operator) if second.size else first.operator
+        if isinstance(operator, Operator):
+            read = second.operator.inputs if isinstance(second.operator, Operator) else 0
+            above = first.cost(read).times(self._ratio(second))
+            before = above.plus(second.cost(operator.outputs))
+        parts, size = (first, *second.parts), first.size + second.size
+        return replace(second, source=first.source, operator=operator, parts=parts, before=before, size=size)
 
     def _own(self, node: Node) -> Operator | Affine | None:
         """What a node computes of its one input, if that is linear."""
@@ -334,18 +356,21 @@ class _Ways:
         return average(window, channels, axis)
 
     def _cost(self, node: Node, own: Operator | Affine) -> Cost:
-        """What one node costs for each position of its output."""
+        """What one node costs for each position of its output, or for each element."""
         if isinstance(own, Affine):
-            return Cost(0 if node.op == "Identity" else self._channels(node), 0)
+            return Cost(int(node.op != "Identity"), 0)
         held = own.weights + own.outputs if node.linear is not None else 0
         return Cost(own.multiply_adds, held * self.host.itemsize(node) if held else 0)
 
-    def _channels(self, node: Node) -> int:
-        """How many elements a position of its output has; not more, where it is not known which axis that is."""
-        shape = self.graph.shapes.get(node.outputs[0], ())
-        axes = (1, 2) if len(shape) == 3 else (1,)
-        sizes = [size for axis in axes if axis < len(shape) and isinstance(size := shape[axis], int)]
-        return min(sizes, default=1)
+    def _ratio(self, way: Candidate) -> Fraction:
+        """How many positions of its source there are for one of its result; for one of many, if sizes are unknown."""
+        if isinstance(way.operator, Affine) or way.operator.window is None:
+            return Fraction(1)
+        strides = way.operator.window.strides
+        unknown = (None,) * len(strides)
+        read, made = ((*unknown, *_sizes(self.graph, v))[-len(strides) :] for v in (way.source, way.result))
+        axes = zip(read, made, strides, strict=True)
+        return prod((_quotient(n, m, stride) for n, m, stride in axes), start=Fraction(1))
 
     def _sequence(self, first: Operator | Affine, second: Operator | Affine) -> Operator | Affine:
         if isinstance(first, Affine) and isinstance(second, Affine):
@@ -367,31 +392,12 @@ class _Ways:
         if len(shapes) > 1 or None in shapes:
             return
         operands = [self.operand(node, value) for value in node.inputs]
-        signs = TABLE[node.op].signs or (1.0, 1.0)
         for source in operands[0]:
             terms = [ways.get(source) for ways in operands]
             if None not in terms:
-                for way in self._sum(node, [term for term in terms if term is not None], signs):
+                for way in self._sum(node, [term for term in terms if term is not None]):
                     yield way
                     yield from self._above(way)
-
-    def _above(self, way: Candidate) -> Iterator[Candidate]:
-        """Through a sum, and on through the value that it is a sum on, if nothing but the sum reads that."""
-        inside, source = {*way.nodes}, way.source
-        if source in self.graph.outputs or any(one.name not in inside for one in self.graph.readers(source)):
-            return
-        for inner in self.ways.get(source, ()):
-            if inner.size + way.size <= _MOST_NODES:
-                try:
-                    operator = self._sequence(inner.operator, way.operator)
-                except Refuse as why:
-                    self.refuse((inner, way), str(why))
-                    return
-                before = inner.before.times(_stride(way.operator)).plus(way.before)
-                parts, size = (inner, *way.parts), inner.size + way.size
-                yield replace(
-                    way, source=inner.source, operator=operator, parts=parts, before=before, size=size
-                )
 
     def operand(self, node: Node, value: str) -> dict[str, Candidate]:
         """How one operand of a sum can be written, by the value that it is an operator on."""
@@ -401,20 +407,21 @@ class _Ways:
             ways.setdefault(way.source, way)
         return ways
 
-    def _sum(self, node: Node, terms: Sequence[Candidate], signs: tuple[float, float]) -> Iterator[Candidate]:
+    def _sum(self, node: Node, terms: Sequence[Candidate]) -> Iterator[Candidate]:
         """The sum of some terms on one value."""
         size = len(terms) - 1 + sum(term.size for term in terms)
         if size > _MOST_NODES:
             return
         try:
-            operator = _scaled(terms[0].operator, signs[0])
+            operator = terms[0].operator
             for term in terms[1:]:
-                operator = _beside(operator, term.operator, signs[1])
+                operator = _beside(operator, term.operator, sign_of(node, 1))
         except Refuse as why:
             return self.refuse((*terms, node.name), str(why))
-        before = Cost((len(terms) - 1) * _width(operator, self._channels(node)), 0)
+        channels = operator.outputs if isinstance(operator, Operator) else 1
+        before = Cost((len(terms) - 1) * channels, 0)
         for term in terms:
-            before = before.plus(term.before)
+            before = before.plus(term.cost(channels))
         yield Candidate(
             terms[0].source, node.outputs[0], operator, node.name, tuple(terms), before, size=size
         )
@@ -432,26 +439,10 @@ def is_sum(node: Node) -> bool:
     return node.op in TABLE and TABLE[node.op].signs is not None
 
 
-def _stride(operator: Operator | Affine) -> int:
-    """How many positions of its input there are for one of its output."""
-    return 1 if isinstance(operator, Affine) or operator.window is None else prod(operator.window.strides)
-
-
-def _width(operator: Operator | Affine, channels: int) -> int:
-    return operator.outputs if isinstance(operator, Operator) else channels
-
-
-def _scaled(operator: Operator | Affine, sign: float) -> Operator | Affine:
-    if sign == 1:
-        return operator
-    if isinstance(operator, Affine):
-        return Affine(sign * operator.scale, sign * operator.shift)
-
-    def numbers(stored: Stored) -> Any:
-        weight, bias = operator.numbers(stored)
-        return sign * weight, sign * bias
-
-    return replace(operator, numbers=numbers)
+def _quotient(read: Dim, made: Dim, stride: int) -> Fraction:
+    if isinstance(read, int) and isinstance(made, int) and made:
+        return Fraction(read, made)
+    return Fraction(stride)
 
 
 def _beside(first: Operator | Affine, second: Operator | Affine, sign: float) -> Operator | Affine:
@@ -551,7 +542,7 @@ class _Choice:
         record = report.Merge(
             getattr(place, "name", "") or into,
             tuple(reversed(way.nodes)),
-            (before.multiply_adds, after.multiply_adds),
+            (int(before.multiply_adds), int(after.multiply_adds)),
             (before.bytes, after.bytes),
         )
         made = Merge(into, way, place, record)
@@ -592,13 +583,11 @@ class _Choice:
         waiting = [(root, 1.0)]
         while waiting:
             node, sign = waiting.pop()
-            signs = TABLE[node.op].signs or (1.0, 1.0)
             if {self.graph.shapes.get(v) for v in node.inputs} != {self.graph.shapes.get(node.outputs[0])}:
                 continue
             for place, value in enumerate(node.inputs):
-                own = sign * signs[1 if place else 0]
-                producer = self.graph.producer(value)
-                if not place and signs != (1.0, 1.0):
+                own, producer = sign * sign_of(node, place), self.graph.producer(value)
+                if not place and sign_of(node, 1) < 0:
                     continue
                 if producer is not None and is_sum(producer) and self._is_inner(value, node):
                     waiting.append((producer, own))
@@ -627,11 +616,12 @@ class _Choice:
         except Refuse as why:
             self.found.refuse([so_far, way], str(why))
             return None
+        assert isinstance(operator, Operator)
         wider = replace(
             so_far,
             operator=operator,
             parts=(*so_far.parts, *((way,) if way.node else ())),
-            before=so_far.before.plus(way.before).plus(Cost(_width(operator, 0), 0)),
+            before=so_far.before.plus(way.cost(operator.outputs)).plus(Cost(operator.outputs, 0)),
             dropped=(*so_far.dropped, term.operand),
             terms=(*(so_far.terms or (so_far,)), way),
             size=size,
@@ -719,6 +709,6 @@ def _work(operator: Operator | Affine) -> int:
 
 def _dearer(before: Cost, after: Cost) -> str:
     return (
-        f"as one it would be dearer: {after.multiply_adds:,} multiply-adds and {after.bytes:,} bytes, "
-        f"now {before.multiply_adds:,} and {before.bytes:,}"
+        f"as one it would be dearer: {int(after.multiply_adds):,} multiply-adds and {after.bytes:,} bytes, "
+        f"now {int(before.multiply_adds):,} and {before.bytes:,}"
     )

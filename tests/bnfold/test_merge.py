@@ -574,6 +574,33 @@ def test_the_record_says_what_was_saved() -> None:
     assert one.record.bytes == (4 * (weights + 4 + 16 + 4), 4 * (weights + 4))
 
 
+def test_what_is_rounded_up_costs_what_it_costs() -> None:
+    """A stride of 2 makes 1 element of 1, and 2 of 3: what lies above is not computed four times as often."""
+    half = replace(SAME, strides=(2, 2))
+    for size, pays in ((1, False), (3, False), (16, True)):
+        block = Block((1, 8, size, size))
+        below = block.conv(block.conv("x", outputs=3, bias=False), outputs=2, window=half)
+        merged = block.merge(below, model=blocks.Model(block.weights, size=0))
+        assert bool(merged.merges) == pays, size
+
+
+def test_an_affine_map_costs_what_it_has_elements() -> None:
+    block = Block((2, 4, 5))
+    (one,) = block.merge(block.matrix(block.affine("x", axis=2), 3, (2, 2))).merges
+    assert one.record.multiply_adds == (4 * (5 + 5 * 3), 4 * 5 * 3)
+    block = Block()
+    (one,) = block.merge(block.conv(block.add("Add", block.affine("x"), "x"))).merges
+    assert one.record.multiply_adds == (64 * (4 + 4 + 16), 64 * 16)
+
+
+def test_where_sizes_are_not_known_a_stride_says_how_often_what_lies_above_is_computed() -> None:
+    block = Block((1, 8, 8, 8))
+    below = block.conv(block.conv("x", bias=False), outputs=2, window=replace(SAME, strides=(2, 2)))
+    shapes = {name: (1, shape[1], None, None) for name, shape in block.shapes.items()}
+    (one,) = block.merge(below, model=blocks.Model(block.weights, size=0), shapes=shapes).merges
+    assert one.record.multiply_adds == (4 * 8 * 4 + 4 * 2 * 9, 8 * 2 * 9)
+
+
 def test_numbers_of_half_the_size_weigh_half() -> None:
     block = Block()
     total = block.add("Add", block.conv("x", "a", SAME), block.conv("x", "b"))

@@ -123,6 +123,28 @@ def test_the_same_graph_is_merged_alike_in_whatever_order_its_shapes_are_listed(
         assert form(merge(graph, draw.model)) == form(draw.merged)
 
 
+def test_no_merge_is_dearer_and_the_record_says_what_it_was_and_is_for_one_example() -> None:
+    """Counted at the sizes of the first input, which are known of one example or of all."""
+    merges = 0
+    for seed in FEW[:200]:
+        draw = Draw(seed, stubborn=0.0)
+        graph = replace(draw.graph, sizes={name: value.shape for name, value in draw.before[0].items()})
+        merged = merge(graph, draw.model)
+        after = blocks.run(merged.graph, draw.model.merged(merged), draw.inputs[0])
+        for one in merged.merges:
+            made = draw.before[0][one.candidate.result]
+            examples = len(made) if one.operator.out_axis else 1
+            nodes = [blocks.cost(graph[name], draw.before[0]) for name in one.candidate.nodes]
+            sums = len(one.candidate.dropped) * made.size
+            was = (sum(count for count, _ in nodes) + sums) // examples, sum(held for _, held in nodes)
+            count, held = blocks.cost(merged.graph[one.into], after)
+            assert one.record.multiply_adds == (was[0], count // examples), seed
+            assert one.record.bytes == (was[1], held), seed
+            assert count // examples + held <= sum(was), seed
+            merges += 1
+    assert merges > 200
+
+
 # ---------------------------------------------------------------- the property can fail
 
 
