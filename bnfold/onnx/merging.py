@@ -10,7 +10,8 @@ alone, and all nodes must stand in one graph or body.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -45,11 +46,13 @@ class _Place:
         refs: the nodes that it replaces, in the order of the file; the last one computes its result.
         data_type: of its numbers.
         biased: whether it has a bias.
+        digest: of its numbers; operators with the same ones share them.
     """
 
     refs: tuple[NodeRef, ...]
     data_type: int
     biased: bool
+    digest: bytes
 
 
 @dataclass(eq=False)
@@ -99,7 +102,7 @@ class _Host:
         with np.errstate(all="ignore"):
             weight, bias = candidate.operator.numbers(self.stored)
         _check_range(weight, bias, data_type)
-        return _Place(refs, data_type, bool(np.any(bias != 0)))
+        return _Place(refs, data_type, bool(np.any(bias != 0)), _digest(weight, bias))
 
     def _refs(self, candidate: Candidate) -> Iterator[NodeRef]:
         """The nodes of the file behind those of the graph, the last one last."""
@@ -175,6 +178,13 @@ def _check_range(weight: Array, bias: Array, data_type: int) -> None:
         raise Refuse(f"its numbers would underflow {dtype}")
 
 
+def _digest(*arrays: Array) -> bytes:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
+
+
 _SMALLEST_NORMAL: dict[int, float] = {TensorProto.FLOAT16: 2.0**-14, TensorProto.DOUBLE: 2.0**-1022}
 """Where a type begins to lose digits, if it is not the exponents of float32 that it has."""
 
@@ -191,9 +201,9 @@ def write_merges(imported: ImportedModel, graph: Graph, merged: Merged, editor: 
         merged: what is to be merged.
         editor: takes the edits.
     """
-    host = _Host(imported, graph)
+    host, stored = _Host(imported, graph), dict[Any, str]()
     for one in merged.merges:
-        _Writer(imported, host, one, editor).write()
+        _Writer(imported, host, one, editor, stored).write()
     for node in graph.nodes:
         if node.name in merged.left:
             _shrink(imported, node, merged.left[node.name], editor)
@@ -229,10 +239,12 @@ class _Recipe:
 
 
 class _Writer:
-    """Writes one merged operator."""
+    """Writes one merged operator; `stored` knows the tensors that others have written."""
 
-    def __init__(self, imported: ImportedModel, host: _Host, one: Merge, editor: Editor) -> None:
-        self.imported, self.editor, self.one = imported, editor, one
+    def __init__(
+        self, imported: ImportedModel, host: _Host, one: Merge, editor: Editor, stored: dict[Any, str]
+    ) -> None:
+        self.imported, self.editor, self.one, self.stored = imported, editor, one, stored
         self.place: _Place = one.place
         self.operator = one.operator
         self.recipe = _Recipe(one.operator, host)
@@ -281,8 +293,15 @@ class _Writer:
             array = self.recipe.take(which)
             return np.ascontiguousarray(array if order is None else array.transpose(order)).reshape(shape)
 
-        name = f"{self.label}.{('weight', 'bias')[which]}.merged"
-        return self.editor.add_tensor(name, numbers, shape, self.place.data_type, self._replaced())
+        return self._add(("weight", "bias")[which], numbers, shape, order)
+
+    def _add(self, role: str, numbers: Callable[[], Array], shape: tuple[int, ...], order: Any = None) -> str:
+        """Add a tensor, unless the same one has been added."""
+        key = (role, shape, order, self.place.data_type, self.place.digest)
+        if key not in self.stored:
+            name, replaced = f"{self.label}.{role}.merged", self._replaced()
+            self.stored[key] = self.editor.add_tensor(name, numbers, shape, self.place.data_type, replaced)
+        return self.stored[key]
 
     def _replaced(self) -> str:
         """The tensor that the new one takes the place of: it goes where that lay."""
@@ -342,6 +361,4 @@ class _Writer:
             return np.ascontiguousarray(weight[0].T + bias)
 
         shape = (operator.inputs, operator.outputs)
-        name = f"{self.label}.weight.merged"
-        table = self.editor.add_tensor(name, numbers, shape, self.place.data_type, self._replaced())
-        self._insert("Gather", [table, self.source])
+        self._insert("Gather", [self._add("table", numbers, shape), self.source])

@@ -246,3 +246,20 @@ def test_a_sum_of_a_thousand_products_is_merged_part_by_part() -> None:
     folded, report = merged(model(text, {"w": weights(4, 4)}), tolerance=1e-5)
     assert sum(op == "MatMul" for op in operators(folded)) <= count / 50
     assert report.merged
+
+
+def test_operators_with_the_same_numbers_share_them() -> None:
+    text = f"""{IMAGE} {{ k = Conv<pads=[1, 1, 1, 1]>(x, w) l = Conv(x, u) a = Add(k, l) r = Relu(a)
+        m = Conv<pads=[1, 1, 1, 1]>(r, w) n = Conv(r, u) b = Add(m, n) y = Relu(b) }}"""
+    folded, _ = merged(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)}))
+    assert operators(folded) == ["Conv", "Relu"] * 2
+    assert len(folded.graph.initializer) == 1
+
+
+def test_a_matrix_and_the_same_one_transposed_are_two() -> None:
+    text = """g (float[N, 4] x, float[N, 3, 4] z) => (float[N, 4] y, float[N, 3, 4] q) {
+        k = Gemm(x, w, c) y = Gemm(k, u) l = MatMul(z, w) m = Add(l, c) q = MatMul(m, u) }"""
+    tensors = {"w": weights(4, 4), "u": weights(4, 4, seed=2), "c": weights(4)}
+    folded, _ = merged(model(text, tensors, opset=13))
+    assert operators(folded) == ["Gemm", "MatMul", "Add"]
+    assert len(folded.graph.initializer) == 3
