@@ -340,9 +340,9 @@ class _Ways:
             return Affine.identity(rank)
         if node.op in ("Affine", "BatchNormalization"):
             return node.affine if node.affine is not None and node.affine.is_finite else None
-        if node.op == "AveragePool":
-            return self._pool(node)
         try:
+            if node.op == "AveragePool":
+                return self._pool(node)
             return of_linear(node) if node.linear is not None else None
         except Refuse:
             return None
@@ -374,6 +374,7 @@ class _Ways:
 
     def _sequence(self, first: Operator | Affine, second: Operator | Affine) -> Operator | Affine:
         if isinstance(first, Affine) and isinstance(second, Affine):
+            _check_axes(first, second)
             return second.after(first)
         if isinstance(first, Affine):
             assert isinstance(second, Operator)
@@ -452,6 +453,7 @@ def _beside(first: Operator | Affine, second: Operator | Affine, sign: float) ->
         Refuse: see `operators.add`.
     """
     if isinstance(first, Affine) and isinstance(second, Affine):
+        _check_axes(first, second)
         return Affine.of(first.scale + sign * second.scale, first.shift + sign * second.shift)
     if isinstance(first, Affine):
         assert isinstance(second, Operator)
@@ -459,6 +461,12 @@ def _beside(first: Operator | Affine, second: Operator | Affine, sign: float) ->
     elif isinstance(second, Affine):
         second = diagonal(second, first, first.in_axis, first.inputs)
     return add(first, second, sign)
+
+
+def _check_axes(first: Affine, second: Affine) -> None:
+    """Refuse affine maps that together vary along several axes: no operator stands for that, however many numbers."""
+    if len({*first.axes, *second.axes}) > 1:
+        raise Refuse("an affine map varies along another axis than that of the channels")
 
 
 # ---------------------------------------------------------------- which of them is taken

@@ -30,6 +30,9 @@ from bnfold.window import Window, union
 
 __all__ = ["Numbers", "Operator", "Stored", "add", "average", "compose", "diagonal", "of_linear"]
 
+LARGEST = 1 << 28
+"""An operator of more weights than this is made of smaller ones only where those have as many."""
+
 Stored = Callable[[Node], tuple[npt.NDArray[Any], npt.NDArray[Any] | None]]
 """The numbers of a linear node as the model keeps them: the weight, in the order of its `Linear`, and the bias."""
 
@@ -130,11 +133,12 @@ def diagonal(affine: Affine, beside: Operator, axis: int, channels: int) -> Oper
 
 def average(window: Window, channels: int, axis: int) -> Operator:
     """An average pool, whose every output is a mean over all its taps."""
-    taps = prod(window.kernel)
-    weight = np.full((channels, 1, 1, *window.kernel), 1.0 / taps)
-    return Operator(
-        channels, channels, channels, axis, axis, window, lambda stored: (weight, np.zeros(channels))
-    )
+    shape = (channels, 1, 1, *window.kernel)
+
+    def numbers(stored: Stored) -> Numbers:
+        return np.full(shape, 1.0 / prod(window.kernel)), np.zeros(channels)
+
+    return _bounded(Operator(channels, channels, channels, axis, axis, window, numbers))
 
 
 # ---------------------------------------------------------------- operators of several
@@ -164,7 +168,18 @@ def add(first: Operator, second: Operator, sign: float = 1.0) -> Operator:
         return weight, bias
 
     sizes = (first.inputs, first.outputs, groups, first.in_axis, first.out_axis)
-    return Operator(*sizes, window, numbers, first.lookup)
+    return _bounded(Operator(*sizes, window, numbers, first.lookup), first, second)
+
+
+def _bounded(operator: Operator, *parts: Operator) -> Operator:
+    """An operator, unless it has too many numbers, and more than its parts.
+
+    Raises:
+        Refuse: it has.
+    """
+    if operator.weights > max(LARGEST, sum(part.weights for part in parts)):
+        raise Refuse(f"as one it would have {operator.weights:,} weights")
+    return operator
 
 
 def _form(operator: Operator) -> tuple[object, ...]:
@@ -226,7 +241,7 @@ def compose(first: Operator, second: Operator, stored: Stored) -> Operator:
         return _product(first, second, groups, window, stored)
 
     sizes = (first.inputs, second.outputs, groups, first.in_axis, second.out_axis)
-    return Operator(*sizes, window, numbers, first.lookup)
+    return _bounded(Operator(*sizes, window, numbers, first.lookup), first, second)
 
 
 def _product(

@@ -236,6 +236,8 @@ def _kind(imported: ImportedModel, chain: list[Node]) -> str:
     affines = [link.affine for link in chain if link.affine is not None]
     scales = [place for place, affine in enumerate(affines) if np.any(affine.scale != 1)]
     shifts = [place for place, affine in enumerate(affines) if np.any(affine.shift != 0)]
+    if len({axis for affine in affines for axis in affine.axes}) > 1:
+        return ""
     whole = _composed(chain).affine
     if (
         not scales

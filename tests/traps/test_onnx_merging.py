@@ -263,3 +263,48 @@ def test_a_matrix_and_the_same_one_transposed_are_two() -> None:
     folded, _ = merged(model(text, tensors, opset=13))
     assert operators(folded) == ["Gemm", "MatMul", "Add"]
     assert len(folded.graph.initializer) == 3
+
+
+VAST = {
+    "a pool": (
+        """g (float[N, 64, H, W] x) => (float[N, 64, p, q] y) { a = AveragePool<kernel_shape=[20000, 20000],
+            count_include_pad=1>(x) y = Relu(a) }""",
+        {},
+    ),
+    "a pool of a vast image": (
+        """g (float[1, 4, 400000, 400000] x) => (float[1, 4, p, q] y) { a = AveragePool<kernel_shape=[20000, 20000],
+            count_include_pad=1>(x) y = Mul(a, two) }""",
+        {"two": np.full((4, 1, 1), 2, np.float32)},
+    ),
+    "groups that have none in common": (
+        """g (float[N, 62208, H, W] x) => (float[N, 62208, H, W] y) { w = Expand(one, a) u = Expand(one, b)
+            v = Expand(one, c) k = Conv<group=256>(x, w) l = Conv<group=243>(k, u)
+            y = Conv<group=62208, pads=[1, 1, 1, 1]>(l, v) }""",
+        {
+            "a": np.array([62208, 243, 1, 1]),
+            "b": np.array([62208, 256, 1, 1]),
+            "c": np.array([62208, 1, 3, 3]),
+        },
+    ),
+    "affine maps along two axes, side by side": (
+        """g (float[N, 1000000, 1000000] x) => (float[N, 1000000, 1000000] y) {
+            k = Mul(x, down) l = Mul(x, along) y = Add(k, l) }""",
+        {},
+    ),
+    "affine maps along two axes, one after another": (
+        """g (float[N, 1000000, 1000000] x) => (float[N, 1000000, 1000000] y) {
+            k = Mul(x, down) y = Mul(k, along) }""",
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", VAST)
+def test_what_would_be_vast_as_one_stays_apart(kind: str) -> None:
+    text, tensors = VAST[kind]
+    numbers = np.arange(1_000_000, dtype=np.float32)
+    known = {"one": np.ones((1, 1, 1, 1), np.float32), "down": numbers[:, None], "along": numbers}
+    used = {name: array for name, array in known.items() if f"({name}," in text or f", {name})" in text}
+    some = model(text, {**tensors, **used})
+    folded, _ = bnfold.onnx.fold(some, verify=False)
+    assert operators(folded) == operators(some)
