@@ -1,10 +1,10 @@
-"""Run a module otherwise than on its example: on a batch of one, at other sizes, with the other value of a flag.
+"""Run a module otherwise than on its example: in other batches, at other sizes, with the other value of a flag.
 
 Each trial is one more recorded pass. Sizes are changed together where they are equal, since they tend to mean one
 thing: the batch of all inputs, the height and width of images, the length of a sequence and of its mask. Smaller
 inputs are cut from the example, larger ones repeat it.
 
-    batch     1, or 2 where the example is a batch of one; a third where those two part
+    batch     1, and 4 or 5, whichever is odd where the example is even; a third where those two part or are not taken
     size      half, and one that is odd where the example is even, larger, and not square
     rank      without the batch axis, or with one more
     flag      bools among the arguments, and those that `forward` has a default for
@@ -12,8 +12,8 @@ inputs are cut from the example, larger ones repeat it.
 
 A trial that the module does not take ends where it raises. What could not be run is said in `Trials.notes`.
 
-Not covered: code that does something else at a size which no trial meets (`if width == 56`, `if length > 4096`): sizes
-are tried, not proved.
+Not covered: code that does something else at a size which no trial meets (`if width == 56`, `if length > 4096`, `if
+batch > 64`): sizes are tried, not proved.
 """
 
 from __future__ import annotations
@@ -105,17 +105,18 @@ class _Desk:
     # -- sizes
 
     def try_sizes(self) -> None:
-        """Another batch and smaller inputs at once where that works; else one after the other."""
+        """Another batch and other sizes at once where that works; else one after the other."""
         batches, spaces = list(_batch_axes(self.tensors)), list(_space_axes(self.tensors))
         batch, space = next(iter(batches), {}), next(iter(spaces), {})
-        both = self._resize({**_other_batch(batch), **_half(space)}) if batch and space else None
+        both = self._resize({**_several(batch), **_half(space)}) if batch and space else None
         halved = both is not None
         if both:
-            self.batch = _other_batch(batch)
+            single = _single(batch)
+            self.batch = single if not single or self._resize_batch(single) else _several(batch)
         else:
             combined, self.trials.made = self.trials.made, []
-            self._try_batch(batch)
-            halved = self._try_half(space) is not None if halved or not self.batch else False
+            taken = self._try_batch(batch)
+            halved = self._try_half(space) is not None if halved or not taken else False
             self.trials.made += combined
         self._try_odd(space, halved)
         for other in batches[1:]:
@@ -125,13 +126,13 @@ class _Desk:
         if self.untaken and not self.sized:
             self.trials.notes.append(f"not read at another size: the model does not take {self.untaken}")
 
-    def _try_batch(self, axes: Sizes) -> None:
-        """One, and a batch that is neither one nor the example's where a batch of one parts or is not taken.
+    def _try_batch(self, axes: Sizes) -> bool:
+        """One, and several, which it returns whether the model takes; where neither does as the example, two or three.
 
         Where none is taken, the same along all axes of that size, as of the nodes of a graph and its adjacency.
         """
         if not axes:
-            return
+            return False
         size = next(iter(axes.values()))
         wide = {
             (at, axis): size
@@ -139,17 +140,18 @@ class _Desk:
             for axis in range(t.dim())
             if t.shape[axis] == size
         }
-        for sizes in (
-            _other_batch(axes),
-            _third_batch(axes),
-            _third_batch(wide if len(wide) > len(axes) else {}),
-        ):
-            same = self._resize(sizes, f"a batch of {next(iter(sizes.values()), 0)}")
-            if same:
-                self.batch = self.batch or sizes
-                return
+        single, several = (self._resize_batch(sizes) for sizes in (_single(axes), _several(axes)))
+        alike = [_single(axes)] * bool(single) + [_several(axes)] * bool(several)
+        for sizes in (_third(axes), _third(wide if len(wide) > len(axes) else {})):
+            if not alike and self._resize_batch(sizes):
+                alike = [sizes]
+        self.batch = self.batch or next(iter(alike), {})
         if not self.trials.made:
             self.trials.notes.append("not read with another batch size: the model does not take one")
+        return several is not None
+
+    def _resize_batch(self, sizes: Sizes) -> bool | None:
+        return self._resize(sizes, f"a batch of {next(iter(sizes.values()), 0)}")
 
     def _try_half(self, axes: Sizes) -> bool | None:
         return self._resize(_half(axes)) if axes else None
@@ -248,12 +250,18 @@ def _space_axes(tensors: list[Tensor]) -> Iterator[Sizes]:
         yield {(at, a): size for at, t in enumerate(tensors) for a in range(1, t.dim()) if t.shape[a] == size}
 
 
-def _other_batch(axes: Sizes) -> Sizes:
-    return {place: 1 if size > 1 else 2 for place, size in axes.items()}
+def _single(axes: Sizes) -> Sizes:
+    """A batch of one; nothing where the example is one."""
+    return dict.fromkeys(axes, 1) if max(axes.values(), default=1) > 1 else {}
 
 
-def _third_batch(axes: Sizes) -> Sizes:
-    return {place: 2 if size > 2 else size + 1 + (size == 1) for place, size in axes.items()}
+def _several(axes: Sizes) -> Sizes:
+    """A batch that is even where the example is odd, and odd where it is even, and small, for what it costs."""
+    return {place: 4 + (size + 1) % 2 for place, size in axes.items()}
+
+
+def _third(axes: Sizes) -> Sizes:
+    return {place: 2 if size != 2 else 3 for place, size in axes.items()}
 
 
 def _half(axes: Sizes) -> Sizes:

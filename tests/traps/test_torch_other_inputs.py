@@ -147,6 +147,27 @@ def test_code_that_does_something_else_for_a_batch_of_one_keeps_its_batchnorm(fo
     check(model, images(example), dict.fromkeys(names, "kept"), BATCHES)
 
 
+def larger_batch(net, x):
+    """A BatchNorm for small batches and one for large ones, which runs for all of them elsewhere."""
+    return net.bn(net.last((net.bn if len(x) > 3 else net.other)(net.conv(x))))
+
+
+def even_batch(net, x):
+    y = net.conv(x)
+    return net.bn(net.last(y if len(x) % 2 else net.bn(y)))
+
+
+@pytest.mark.parametrize("example", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("forward", [larger_batch, even_batch], ids=lambda f: f.__name__)
+def test_code_that_does_something_else_for_a_larger_or_an_even_batch_is_not_folded_into(forward, example):
+    model = net(forward, last=nn.Conv2d(8, 8, 3))
+    if forward is larger_batch:
+        model.other = randomise(nn.BatchNorm2d(8), 1)
+    folded, _ = fold(model, images(example))
+    for batch in (1, 2, 3, 4, 5, 6, 9):
+        assert deviation(model, folded, images(batch)) < BOUND, batch
+
+
 def larger_than(net, x):
     y = net.conv(x)
     return net.bn(y) if x.shape[-1] > 6 else y
