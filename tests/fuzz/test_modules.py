@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fuzz.drawing import Finding, complaint, findings
-from tests.fuzz.modules import FEATURES, distance, judge
+from tests.fuzz.drawing import Draw, Finding, complaint, findings
+from tests.fuzz.modules import FEATURES, build, distance, example, judge, other, outputs
 from tests.fuzz.test_graphs import LIES
 
 FEW, MANY, SHARDS = range(40), range(1_000, 11_000), 40
@@ -33,6 +33,20 @@ def test_thousands_of_random_modules_compute_the_same_folded(shard: int) -> None
 
 def test_a_weight_that_is_computed_is_tied_to_nothing() -> None:
     assert not search(range(20), "parametrised", "tied")
+
+
+ONE_SIZE = (Draw(6404, (("pool", 1778), ("chain", 7985))), Draw(10706, (("pool", 5551), ("chain", 9006))))
+"""A Linear along the last axis where that is 4, as it is in images of 5 after the pool, and in no others."""
+
+
+@pytest.mark.parametrize("one", ONE_SIZE, ids=lambda one: str(one.seed))
+def test_what_happens_at_one_size_that_no_trial_met_is_not_judged(one: Draw) -> None:
+    assert not complaint(judge, one)
+    module = build(one)
+    outputs(module, example(one), True)
+    met = set(module.ways)
+    assert outputs(module, other(6, len(example(one)), 5, 5), True)
+    assert module.ways > met, "the draw no longer asks for a size that its example has not"
 
 
 def test_values_that_are_empty_are_as_far_apart_as_their_shapes() -> None:
