@@ -209,8 +209,8 @@ class Alignment:
         mine = self.frames.get(id(theirs))
         if mine is None or mine.plain != theirs.plain or self.mine.count(mine) != self.theirs.count(theirs):
             return False
-        made = [self.values.get(self.mine.origin(value).name) for value in mine.made]
-        return made == [self.theirs.origin(value) for value in theirs.made]
+        made = [self.values.get(self.mine.origin(value).name) for value in mine.made if value.data]
+        return made == [self.theirs.origin(value) for value in theirs.made if value.data]
 
     def _wiring(self, call: Call) -> Frame:
         """The module call whose code hands a call what it reads: the innermost that is given the same in both."""
