@@ -136,7 +136,7 @@ class ModuleCalls:
                 raise Refuse(f"what `{first.path}` is given is changed in place before `{host}` runs")
 
     def measured(self, bypassed: Mapping[str, tuple[str, str]]) -> dict[str, list[Frame]]:
-        """The module calls in whose code the size of each value is asked for, but for BatchNorms."""
+        """The module calls in whose code the size or type of each value is asked for, but for BatchNorms."""
         resolve = _resolver(self.alias, bypassed)
         found: dict[str, list[Frame]] = {}
         for name, frames in self.trace.measured.items():
@@ -195,7 +195,8 @@ class ModuleCalls:
                 raise Refuse(f"`{holder}.{attribute}` is fetched outside of `{path}`")
         if self._changes_what_it_was_given(frame):
             raise Refuse(f"the code of `{path}` changes in place what it was given")
-        if frame.given[0].dtype != frame.made[0].dtype:
+        given, made = frame.given[0].dtype, frame.made[0].dtype
+        if given.is_floating_point and given != made:
             raise Refuse(f"`{path}` changes the type of what it is given")
 
     def _changes_what_it_was_given(self, frame: Frame) -> bool:

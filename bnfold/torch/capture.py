@@ -107,7 +107,7 @@ class _Calls:
             return tuple(self.value(tensor) for _, tensor in leaves(thing))
 
     def measure(self, tensor: Any) -> None:
-        """Note that somebody asks for the size of a tensor."""
+        """Note that somebody asks for the size or the type of a tensor."""
         if self.sealed is None and not self.unseen and isinstance(tensor, Tensor):
             value = self.memory.noted(tensor)
             if value is not None and value.data:
@@ -403,8 +403,14 @@ _SIZES = (
     Tensor.__len__,
     torch.numel,
 )
-_MEASURING = {_TENSOR.shape.__get__, _TENSOR.ndim.__get__, _TENSOR.nbytes.__get__, *_SIZES}
-"""Functions that tell the size of a tensor."""
+_MEASURING = {
+    _TENSOR.shape.__get__,
+    _TENSOR.ndim.__get__,
+    _TENSOR.nbytes.__get__,
+    _TENSOR.dtype.__get__,
+    *_SIZES,
+}
+"""Functions that tell the size or the type of a tensor."""
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_copy"}
 """Functions that cast where the model says so."""

@@ -201,12 +201,12 @@ class _Host:
                 raise Refuse("they are added to numbers of another type")
 
     def _check_sizes(self, place: MergePlace, values: Sequence[str]) -> None:
-        """Refuse where code that is left asks for the size of a value that is gone."""
+        """Refuse where code that is left asks for the size or type of a value that is gone."""
         for value in values:
             for frame in self.measured.get(value, ()):
                 if not any(inside(frame.path or "", path) for path in place.paths):
                     where = frame.path or type(self.model).__name__
-                    raise Refuse(f"the code of `{where}` asks for the size of what is gone then")
+                    raise Refuse(f"the code of `{where}` asks for the size or type of what would be gone")
 
     def _find(self, candidate: Candidate, nodes: Sequence[str]) -> ModulePlace:
         source = candidate.source if len(nodes) > 1 else self.graph[nodes[0]].inputs[0]

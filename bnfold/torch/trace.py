@@ -145,7 +145,7 @@ class Trace:
         differentiates: whether the model was known to differentiate by itself.
         draws: whether the pass drew from a global random state.
         words: what the caller gets besides numbers (see `tensors.words`); unknown where numbers left the tensors.
-        measured: the module calls in whose code the size of a value was asked for, by the name of the value.
+        measured: the module calls in whose code the size or type of a value was asked for, by the name of the value.
     """
 
     calls: list[Call]

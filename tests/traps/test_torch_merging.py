@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_flatten
 
 from bnfold.torch import fold
@@ -31,12 +32,18 @@ def same(wanted, given):
             assert one == two
 
 
-def merged(net, *shapes):
+def draw(shape, generator, tokens):
+    if tokens:
+        return torch.randint(tokens, shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def merged(net, *shapes, tokens=0):
     """Fold a module on an input of the first shape, without a comparison; compare on all of them."""
     shapes, net = shapes or SHAPES, randomise(net).double()
     state = copy.deepcopy(net.state_dict())
     generator = torch.Generator().manual_seed(3)
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    inputs = [draw(shape, generator, tokens) for shape in shapes]
     folded, report = fold(net, inputs[0], verify=False)
     with torch.no_grad():
         for x in inputs:
@@ -237,3 +244,54 @@ def test_a_term_decides_on_the_type_of_a_sum():
 def test_terms_are_gathered_beside_others_of_their_type():
     net = pair(lambda net, x: x + net.point(x) + net.wide(x) + torch.tanh(x))
     assert len(merged(net)[1]) == 1
+
+
+TOKENS = ((2, 6), (1, 6), (4, 3))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Tanh()),
+        Net(lambda net, x: net.one(x) + net.other(x), one=nn.Embedding(10, 8), other=nn.Embedding(10, 8)),
+        nn.Sequential(
+            Net(lambda net, x: net.matrix(net.table(x)), table=nn.Embedding(10, 8), matrix=nn.Linear(8, 8)),
+            nn.Tanh(),
+        ),
+    ],
+)
+def test_a_table_and_what_follows_it_or_stands_beside_it_are_one_table(net):
+    folded, merges = merged(net, *TOKENS, tokens=10)
+    assert len(merges) == 1
+    assert sum(isinstance(part, nn.Embedding) for part in folded.modules()) == 1
+    assert not any(isinstance(part, nn.Linear) for part in folded.modules())
+
+
+def test_the_type_of_the_rows_of_a_table_is_asked_for():
+    def forward(net, x):
+        y = net.table(x)
+        net.kind = y.dtype
+        return net.matrix(y)
+
+    net = Net(forward, table=nn.Embedding(10, 8), matrix=nn.Linear(8, 8))
+    folded, _ = merged(net, *TOKENS, tokens=10)
+    assert folded.kind == net.kind
+
+
+# ---------------------------------------------------------------- weights that are computed
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+@pytest.mark.parametrize("around", [within, lambda net: net])
+def test_weights_that_are_computed_are_merged(compute, around):
+    net = pair(lambda net, x: net.wide(x) + net.point(x))
+    for part in (net.wide, net.point):
+        compute(part)
+    assert len(merged(around(net))[1]) == 1
