@@ -180,6 +180,8 @@ class ModuleCalls:
         assert module is not None
         if self.count[path] > 1:
             raise Refuse(f"`{path}` is called {self.count[path]} times")
+        if frame.assigns:
+            raise Refuse(f"the code of `{path}` sets an attribute of a module")
         if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
             raise Refuse(f"`{path}` is compiled")
         if any(_has_hooks(part) for part in module.modules()):

@@ -265,6 +265,11 @@ class _Modules:
         if path is None or all(each.module is not module for each in frame.line()):
             self.escaped.setdefault((path or "", attribute), frame.path or "")
 
+    def assign(self) -> None:
+        """Note that an attribute of a module is set."""
+        for frame in self.calls.frame.line():
+            frame.assigns = True
+
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator."""
@@ -557,11 +562,11 @@ def _unheld(kept: list[Tensor], alive: list[Tensor]) -> set[int]:
 
 @contextmanager
 def _followed(modules: _Modules) -> Iterator[None]:
-    """Let every module call, and every fetch of a tensor from a module, pass by `modules`.
+    """Let every module call, every fetch of a tensor from a module and every attribute that is set pass by `modules`.
 
-    The methods are those of the whole process (see `exclusive`): what other threads call and fetch is passed on.
+    The methods are those of the whole process (see `exclusive`): what other threads do is passed on.
     """
-    call, fetch, here = nn.Module.__call__, nn.Module.__getattr__, get_ident()
+    call, fetch, put, here = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__setattr__, get_ident()
     elsewhere: list[str] = []
 
     def follow(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -576,8 +581,14 @@ def _followed(modules: _Modules) -> Iterator[None]:
             modules.fetch(module, attribute)
         return found
 
+    def assign(module: nn.Module, attribute: str, value: Any) -> None:
+        if not isinstance(value, Tensor) and get_ident() == here:
+            modules.assign()
+        put(module, attribute, value)
+
     try:
         nn.Module.__call__, nn.Module.__getattr__ = follow, look  # type: ignore[method-assign]
+        nn.Module.__setattr__ = assign  # type: ignore[assignment, method-assign]
         yield
         if elsewhere:
             error = RuntimeError(
@@ -587,3 +598,4 @@ def _followed(modules: _Modules) -> Iterator[None]:
             raise error
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = call, fetch  # type: ignore[method-assign]
+        nn.Module.__setattr__ = put  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ Dispatch, for `capture` and `aten`:
 
 Modules:
 
-- `nn.Module.__call__` and `nn.Module.__getattr__`, which `capture` replaces while a model runs;
+- `nn.Module.__call__`, `__getattr__` and `__setattr__`, which `capture` replaces while a model runs;
 - `_parameters`, `_buffers`, `_modules`, `_forward_hooks`, `_forward_pre_hooks`, `_backward_hooks`,
   `_backward_pre_hooks`, `_state_dict_hooks`, `_load_state_dict_pre_hooks` of modules;
   `torch.nn.modules.module._global_forward_hooks` and `_global_forward_pre_hooks`;

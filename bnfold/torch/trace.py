@@ -76,6 +76,7 @@ class Frame:
         start, stop: the calls made while it ran.
         data_dependent: whether a number left the tensors while it ran.
         plain: whether it was given one tensor and nothing else, and returned one tensor.
+        assigns: whether an attribute of a module was set while it ran, but to a tensor.
     """
 
     module: nn.Module | None
@@ -87,6 +88,7 @@ class Frame:
     made: tuple[Value, ...] = ()
     data_dependent: bool = False
     plain: bool = False
+    assigns: bool = False
 
     def line(self) -> Iterator[Frame]:
         """This frame and those around it, from the inside."""

@@ -295,3 +295,23 @@ def test_weights_that_are_computed_are_merged(compute, around):
     for part in (net.wide, net.point):
         compute(part)
     assert len(merged(around(net))[1]) == 1
+
+
+# ---------------------------------------------------------------- what a module leaves behind
+
+
+def test_a_module_that_keeps_the_size_of_what_it_is_given_stays():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.point, self.size = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), (8, 8)
+
+        def forward(self, x):
+            self.size = x.shape[-2:]
+            return self.wide(x) + self.point(x)
+
+    def forward(net, x):
+        y = torch.tanh(net.block(x))
+        return y.new_ones([*y.shape[:2], *getattr(net.block, "size", (8, 8))])
+
+    merged(Net(forward, block=Keeping()))
