@@ -14,7 +14,7 @@ names all in timm. BatchNorms are in place, with the statistics of a batch; NAME
 
 Every output is compared with that of the model as trained in float64, and called wrong where it differs. Latency is
 that of one example on one thread, in onnxruntime with default options and in torch eager, where a file has none; how it
-is measured is said in `benchmarks.worth`. Below the table stands where bnfold falls short of what it is to reach: no
+is measured is said in `benchmarks.worth`. Before the table stands where bnfold falls short of what it is to reach: no
 BatchNorm, at most the operators that the own method leaves, 5 % of its latency in onnxruntime and 15 % in torch.
 """
 
@@ -297,20 +297,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(owners()))
         return 0
-    found: dict[str, dict[str, Result]] = {}
+    console, found = Console(width=160, highlight=False), {}
     for name, make in cases(options.small):
         if any(part in name for part in options.names):
-            print(name, file=sys.stderr, flush=True)
             try:
-                found[name] = examine(make(), options.rounds)
+                found[name] = results = examine(make(), options.rounds)
             except Exception as error:
                 print(f"{name} cannot be built, run or exported: {error}", file=sys.stderr)
-    console = Console(width=160)
+                continue
+            for way in ("merged", "as file"):
+                short = ", ".join(shortfalls(results[way], results["own"]))
+                console.print(f"{name}, {way}: {short or 'all reached'}")
     console.print(tabulate(found))
-    for name, results in found.items():
-        for way in ("merged", "as file"):
-            short = ", ".join(shortfalls(results[way], results["own"]))
-            console.print(f"{name}, {way}: {short or 'all reached'}", highlight=False)
     if options.out:
         record = {name: {way: asdict(result) for way, result in each.items()} for name, each in found.items()}
         options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
