@@ -440,6 +440,11 @@ def is_sum(node: Node) -> bool:
     return node.op in TABLE and TABLE[node.op].signs is not None
 
 
+def _is_minuend(node: Node, value: str) -> bool:
+    """Whether other operands of a sum are subtracted from a value."""
+    return node.inputs[0] == value and sign_of(node, 1) < 0
+
+
 def _quotient(read: Dim, made: Dim, stride: int) -> Fraction:
     if isinstance(read, int) and isinstance(made, int) and made:
         return Fraction(read, made)
@@ -474,11 +479,20 @@ def _check_axes(first: Affine, second: Affine) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Term:
-    """One operand of a sum: the node that reads it and where, how it can be written, its sign, and one such way."""
+    """One operand of a sum.
+
+    Attributes:
+        operand: the node that reads it and where.
+        ways: how it can be written.
+        sign: whether it is added or subtracted.
+        stays: whether it can take others in but not be left out: something is subtracted from it.
+        way: one of those ways.
+    """
 
     operand: tuple[str, int]
     ways: dict[str, Candidate]
     sign: float
+    stays: bool
     way: Candidate = field(default_factory=lambda: Candidate("", "", Affine.identity(0)))
 
 
@@ -505,8 +519,11 @@ class _Choice:
         """Whether a node is a sum, and no term of another one."""
         if not is_sum(node):
             return False
-        readers = self.graph.readers(node.outputs[0])
-        return not (len(readers) == 1 and is_sum(readers[0]) and self._is_inner(node.outputs[0], readers[0]))
+        (value,) = node.outputs
+        return not any(
+            is_sum(reader) and self._is_inner(value, reader) and not _is_minuend(reader, value)
+            for reader in self.graph.readers(value)
+        )
 
     def _is_inner(self, value: str, reader: Node) -> bool:
         shapes = {self.graph.shapes.get(v) for v in (value, *reader.inputs, *reader.outputs)}
@@ -583,11 +600,11 @@ class _Choice:
         """Those that are operators on one value, and can be left out; nothing, unless there are two."""
         mine = [replace(term, way=term.ways[source]) for term in terms if source in term.ways]
         free = [term for term in mine if not any(self._is_used(name) for name in term.way.nodes)]
-        free = [term for term in free if self.host.can_drop(term.way)] if len(free) > 1 else []
+        free = [term for term in free if term.stays or self.host.can_drop(term.way)] if len(free) > 1 else []
         return free if len(free) > 1 else []
 
     def _terms(self, root: Node) -> Iterator[_Term]:
-        """The operands of a whole tree of sums, but for what is subtracted from."""
+        """The operands of a whole tree of sums; what something is subtracted from is one, be it a sum."""
         waiting = [(root, 1.0)]
         while waiting:
             node, sign = waiting.pop()
@@ -595,20 +612,20 @@ class _Choice:
                 continue
             for place, value in enumerate(node.inputs):
                 own, producer = sign * sign_of(node, place), self.graph.producer(value)
-                if not place and sign_of(node, 1) < 0:
-                    continue
-                if producer is not None and is_sum(producer) and self._is_inner(value, node):
+                stays = not place and _is_minuend(node, value)
+                if not stays and producer is not None and is_sum(producer) and self._is_inner(value, node):
                     waiting.append((producer, own))
                 else:
-                    yield _Term((node.name, place), self.found.operand(node, value), own)
+                    yield _Term((node.name, place), self.found.operand(node, value), own, stays)
 
     def _gather_on(self, terms: Sequence[_Term]) -> set[tuple[str, int]]:
-        """Gather terms in a dear one, each as long as that is not dearer; return those that are used up."""
+        """Gather terms in one that stays, or a dear one, where that is not dearer; return those that are used up."""
         dearest = sorted(terms, key=lambda term: -_work(term.way.operator))
-        for place, host in enumerate(dearest[:_MOST_WAYS]):
+        for host in sorted(dearest, key=lambda term: not term.stays)[:_MOST_WAYS]:
             best = host.way
-            for term in dearest[place + 1 :] if isinstance(best.operator, Operator) else ():
-                best = self._wider(best, term, host.sign * term.sign) or best
+            for term in dearest if isinstance(best.operator, Operator) else ():
+                if term is not host and not term.stays:
+                    best = self._wider(best, term, host.sign * term.sign) or best
             if best.dropped and self._take(best):
                 return {host.operand, *best.dropped}
         return set()

@@ -453,6 +453,23 @@ def test_a_term_that_is_subtracted_is_gathered_with_its_sign() -> None:
     assert merged.left == {"middle": (0,)}
 
 
+def test_what_is_subtracted_from_takes_others_in_but_is_never_dropped() -> None:
+    block = Block()
+    rest = block.add("Sub", block.conv("x", "a"), block.add("Relu", "z"), name="rest")
+    merged = block.merge(block.add("Add", rest, block.conv("x", "b", SAME), name="sum"))
+    assert made_of(merged) == {"b": {"a", "b"}}
+    assert merged.left == {"sum": (0,)}
+    assert merged.graph["b"].outputs == ("a",)
+
+
+def test_a_sum_that_something_is_subtracted_from_is_gathered_by_itself() -> None:
+    block = Block()
+    inner = block.add("Sum", block.conv("x", "a"), "z", block.conv("x", "b"), name="inner")
+    merged = block.merge(block.add("Sub", inner, block.add("Relu", "z")))
+    assert made_of(merged) == {"b": {"a", "b"}}
+    assert merged.left == {"inner": (0, 1)}
+
+
 def test_a_value_that_is_an_operand_twice_is_dropped_where_it_was_gathered_only() -> None:
     block = Block()
     value = block.add("Relu", "x")

@@ -388,6 +388,8 @@ class Sketch:
                 picked.append(picked[0])
                 op = "Sum"
             terms.append(self.add(op, *picked))
+            if self.chance(0.03):  # nothing, and no operand for nothing
+                terms.append(self.add("Sub", picked[0], picked[0]))
             if self.chance(0.08):
                 terms[-1] = self.again(terms[-1])
             if self.chance(0.05):
