@@ -342,17 +342,10 @@ def put_merged(model: nn.Module, computed: Sequence[Computed]) -> list[Tensor]:
         operator = _module(one.operator, one.numbers, one.like)
         module = model.get_submodule(one.place.host.path)
         made += operator.parameters()
-        turn_into(module, _with_tail(module, operator, one.place.host.tail) if one.wrapped else operator)
+        turn_into(
+            module, Tail({"merged": operator}, module, one.place.host.tail) if one.wrapped else operator
+        )
     return made
-
-
-def _with_tail(module: nn.Module, operator: nn.Module, tail: Any) -> nn.Module:
-    children = {"merged": operator}
-    for name, stand_in in tail:
-        child = stand_in if stand_in is not None else module._modules[name]
-        assert child is not None
-        children[name] = child
-    return Tail(children, ("merged", *(name for name, _ in tail)))
 
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

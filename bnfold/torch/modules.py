@@ -6,7 +6,7 @@ dtypes, can be pickled, exported and compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -59,23 +59,31 @@ class Zero(nn.Module):
         return x.new_zeros(())
 
 
-class Tail(nn.Module):
-    """What a BatchNorm with a built-in activation does after its affine map.
+class Tail(nn.Sequential):
+    """An operator, and what the module that it replaces does after it.
 
-    Holds the children of the module that it replaces under their own names, so that names in state dicts stay, and
-    runs some of them one after another.
+    Holds children of that module under their own names, so that names in state dicts stay; one that runs twice has
+    another name besides.
     """
 
-    def __init__(self, children: dict[str, nn.Module], steps: Sequence[str]) -> None:
-        super().__init__()
-        self._steps = tuple(steps)
-        self._modules.update(children)
+    def __init__(
+        self, first: Mapping[str, nn.Module], module: nn.Module, steps: Iterable[tuple[str, nn.Module | None]]
+    ) -> None:
+        """Take the children that are steps.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run one step after another."""
-        for name in self._steps:
-            x = self._modules[name](x)  # type: ignore[misc]
-        return x
+        Args:
+            first: what runs before them.
+            module: the one that is replaced.
+            steps: names of its children, and modules that stand for a function.
+        """
+        super().__init__()
+        self._modules.update(first)
+        for name, stand_in in steps:
+            child = module._modules[name] if stand_in is None else stand_in
+            assert child is not None
+            while name in self._modules:
+                name += "_"
+            self._modules[name] = child
 
 
 TAILS: dict[str, Callable[..., nn.Module]] = {

@@ -189,12 +189,7 @@ def become(module: nn.Module, place: NormPlace, left: nn.Module | None) -> None:
     if not place.tail:
         turn_into(module, left or nn.Identity())
         return
-    children = {name: child for name, child in module._modules.items() if child is not None}
-    steps = [name for name, _ in place.tail]
-    children.update({name: stand_in for name, stand_in in place.tail if stand_in is not None})
-    if left is not None:
-        children["affine"], steps = left, ["affine", *steps]
-    turn_into(module, Tail(copy.copy(children), steps))
+    turn_into(module, Tail({} if left is None else {"affine": left}, module, place.tail))
 
 
 _REWRITABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

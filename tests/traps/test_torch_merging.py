@@ -6,6 +6,7 @@ Every module is folded unverified, in float64, and judged on other numbers, batc
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -315,3 +316,47 @@ def test_a_module_that_keeps_the_size_of_what_it_is_given_stays():
         return y.new_ones([*y.shape[:2], *getattr(net.block, "size", (8, 8))])
 
     merged(Net(forward, block=Keeping()))
+
+
+# ---------------------------------------------------------------- what a merged module is good for
+
+
+class Block(nn.Module):
+    """Two operators and an activation, in code that can be compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.point, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.wide(x) + self.point(x))
+
+
+class Sum(Block):
+    """The same without the activation, as the whole model."""
+
+    def forward(self, x):
+        return self.wide(x) + self.point(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
+@pytest.mark.parametrize("net", [within(Block()), Sum()])
+def test_a_merged_module_is_scripted_exported_and_pickled_as_before(net):
+    folded, merges = merged(net)
+    assert len(merges) == 1
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    for again in (
+        torch.jit.script(folded),
+        torch.export.export(folded, (x,)).module(),
+        torch.compile(folded, backend="eager", fullgraph=True),
+        pickle.loads(pickle.dumps(folded)),
+        copy.deepcopy(folded),
+    ):
+        same(folded(x), again(x))
+
+
+def test_the_parameters_of_a_merged_operator_are_trained():
+    folded, _ = merged(within(Block()))
+    folded.train()
+    folded(torch.randn(2, 4, 8, 8, dtype=torch.float64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in folded.parameters())
