@@ -114,6 +114,11 @@ class Candidate:
 class Host(Protocol):
     """The model in which merged operators are to be written."""
 
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether a sum may be an accumulation (`y += f(x)`), whose first term must have its final shape."""
+        ...
+
     def stored(self, node: Node) -> Any:
         """The weight and bias of a linear node (see `operators.Stored`).
 
@@ -181,6 +186,16 @@ class Merged:
         """Every node that is in a merge, by name."""
         return {name: one for one in self.merges for name in one.candidate.nodes}
 
+    def only(self, merges: Iterable[Merge], graph: Graph) -> Merged:
+        """Some of these merges alone; the graph afterwards is left as it is.
+
+        Args:
+            merges: those.
+            graph: the graph before.
+        """
+        some = tuple(merges)
+        return replace(self, merges=some, left=_left(graph, some))
+
     def tell(self, told: report.Report, graph: Graph) -> report.Report:
         """A report, with what was merged in it.
 
@@ -205,6 +220,20 @@ class Merged:
             operators=(len(rest) + len(parts), len(rest) + len(self.merges)),
             multiply_adds=(sum(rest) + sum(a for a, _ in pairs), sum(rest) + sum(b for _, b in pairs)),
         )
+
+
+def _left(graph: Graph, merges: Iterable[Merge]) -> dict[str, tuple[int, ...]]:
+    """The places of the operands that are left of each sum that lost some."""
+    dropped = {operand for one in merges for operand in one.candidate.dropped}
+    touched = {name for name, _ in dropped}
+    left: dict[str, tuple[int, ...]] = {}
+    gone: set[str] = set()
+    for node in graph.nodes if touched else ():
+        places = [place for place, value in enumerate(node.inputs) if value not in gone]
+        if node.name in touched or len(places) < len(node.inputs):
+            left[node.name] = tuple(place for place in places if (node.name, place) not in dropped)
+            gone.update(() if left[node.name] else node.outputs)
+    return left
 
 
 def merge(graph: Graph, host: Host, at_any_cost: bool = False) -> Merged:
@@ -503,6 +532,7 @@ class _Choice:
         self.graph, self.host, self.found, self.at_any_cost = graph, host, found, at_any_cost
         self.taken: dict[str, Merge] = {}
         self.touched: set[str] = set()
+        self.position = {node.name: place for place, node in enumerate(graph.nodes)}
         self.merges: list[Merge] = []
 
     def choose(self) -> None:
@@ -621,7 +651,7 @@ class _Choice:
     def _gather_on(self, terms: Sequence[_Term]) -> set[tuple[str, int]]:
         """Gather terms in one that stays, or a dear one, where that is not dearer; return those that are used up."""
         dearest = sorted(terms, key=lambda term: -_work(term.way.operator))
-        for host in sorted(dearest, key=lambda term: not term.stays)[:_MOST_WAYS]:
+        for host in sorted(dearest, key=self._preference)[:_MOST_WAYS]:
             best = host.way
             for term in dearest if isinstance(best.operator, Operator) else ():
                 if term is not host and not term.stays:
@@ -629,6 +659,10 @@ class _Choice:
             if best.dropped and self._take(best):
                 return {host.operand, *best.dropped}
         return set()
+
+    def _preference(self, term: _Term) -> tuple[bool, int]:
+        """Which term should take others in: one that stays; then the first one, where the host adds in place."""
+        return not term.stays, self.position.get(term.way.node, 0) if self.host.adds_in_place else 0
 
     def _wider(self, so_far: Candidate, term: _Term, sign: float) -> Candidate | None:
         """A candidate with one more term of its sum; None where that is dearer than both."""
@@ -659,7 +693,7 @@ class _Choice:
     def merged(self) -> Merged:
         """The graph afterwards, and the records."""
         made = {self._last(one): one for one in self.merges}
-        left = self._left()
+        left = _left(self.graph, self.merges)
         alias: dict[str, str] = {}
         nodes: list[Node] = []
         for node in self.graph.nodes:
@@ -676,19 +710,6 @@ class _Choice:
         outputs = tuple(alias.get(value, value) for value in self.graph.outputs)
         graph = replace(self.graph, nodes=tuple(nodes), outputs=outputs)
         return Merged(graph, tuple(reversed(self.merges)), tuple(self._refusals()), left)
-
-    def _left(self) -> dict[str, tuple[int, ...]]:
-        """The places of the operands that are left of each sum that lost some."""
-        dropped = {operand for one in self.merges for operand in one.candidate.dropped}
-        touched = {name for name, _ in dropped}
-        left: dict[str, tuple[int, ...]] = {}
-        gone: set[str] = set()
-        for node in self.graph.nodes if touched else ():
-            places = [place for place, value in enumerate(node.inputs) if value not in gone]
-            if node.name in touched or len(places) < len(node.inputs):
-                left[node.name] = tuple(place for place in places if (node.name, place) not in dropped)
-                gone.update(() if left[node.name] else node.outputs)
-        return left
 
     def _last(self, one: Merge) -> str:
         producer = self.graph.producer(one.candidate.result)

@@ -80,6 +80,11 @@ class _Host:
         data_type = self.imported.context.type(slots.ref.inputs[slots.weight]) or TensorProto.FLOAT
         return helper.tensor_dtype_to_np_dtype(data_type).itemsize
 
+    @property
+    def adds_in_place(self) -> bool:
+        """Nothing is changed in place in a file."""
+        return False
+
     def can_drop(self, term: Candidate) -> bool:
         """Whether an operand of a sum can be left out: any can."""
         return True

@@ -134,6 +134,11 @@ class _Host:
         place = self.reading.linears.get(node.name)
         return 4 if place is None else stored_tensors(self.model, place)[0].element_size()
 
+    @property
+    def adds_in_place(self) -> bool:
+        """Code may accumulate, and no zero without axes takes in what has some."""
+        return True
+
     def can_drop(self, term: Candidate) -> bool:
         """Whether a term of a sum is a module of its own, which can give zero."""
         try:

@@ -556,6 +556,8 @@ def test_a_host_without_any_place_changes_nothing() -> None:
 
 def test_numbers_that_cannot_be_read_are_a_reason() -> None:
     class Blind(blocks.Model):
+        adds_in_place = False
+
         def stored(self, node: Node) -> Any:
             raise Refuse("they are not in the file")
 

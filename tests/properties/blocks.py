@@ -161,6 +161,8 @@ class Model:
     stubborn: float = 0.0
     size: int = 4
 
+    adds_in_place = False
+
     def stored(self, node: Node) -> Any:
         return self.weights[node.place]
 

@@ -148,6 +148,8 @@ def test_no_merge_is_dearer_and_the_record_says_what_it_was_and_is_for_one_examp
 class ByName(blocks.Model):
     """A model that stores weights by the names of their nodes."""
 
+    adds_in_place = False
+
     def stored(self, node: Node) -> Any:
         return self.weights[node.name]
 

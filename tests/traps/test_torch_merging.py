@@ -177,7 +177,7 @@ def keeping_the_size_of_a_term(net, x):
 def test_the_size_of_a_term_is_asked_for(forward):
     net = pair(forward)
     folded, merges = merged(net)
-    assert not merges
+    assert [merge.into for merge in merges] == ["point"], "the other term may give a zero without a size"
     assert getattr(net, "size", 0) == getattr(folded, "size", 0)
 
 
@@ -196,7 +196,7 @@ def keeping_the_size_between(net, x):
 def test_the_size_of_what_lies_between_two_operators_is_asked_for(forward):
     net = chain(forward, stride=2)
     folded, merges = merged(net)
-    assert not merges
+    assert [merge.into for merge in merges] == ["point"], "the other term may give a zero without a size"
     assert getattr(net, "size", 0) == getattr(folded, "size", 0)
 
 
