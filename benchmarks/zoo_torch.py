@@ -25,7 +25,7 @@ from torch import nn
 
 from bnfold.torch import fold, run
 from bnfold.torch.double import double
-from bnfold.torch.write import widen
+from bnfold.torch.stored import to_float64
 
 Case = tuple[str, Callable[[], nn.Module], Any]
 
@@ -408,7 +408,7 @@ def compare(model: nn.Module, inputs: Any) -> dict[str, Any]:
         torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs
     )
     with double():
-        twin = widen(model)
+        twin = to_float64(model)
         folded, _ = fold(twin, wide, verify=False)
         worst, moved = 0.0, 0.0
         base = None
