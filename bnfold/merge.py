@@ -24,7 +24,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import islice
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -34,7 +35,7 @@ from bnfold import canonical, report
 from bnfold.algebra import Affine, Linear
 from bnfold.errors import Refuse
 from bnfold.ir import Dim, Graph, Node, Shape
-from bnfold.operators import Operator, add, average, compose, diagonal, of_linear
+from bnfold.operators import Operator, average, beside, of_linear, sequence
 from bnfold.rules import TABLE, sign_of
 from bnfold.window import Window
 
@@ -94,6 +95,11 @@ class Candidate:
     dropped: tuple[tuple[str, int], ...] = ()
     terms: tuple[Candidate, ...] = ()
     size: int = 0
+
+    @property
+    def width(self) -> int:
+        """Of how many elements `before` is the cost."""
+        return self.operator.outputs if isinstance(self.operator, Operator) else 1
 
     def cost(self, channels: int) -> Cost:
         """What its nodes cost now for each position of the result, where that has so many channels."""
@@ -315,8 +321,8 @@ class _Ways:
         """Go down the graph."""
         for node in self.graph.nodes:
             if len(node.outputs) == 1 and node.inputs:
-                found = list(self._of_sum(node) if is_sum(node) else self._of_chain(node))
-                self.ways[node.outputs[0]] = found[:_MOST_WAYS]
+                ways = self._of_sum(node) if is_sum(node) else self._of_chain(node)
+                self.ways[node.outputs[0]] = list(islice(ways, _MOST_WAYS))
 
     def is_private(self, value: str, reader: Node) -> bool:
         """Whether nobody else reads a value."""
@@ -354,7 +360,8 @@ class _Ways:
     def _after(self, first: Candidate, second: Candidate) -> Candidate:
         """One candidate after another."""
         before = first.before.plus(second.before)
-        operator = self._sequence(first.operator, second.operator) if second.size else first.operator
+        stored = self.host.stored
+        operator = sequence(first.operator, second.operator, stored) if second.size else first.operator
         if isinstance(operator, Operator):
             read = second.operator.inputs if isinstance(second.operator, Operator) else 0
             above = first.cost(read).times(self._ratio(second))
@@ -401,33 +408,24 @@ class _Ways:
         axes = zip(read, made, strides, strict=True)
         return prod((_quotient(n, m, stride) for n, m, stride in axes), start=Fraction(1))
 
-    def _sequence(self, first: Operator | Affine, second: Operator | Affine) -> Operator | Affine:
-        if isinstance(first, Affine) and isinstance(second, Affine):
-            _check_axes(first, second)
-            return second.after(first)
-        if isinstance(first, Affine):
-            assert isinstance(second, Operator)
-            if second.lookup:
-                raise Refuse("it looks up rows, by whole numbers")
-            first = diagonal(first, second, second.in_axis, second.inputs)
-        elif isinstance(second, Affine):
-            second = diagonal(second, first, first.out_axis, first.outputs)
-        return compose(first, second, self.host.stored)
-
     # -- sums
 
     def _of_sum(self, node: Node) -> Iterator[Candidate]:
-        """A sum whose operands are all operators on one earlier value."""
-        shapes = {self.graph.shapes.get(value) for value in (*node.inputs, *node.outputs)}
-        if len(shapes) > 1 or None in shapes:
-            return
-        operands = [self.operand(node, value) for value in node.inputs]
+        """A sum whose operands are all operators on one earlier value, and on through what lies above that."""
+        operands = (
+            [self.operand(node, value) for value in node.inputs] if _is_plain(self.graph, node) else [{}]
+        )
         for source in operands[0]:
-            terms = [ways.get(source) for ways in operands]
-            if None not in terms:
-                for way in self._sum(node, [term for term in terms if term is not None]):
-                    yield way
-                    yield from self._above(way)
+            terms = [ways[source] for ways in operands if source in ways]
+            size = len(terms) - 1 + sum(term.size for term in terms)
+            if len(terms) == len(operands) and size <= _MOST_NODES:
+                try:
+                    way = _total(node, terms, size)
+                except Refuse as why:
+                    self.refuse((*terms, node.name), str(why))
+                    continue
+                yield way
+                yield from self._above(way)
 
     def operand(self, node: Node, value: str) -> dict[str, Candidate]:
         """How one operand of a sum can be written, by the value that it is an operator on."""
@@ -437,25 +435,6 @@ class _Ways:
             ways.setdefault(way.source, way)
         return ways
 
-    def _sum(self, node: Node, terms: Sequence[Candidate]) -> Iterator[Candidate]:
-        """The sum of some terms on one value."""
-        size = len(terms) - 1 + sum(term.size for term in terms)
-        if size > _MOST_NODES:
-            return
-        try:
-            operator = terms[0].operator
-            for term in terms[1:]:
-                operator = _beside(operator, term.operator, sign_of(node, 1))
-        except Refuse as why:
-            return self.refuse((*terms, node.name), str(why))
-        channels = operator.outputs if isinstance(operator, Operator) else 1
-        before = Cost((len(terms) - 1) * channels, 0)
-        for term in terms:
-            before = before.plus(term.cost(channels))
-        yield Candidate(
-            terms[0].source, node.outputs[0], operator, node.name, tuple(terms), before, size=size
-        )
-
     def refuse(self, parts: Iterable[Candidate | str], why: str) -> None:
         """Note why some nodes did not become one."""
         names = [(part,) if isinstance(part, str) else part.nodes for part in parts]
@@ -464,43 +443,42 @@ class _Ways:
             self.refused[tuple(sorted(nodes))] = why
 
 
+def _total(node: Node, terms: Sequence[Candidate], size: int) -> Candidate:
+    """A sum of some terms on one value.
+
+    Raises:
+        Refuse: they are no one operator.
+    """
+    operator = terms[0].operator
+    for term in terms[1:]:
+        operator = beside(operator, term.operator, sign_of(node, 1))
+    way = Candidate(terms[0].source, node.outputs[0], operator, node.name, tuple(terms), size=size)
+    costs = (term.cost(way.width) for term in terms)
+    return replace(way, before=reduce(Cost.plus, costs, Cost((len(terms) - 1) * way.width, 0)))
+
+
 def is_sum(node: Node) -> bool:
     """Whether a node adds up or subtracts values."""
     return node.op in TABLE and TABLE[node.op].signs is not None
 
 
-def _is_minuend(node: Node, value: str) -> bool:
-    """Whether other operands of a sum are subtracted from a value."""
-    return node.inputs[0] == value and sign_of(node, 1) < 0
+def _is_plain(graph: Graph, node: Node) -> bool:
+    """Whether a node is a sum of operands of one shape, so that nothing is broadcast."""
+    if not is_sum(node):
+        return False
+    shapes = {graph.shapes.get(value) for value in (*node.inputs, *node.outputs)}
+    return len(shapes) == 1 and None not in shapes
+
+
+def _is_minuend(node: Node, place: int) -> bool:
+    """Whether the other operands of a sum are subtracted from that at this place."""
+    return not place and sign_of(node, 1) < 0
 
 
 def _quotient(read: Dim, made: Dim, stride: int) -> Fraction:
     if isinstance(read, int) and isinstance(made, int) and made:
         return Fraction(read, made)
     return Fraction(stride)
-
-
-def _beside(first: Operator | Affine, second: Operator | Affine, sign: float) -> Operator | Affine:
-    """The sum of two operators on one value, the second with a sign.
-
-    Raises:
-        Refuse: see `operators.add`.
-    """
-    if isinstance(first, Affine) and isinstance(second, Affine):
-        _check_axes(first, second)
-        return Affine.of(first.scale + sign * second.scale, first.shift + sign * second.shift)
-    if isinstance(first, Affine):
-        assert isinstance(second, Operator)
-        first = diagonal(first, second, second.in_axis, second.inputs)
-    elif isinstance(second, Affine):
-        second = diagonal(second, first, first.in_axis, first.inputs)
-    return add(first, second, sign)
-
-
-def _check_axes(first: Affine, second: Affine) -> None:
-    """Refuse affine maps that together vary along several axes: no operator stands for that, however many numbers."""
-    if len({*first.axes, *second.axes}) > 1:
-        raise Refuse("an affine map varies along another axis than that of the channels")
 
 
 # ---------------------------------------------------------------- which of them is taken
@@ -525,6 +503,24 @@ class _Term:
     way: Candidate = field(default_factory=lambda: Candidate("", "", Affine.identity(0)))
 
 
+def _with_term(so_far: Candidate, term: _Term, sign: float) -> Candidate:
+    """A candidate that computes the share of one more term.
+
+    Raises:
+        Refuse: together they are no one operator.
+    """
+    way, width = term.way, so_far.width
+    return replace(
+        so_far,
+        operator=beside(so_far.operator, way.operator, sign),
+        parts=(*so_far.parts, *([way] if way.node else [])),
+        before=so_far.before.plus(way.cost(width)).plus(Cost(width, 0)),
+        dropped=(*so_far.dropped, term.operand),
+        terms=(*(so_far.terms or (so_far,)), way),
+        size=so_far.size + way.size + 1,
+    )
+
+
 class _Choice:
     """Which candidates become one operator."""
 
@@ -546,18 +542,16 @@ class _Choice:
                 self._gather(node)
 
     def _is_root(self, node: Node) -> bool:
-        """Whether a node is a sum, and no term of another one."""
-        if not is_sum(node):
-            return False
-        (value,) = node.outputs
-        return not any(
-            is_sum(reader) and self._is_inner(value, reader) and not _is_minuend(reader, value)
-            for reader in self.graph.readers(value)
-        )
+        """Whether a node is a sum, and no part of another one."""
+        readers = self.graph.readers(node.outputs[0])
+        return _is_plain(self.graph, node) and not any(self._joins(node, reader) for reader in readers)
 
-    def _is_inner(self, value: str, reader: Node) -> bool:
-        shapes = {self.graph.shapes.get(v) for v in (value, *reader.inputs, *reader.outputs)}
-        return self.found.is_private(value, reader) and len(shapes) == 1 and None not in shapes
+    def _joins(self, node: Node, reader: Node) -> bool:
+        """Whether the operands of a sum are as good as operands of the sum that reads it."""
+        (value,) = node.outputs
+        if not (_is_plain(self.graph, node) and _is_plain(self.graph, reader)):
+            return False
+        return self.found.is_private(value, reader) and not _is_minuend(reader, reader.inputs.index(value))
 
     # -- cost
 
@@ -585,26 +579,23 @@ class _Choice:
         if not isinstance(way.operator, Operator) or any(self._is_used(name) for name in way.nodes):
             return False
         before, after = self._costs(way)
-        if after.total > before.total and not self.at_any_cost:
-            self.found.refuse([way], _dearer(before, after))
-            return False
         try:
-            place = self.host.place(way)
+            if after.total > before.total and not self.at_any_cost:
+                raise Refuse(_dearer(before, after))
+            self._add(way, self.host.place(way), before, after)
         except Refuse as why:
             self.found.refuse([way], str(why))
             return False
-        into = self._name(way)
-        record = report.Merge(
-            getattr(place, "name", "") or into,
-            tuple(reversed(way.nodes)),
-            (int(before.multiply_adds), int(after.multiply_adds)),
-            (before.bytes, after.bytes),
-        )
+        return True
+
+    def _add(self, way: Candidate, place: Any, before: Cost, after: Cost) -> None:
+        into, counts = self._name(way), (int(before.multiply_adds), int(after.multiply_adds))
+        label, sources = getattr(place, "name", "") or into, tuple(reversed(way.nodes))
+        record = report.Merge(label, sources, counts, (before.bytes, after.bytes))
         made = Merge(into, way, place, record)
         self.merges.append(made)
         self.taken.update(dict.fromkeys(way.nodes, made))
         self.touched.update(name for name, _ in way.dropped)
-        return True
 
     def _is_used(self, name: str) -> bool:
         """Whether a node is in a merge, or a sum that has lost operands to one."""
@@ -638,15 +629,13 @@ class _Choice:
         waiting = [(root, 1.0)]
         while waiting:
             node, sign = waiting.pop()
-            if {self.graph.shapes.get(v) for v in node.inputs} != {self.graph.shapes.get(node.outputs[0])}:
-                continue
             for place, value in enumerate(node.inputs):
                 own, producer = sign * sign_of(node, place), self.graph.producer(value)
-                stays = not place and _is_minuend(node, value)
-                if not stays and producer is not None and is_sum(producer) and self._is_inner(value, node):
+                if producer is not None and self._joins(producer, node):
                     waiting.append((producer, own))
                 else:
-                    yield _Term((node.name, place), self.found.operand(node, value), own, stays)
+                    ways = self.found.operand(node, value)
+                    yield _Term((node.name, place), ways, own, _is_minuend(node, place))
 
     def _gather_on(self, terms: Sequence[_Term]) -> set[tuple[str, int]]:
         """Gather terms in one that stays, or a dear one, where that is not dearer; return those that are used up."""
@@ -666,25 +655,13 @@ class _Choice:
 
     def _wider(self, so_far: Candidate, term: _Term, sign: float) -> Candidate | None:
         """A candidate with one more term of its sum; None where that is dearer than both."""
-        way = term.way
-        size = so_far.size + way.size + 1
-        if size > _MOST_NODES:
+        if so_far.size + term.way.size >= _MOST_NODES:
             return None
         try:
-            operator = _beside(so_far.operator, way.operator, sign)
+            wider = _with_term(so_far, term, sign)
         except Refuse as why:
-            self.found.refuse([so_far, way], str(why))
+            self.found.refuse([so_far, term.way], str(why))
             return None
-        assert isinstance(operator, Operator)
-        wider = replace(
-            so_far,
-            operator=operator,
-            parts=(*so_far.parts, *((way,) if way.node else ())),
-            before=so_far.before.plus(way.cost(operator.outputs)).plus(Cost(operator.outputs, 0)),
-            dropped=(*so_far.dropped, term.operand),
-            terms=(*(so_far.terms or (so_far,)), way),
-            size=size,
-        )
         pays = self.at_any_cost or self._saving(wider) >= self._saving(so_far)
         return wider if pays else None
 

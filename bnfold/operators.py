@@ -10,7 +10,9 @@ inputs/groups, *kernel)`, and with it the rules are two:
 
 An identity, or any affine map per channel, is a matrix that is diagonal, at the offset zero; an average pool is one at
 as many offsets as it has taps; a depthwise convolution is diagonal too. Groups are blocks on the diagonal, so operators
-of `a` and `b` groups have `gcd(a, b)` in common. See `window` for the offsets.
+of `a` and `b` groups have `gcd(a, b)` in common. See `window` for the offsets. An affine map by itself is of no kind, a
+convolution or a matrix along some axis: it takes that of its neighbour (`beside`, `sequence`), and stays an `Affine` as
+long as it has none.
 """
 
 from __future__ import annotations
@@ -28,7 +30,18 @@ from bnfold.errors import Refuse
 from bnfold.ir import Node
 from bnfold.window import Window, union
 
-__all__ = ["Numbers", "Operator", "Stored", "add", "average", "compose", "diagonal", "of_linear"]
+__all__ = [
+    "Numbers",
+    "Operator",
+    "Stored",
+    "add",
+    "average",
+    "beside",
+    "compose",
+    "diagonal",
+    "of_linear",
+    "sequence",
+]
 
 LARGEST = 1 << 28
 """An operator of more weights than this is made of smaller ones only where those have as many."""
@@ -114,7 +127,7 @@ def _vector(bias: Array | None, outputs: int) -> Array:
     return np.broadcast_to(bias.ravel(), outputs)
 
 
-def diagonal(affine: Affine, beside: Operator, axis: int, channels: int) -> Operator:
+def diagonal(affine: Affine, neighbour: Operator, axis: int, channels: int) -> Operator:
     """An affine map per channel, of the same kind as an operator beside, above or below it.
 
     Raises:
@@ -124,7 +137,7 @@ def diagonal(affine: Affine, beside: Operator, axis: int, channels: int) -> Oper
     if vectors is None:
         raise Refuse("an affine map varies along another axis than that of the channels")
     scale, shift = vectors
-    window = None if beside.window is None else Window.point(len(beside.window.kernel))
+    window = None if neighbour.window is None else Window.point(len(neighbour.window.kernel))
     shape = (channels, 1, 1, *(window.kernel if window is not None else ()))
     return Operator(
         channels, channels, channels, axis, axis, window, lambda stored: (scale.reshape(shape), shift)
@@ -272,3 +285,48 @@ def _shifted(
         tap, second.dilations, first.strides, first.kernel, first.dilations, whole.dilations, strict=True
     )
     return (..., *(_run(at * d * s // step, size, inner, step) for at, d, s, size, inner, step in axes))
+
+
+# ---------------------------------------------------------------- operators and affine maps
+
+
+def beside(first: Operator | Affine, second: Operator | Affine, sign: float = 1.0) -> Operator | Affine:
+    """The sum of two on one value, the second one with a sign.
+
+    Raises:
+        Refuse: see `add` and `diagonal`.
+    """
+    if isinstance(first, Operator) and isinstance(second, Operator):
+        return add(first, second, sign)
+    if isinstance(first, Operator):
+        assert isinstance(second, Affine)
+        return add(first, diagonal(second, first, first.in_axis, first.inputs), sign)
+    if isinstance(second, Operator):
+        return add(diagonal(first, second, second.in_axis, second.inputs), second, sign)
+    _check_axes(first, second)
+    return Affine.of(first.scale + sign * second.scale, first.shift + sign * second.shift)
+
+
+def sequence(first: Operator | Affine, second: Operator | Affine, stored: Stored) -> Operator | Affine:
+    """One after another.
+
+    Raises:
+        Refuse: see `compose` and `diagonal`; or the second one looks up rows, by whole numbers.
+    """
+    if isinstance(first, Operator) and isinstance(second, Operator):
+        return compose(first, second, stored)
+    if isinstance(first, Operator):
+        assert isinstance(second, Affine)
+        return compose(first, diagonal(second, first, first.out_axis, first.outputs), stored)
+    if isinstance(second, Operator):
+        if second.lookup:
+            raise Refuse("it looks up rows, by whole numbers")
+        return compose(diagonal(first, second, second.in_axis, second.inputs), second, stored)
+    _check_axes(first, second)
+    return second.after(first)
+
+
+def _check_axes(first: Affine, second: Affine) -> None:
+    """Refuse affine maps that together vary along several axes: no operator stands for that, however many numbers."""
+    if len({*first.axes, *second.axes}) > 1:
+        raise Refuse("an affine map varies along another axis than that of the channels")

@@ -235,7 +235,7 @@ def forget_the_bias_under_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     add = bnfold.operators.add
-    monkeypatch.setattr(bnfold.merge, "add", lambda first, second, sign: add(first, second))
+    monkeypatch.setattr(bnfold.operators, "add", lambda first, second, sign: add(first, second))
 
 
 def forget_other_readers(monkeypatch: pytest.MonkeyPatch) -> None:
