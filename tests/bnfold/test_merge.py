@@ -506,6 +506,13 @@ def test_what_makes_a_gathered_sum_dearer_stays_though_others_save_more() -> Non
     assert merged.left == {"sum": (0, 1, 3)}
 
 
+def test_where_a_sum_may_be_made_in_place_its_first_term_takes_the_others_in() -> None:
+    block = Block()
+    total = block.add("Sum", "z", block.conv("x", "first"), block.conv("x", "dear", SAME), name="sum")
+    assert block.merge(total).left == {"sum": (0, 2)}
+    assert block.merge(total, model=blocks.Model(block.weights, adds_in_place=True)).left == {"sum": (0, 1)}
+
+
 def test_operators_that_do_not_fit_the_dearest_one_are_gathered_among_themselves() -> None:
     block = Block()
     far = [Window((size, 1), (1, 1), (1, 1), ((size // 2, size // 2), (0, 0))) for size in (5, 3)]
@@ -556,8 +563,6 @@ def test_a_host_without_any_place_changes_nothing() -> None:
 
 def test_numbers_that_cannot_be_read_are_a_reason() -> None:
     class Blind(blocks.Model):
-        adds_in_place = False
-
         def stored(self, node: Node) -> Any:
             raise Refuse("they are not in the file")
 

@@ -10,7 +10,7 @@ import pytest
 from bnfold.algebra import Affine, Linear
 from bnfold.errors import Refuse
 from bnfold.ir import Node
-from bnfold.operators import Operator, add, average, compose, diagonal, of_linear
+from bnfold.operators import Operator, add, average, beside, compose, diagonal, of_linear, sequence
 from bnfold.window import Window
 
 
@@ -311,3 +311,53 @@ def test_weights_and_multiply_adds_are_counted_by_groups() -> None:
     full, grouped = conv(np.ones((6, 4, 5))), conv(np.ones((6, 2, 5)), groups=2)
     assert (full.weights, full.multiply_adds) == (120, 120)
     assert (grouped.weights, grouped.multiply_adds) == (60, 60)
+
+
+# ---------------------------------------------------------------- operators and affine maps
+
+TWICE = Affine.along(1, 2, [2.0, 3.0], [1.0, -1.0])
+SQUARE = matrix([[1, 2], [3, 4]], [10, 20])
+
+
+def test_an_affine_map_beside_an_operator_is_added_to_its_diagonal() -> None:
+    assert numbers(beside(SQUARE, TWICE, -1.0)) == ([[-1, 2], [3, 1]], [9, 21])
+    assert numbers(beside(TWICE, SQUARE, -1.0)) == ([[1, -2], [-3, -1]], [-9, -21])
+    assert numbers(beside(SQUARE, SQUARE)) == ([[2, 4], [6, 8]], [20, 40])
+
+
+def test_an_affine_map_above_or_below_an_operator_scales_its_columns_or_its_rows() -> None:
+    assert numbers(sequence(SQUARE, TWICE, nothing)) == ([[2, 4], [9, 12]], [21, 59])
+    assert numbers(sequence(TWICE, SQUARE, nothing)) == ([[2, 6], [6, 12]], [9, 19])
+    assert numbers(sequence(SQUARE, SQUARE, nothing)) == ([[7, 10], [15, 22]], [60, 130])
+
+
+def test_two_affine_maps_stay_one() -> None:
+    both, after = beside(TWICE, TWICE, -1.0), sequence(TWICE, Affine.identity(2), nothing)
+    assert isinstance(both, Affine)
+    assert isinstance(after, Affine)
+    assert (both.scale.tolist(), both.shift.tolist()) == ([[0, 0]], [[0, 0]])
+    assert after.equals(TWICE)
+
+
+def test_affine_maps_along_different_axes_stay_two() -> None:
+    rows = Affine.along(0, 2, [1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    for join in (lambda: beside(TWICE, rows), lambda: sequence(rows, TWICE, nothing)):
+        with pytest.raises(Refuse, match="along another axis"):
+            join()
+
+
+def test_nothing_scales_the_whole_numbers_that_a_table_reads() -> None:
+    table = matrix([[1, 2]], axes=(0, 1), lookup=True)
+    with pytest.raises(Refuse, match="looks up rows"):
+        sequence(Affine.identity(1), table, nothing)
+    assert numbers(sequence(table, Affine.along(1, 2, [5.0], [1.0]), nothing)) == ([[5, 10]], [1])
+
+
+def test_what_would_have_too_many_weights_is_none_unless_its_parts_have_as_many() -> None:
+    wide, tall = (Operator(*sizes, 1, 1, 1, None, nothing) for sizes in ((1 << 15, 1), (1, 1 << 15)))
+    with pytest.raises(Refuse, match="as one it would have 1,073,741,824 weights"):
+        compose(wide, tall, nothing)
+    whole = Operator(1 << 15, 1 << 15, 1, 1, 1, None, nothing)
+    assert add(whole, whole).weights == 1 << 30
+    with pytest.raises(Refuse, match="weights"):
+        average(Window((1 << 14, 1 << 14), (1, 1), (1, 1), ((0, 0), (0, 0))), 2, 1)

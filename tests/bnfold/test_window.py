@@ -82,6 +82,17 @@ def test_the_size_is_that_of_the_slack_over_the_stride(window: Window, elements:
     assert positions == max(by_slack, 0)
 
 
+@given(LINES)
+def test_a_size_is_kept_where_the_taps_lie_around_their_own_position_and_nothing_strides(
+    window: Window,
+) -> None:
+    around = offsets(window) == [-offset for offset in reversed(offsets(window))]
+    assert window.keeps_size == (
+        around and len(offsets(window)) % 2 == 1 and window.slack(0) == 0 == window.strides[0] - 1
+    )
+    assert not replace(window, output_pads=True).keeps_size
+
+
 # ---------------------------------------------------------------- side by side
 
 

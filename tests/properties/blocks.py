@@ -155,13 +155,14 @@ class Model:
 
     Attributes:
         stubborn: the share of operators that it has no place for, decided by their nodes.
+        size: of one number, in bytes.
+        adds_in_place: whether the first term of a sum takes the others in.
     """
 
     weights: Weights
     stubborn: float = 0.0
     size: int = 4
-
-    adds_in_place = False
+    adds_in_place: bool = False
 
     def stored(self, node: Node) -> Any:
         return self.weights[node.place]

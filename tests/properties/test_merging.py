@@ -43,7 +43,7 @@ class Draw:
         stubborn = 0.3 * (seed % 4 == 0) if stubborn is None else stubborn
         at_any_cost = seed % 5 == 0 if at_any_cost is None else at_any_cost
         self.graph, self.weights, self.inputs = blocks.draw(seed, size or 3 + seed % 12, symbolic)
-        self.model = blocks.Model(self.weights, stubborn)
+        self.model = blocks.Model(self.weights, stubborn, adds_in_place=seed % 7 == 0)
         self.merged = merge(self.graph, self.model, at_any_cost)
         self.before = [blocks.run(self.graph, self.weights, inputs) for inputs in self.inputs]
         made = self.model.merged(self.merged)
@@ -167,8 +167,6 @@ def test_no_merge_is_dearer_and_the_record_says_what_it_was_and_is_for_one_examp
 
 class ByName(blocks.Model):
     """A model that stores weights by the names of their nodes."""
-
-    adds_in_place = False
 
     def stored(self, node: Node) -> Any:
         return self.weights[node.name]
