@@ -11,7 +11,7 @@ alone, and all nodes must stand in one graph or body.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -142,19 +142,16 @@ class _Host:
 
     def _emptied(self, sums: Sequence[Node], host: str) -> list[Node]:
         """The sums that may have no operand left, among those that lose one and those that take these in."""
-        kept = {node.name for node in self._sums_below(host)}
-        found = {
-            node.name: node
-            for each in sums
-            if each.name not in kept
-            for node in (each, *self._sums_below(each.outputs[0]))
-        }
-        return [node for name, node in found.items() if name not in kept]
+        kept, found = {node.name for node in self._sums_below(host)}, dict[str, Node]()
+        for each in sums:
+            for node in (each, *self._sums_below(each.outputs[0], {*kept, *found})):
+                found |= {} if node.name in kept else {node.name: node}
+        return list(found.values())
 
-    def _sums_below(self, value: str) -> Iterator[Node]:
-        """The sums that a value is a term of, from the innermost out."""
+    def _sums_below(self, value: str, known: Container[str] = ()) -> Iterator[Node]:
+        """The sums that a value is a term of, from the innermost out, up to one that is known."""
         readers = self.graph.readers(value)
-        while len(readers) == 1 and is_sum(readers[0]):
+        while len(readers) == 1 and is_sum(readers[0]) and readers[0].name not in known:
             yield readers[0]
             readers = self.graph.readers(readers[0].outputs[0])
 
