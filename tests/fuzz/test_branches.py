@@ -1,0 +1,37 @@
+"""Random torch modules with much to merge compute the same folded, and a rule that lies is found out."""
+
+from __future__ import annotations
+
+import pytest
+
+from bnfold.torch.calls import ModuleCalls
+from tests.fuzz.branches import FEATURES, judge
+from tests.fuzz.drawing import Finding, complaint, findings
+
+FEW, MANY, SHARDS = range(20), range(1_000, 6_000), 40
+
+
+def search(seeds: range, *only: str, enough: int = 5) -> list[Finding]:
+    return findings({name: FEATURES[name] for name in only} or FEATURES, judge, seeds, enough)
+
+
+def test_some_random_modules_compute_the_same_merged() -> None:
+    found = search(FEW)
+    assert not found, "\n".join(map(str, found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_thousands_of_random_modules_compute_the_same_merged(shard: int) -> None:
+    found = search(MANY[shard::SHARDS])
+    assert not found, "\n".join(map(str, found))
+
+
+def test_a_module_that_is_replaced_whatever_its_code_does_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ModuleCalls, "_check", lambda *given: None)
+    found = search(range(10), "block", enough=1)
+    monkeypatch.undo()
+    assert found
+    assert not complaint(judge, found[0].draw), "it is wrong without the lie, too"
