@@ -21,7 +21,7 @@ Every candidate is decided from shapes alone; numbers are computed when a host w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, reduce
@@ -310,12 +310,16 @@ class _Ways:
     Attributes:
         ways: by value, from near to far.
         refused: by the nodes that could not become one, why.
+        outputs: of the graph.
+        readers: by value, the names of the nodes that read it.
     """
 
     graph: Graph
     host: Host
     ways: dict[str, list[Candidate]] = field(default_factory=dict)
     refused: dict[tuple[str, ...], str] = field(default_factory=dict)
+    outputs: frozenset[str] = frozenset()
+    readers: dict[str, set[str]] = field(default_factory=dict)
 
     def find(self) -> None:
         """Go down the graph."""
@@ -324,13 +328,19 @@ class _Ways:
                 ways = self._of_sum(node) if is_sum(node) else self._of_chain(node)
                 self.ways[node.outputs[0]] = list(islice(ways, _MOST_WAYS))
 
+    def __post_init__(self) -> None:
+        self.outputs = frozenset(self.graph.outputs)
+        for node in self.graph.nodes:
+            for value in node.inputs:
+                self.readers.setdefault(value, set()).add(node.name)
+
+    def is_within(self, value: str, nodes: Set[str]) -> bool:
+        """Whether nobody reads a value but some of these nodes."""
+        return value not in self.outputs and self.readers.get(value, set()) <= nodes
+
     def is_private(self, value: str, reader: Node) -> bool:
-        """Whether nobody else reads a value."""
-        return (
-            self.graph.readers(value) == (reader,)
-            and reader.inputs.count(value) == 1
-            and value not in self.graph.outputs
-        )
+        """Whether nobody else reads a value, and this node once."""
+        return self.is_within(value, {reader.name}) and reader.inputs.count(value) == 1
 
     def through(self, value: str, reader: Node) -> list[Candidate]:
         """How a node could look through a value that it alone reads."""
@@ -347,10 +357,8 @@ class _Ways:
 
     def _above(self, way: Candidate) -> Iterator[Candidate]:
         """A candidate once more, on through what lies above the value that it reads, if nothing else reads that."""
-        inside, source = {*way.nodes}, way.source
-        if source in self.graph.outputs or any(one.name not in inside for one in self.graph.readers(source)):
-            return
-        for inner in self.ways.get(source, ()):
+        above = self.ways.get(way.source, []) if self.is_within(way.source, {*way.nodes}) else []
+        for inner in above:
             if inner.size + way.size <= _MOST_NODES:
                 try:
                     yield self._after(inner, way)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import bnfold.merge
 import bnfold.operators
-from bnfold.ir import Graph, Node
+from bnfold.ir import Node
 from bnfold.merge import Merged, merge
 from bnfold.operators import Operator
 from bnfold.window import Window
@@ -237,17 +237,13 @@ def forget_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget_other_readers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Graph, "readers", lambda graph, value: tuple(graph._readers.get(value, ()))[:1])
+    lax = lambda ways, value, nodes: value not in ways.outputs  # noqa: E731
+    monkeypatch.setattr(bnfold.merge._Ways, "is_within", lax)
 
 
 def forget_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    private = bnfold.merge._Ways.is_private
-
-    def lax(ways: Any, value: str, reader: Any) -> bool:
-        ways = replace(ways, graph=replace(ways.graph, outputs=()))
-        return private(ways, value, reader)
-
-    monkeypatch.setattr(bnfold.merge._Ways, "is_private", lax)
+    lax = lambda ways, value, nodes: ways.readers[value] <= nodes  # noqa: E731
+    monkeypatch.setattr(bnfold.merge._Ways, "is_within", lax)
 
 
 def forget_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
