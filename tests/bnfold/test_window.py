@@ -7,7 +7,7 @@ from itertools import product
 from math import gcd
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bnfold.errors import Refuse
@@ -83,6 +83,12 @@ def test_the_size_is_that_of_the_slack_over_the_stride(window: Window, elements:
 
 
 @given(LINES)
+@example(line(3, 1, 1))
+@example(line(3, 1, 1, stride=2))
+@example(line(3, 2, 2, dilation=2))
+@example(line(2, 1, 1))
+@example(line(4, 3, 3, dilation=2))
+@example(line(1, 1, 1))
 def test_a_size_is_kept_where_the_taps_lie_around_their_own_position_and_nothing_strides(
     window: Window,
 ) -> None:
