@@ -179,6 +179,10 @@ def _window(kernel: Sequence[int], options: dict[str, Any]) -> Window:
     elif mode == "NOTSET" and options.get("pads"):
         given = options["pads"]
         pads = tuple(zip(given[: len(kernel)], given[len(kernel) :], strict=True))
+    if any(len(given) != len(kernel) for given in (strides, dilations, pads or ones)):
+        raise Unusual
+    if min(*kernel, *strides, *dilations, *(amount + 1 for pair in pads or () for amount in pair)) < 1:
+        raise Unusual
     moved = any(options.get("output_padding") or ()) or "output_shape" in options
     return Window(tuple(kernel), tuple(strides), tuple(dilations), pads, moved)
 
