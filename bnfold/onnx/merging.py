@@ -260,6 +260,7 @@ class _Writer:
             for value in ref.outputs:
                 if value and value != self.one.candidate.result:
                     self.editor.forget(value)
+                    self._leave(value)
         if self.operator.lookup:
             self._table()
         elif self.operator.window is not None:
@@ -277,6 +278,13 @@ class _Writer:
                 if output in copies:
                     self._drop_copies(output)
                     self.editor.bypass([use.ref], value, output)
+
+    def _leave(self, value: str) -> None:
+        """Let copies of a value that is gone go too, those that nobody reads among them."""
+        for use in self.editor.view.uses.get(value, ()):
+            if use.ref is not None and use.ref.outputs[0] in self.imported.context.copies:
+                self._leave(use.ref.outputs[0])
+                self.editor.view.idle.append(use.ref.outputs[0])
 
     def _insert(self, op: str, inputs: Sequence[str], output: str = "", step: str = "") -> NodeRef:
         name = self._name(step) if self.anchor.node.name else ""

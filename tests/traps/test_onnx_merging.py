@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 import bnfold.onnx
+from bnfold.onnx.merging import merge_imported
 from bnfold.report import Report
 from tests.onnx_models import Tensor, model, norm, random, run, weights
 
@@ -73,6 +74,13 @@ def test_what_folding_brings_together_becomes_one() -> None:
 
 def test_a_batchnorm_that_is_folded_does_not_stand_between_two_convolutions() -> None:
     text = f"{IMAGE} {{ k = Conv(x, u) n = BatchNormalization(k, s, b, m, v) y = Conv(n, w) }}"
+    folded, _ = merged(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1), **norm(4)}))
+    assert operators(folded) == ["Conv"]
+
+
+@pytest.mark.parametrize("copies", ["d = Dropout(n)", "d = Identity(k)", "c = Identity(k) d = Dropout(c)"])
+def test_copies_that_nobody_reads_go_with_what_they_copy(copies: str) -> None:
+    text = f"{IMAGE} {{ k = Conv(x, u) n = BatchNormalization(k, s, b, m, v) {copies} y = Conv(n, w) }}"
     folded, _ = merged(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1), **norm(4)}))
     assert operators(folded) == ["Conv"]
 
@@ -308,3 +316,12 @@ def test_what_would_be_vast_as_one_stays_apart(kind: str) -> None:
     some = model(text, {**tensors, **used})
     folded, _ = bnfold.onnx.fold(some, verify=False)
     assert operators(folded) == operators(some)
+
+
+@pytest.mark.parametrize(
+    "settings", ["strides=[1]", "strides=[1, 1, 2]", "dilations=[0, 1]", "pads=[0, 0, -1, 0]"]
+)
+def test_a_convolution_with_settings_that_none_can_have_is_left_alone(settings: str) -> None:
+    text = f"{IMAGE} {{ k = Conv(x, u) y = Conv<{settings}>(k, w) }}"
+    imported = bnfold.onnx.read(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)}))
+    assert not merge_imported(imported, imported.graph).merges
