@@ -556,9 +556,9 @@ class _Choice:
 
     def _joins(self, node: Node, reader: Node) -> bool:
         """Whether the operands of a sum are as good as operands of the sum that reads it."""
-        (value,) = node.outputs
         if not (_is_plain(self.graph, node) and _is_plain(self.graph, reader)):
             return False
+        (value,) = node.outputs
         return self.found.is_private(value, reader) and not _is_minuend(reader, reader.inputs.index(value))
 
     # -- cost

@@ -100,7 +100,7 @@ class ModuleCalls:
         """The module that does what these nodes do, and nothing else but a tail.
 
         Args:
-            nodes: names of the nodes.
+            nodes: names of the nodes; one that no call is drawn as (a value that is read again) runs nowhere.
             source, result: the value that they read and the one that they compute.
             bypassed: nodes that are gone: their output, and the value that stands for it.
 
@@ -108,7 +108,8 @@ class ModuleCalls:
             Refuse: there is none.
         """
         resolve = _resolver(self.alias, bypassed)
-        for frame in self.frames[nodes[0]].line():
+        nodes = [name for name in nodes if name in self.frames]
+        for frame in self.frames[nodes[0]].line() if nodes else ():
             mine = self.held.get(id(frame), [])
             if not set(nodes) <= {item.name for item in mine}:
                 continue

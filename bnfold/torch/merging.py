@@ -313,6 +313,7 @@ class Computed:
         operator, numbers: what it is, and its weight and bias in float64.
         like: a tensor that says how they are to be stored.
         wrapped: whether it is to be a child of the module that it stands for.
+        trained: whether a gradient was wanted of any weight that it was made of.
     """
 
     place: MergePlace
@@ -320,6 +321,7 @@ class Computed:
     numbers: Numbers
     like: Tensor
     wrapped: bool
+    trained: bool
 
 
 def compute_merged(model: nn.Module, reading: Reading, merged: Merged) -> list[Computed]:
@@ -331,7 +333,9 @@ def compute_merged(model: nn.Module, reading: Reading, merged: Merged) -> list[C
     def compute(one: Merge) -> Computed:
         like = stored_tensors(model, reading.linears[one.place.like])[0]
         wrapped = _is_wrapped(model, reading, one.place, one.operator)
-        return Computed(one.place, one.operator, one.operator.numbers(stored), like, wrapped)
+        places = [reading.linears[name] for name in one.candidate.nodes if name in reading.linears]
+        trained = any(stored_tensors(model, place)[0].requires_grad for place in places)
+        return Computed(one.place, one.operator, one.operator.numbers(stored), like, wrapped, trained)
 
     return [compute(one) for one in merged.merges]
 
@@ -346,7 +350,7 @@ def put_merged(model: nn.Module, computed: Sequence[Computed]) -> list[Tensor]:
             turn_into(model.get_submodule(path), Zero())
         operator = _module(one.operator, one.numbers, one.like)
         module = model.get_submodule(one.place.host.path)
-        made += operator.parameters()
+        made += operator.requires_grad_(one.trained).parameters()
         turn_into(
             module, Tail({"merged": operator}, module, one.place.host.tail) if one.wrapped else operator
         )

@@ -181,7 +181,7 @@ def test_a_pad_with_another_constant_stays():
 
 @pytest.mark.parametrize("counted", [0, 1])
 def test_average_pooling_that_counts_padding(counted):
-    text = f"""g (float[2, 3, 6, 6] x) => (float[2, 4, 6, 6] y) {{
+    text = f"""g (float[2, 3, 8, 8] x) => (float[2, 4, 8, 8] y) {{
         h = Conv(x, w) p = AveragePool<kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad={counted}>(h)
         y = BatchNormalization(p, s, b, m, v) }}"""
     some = model(text, {"w": weights(4, 3, 1, 1), **norm(4)})

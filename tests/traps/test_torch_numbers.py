@@ -222,7 +222,7 @@ def test_gradients_are_wanted_of_what_they_were_wanted_of():
         )
     )
     model[0].requires_grad_(False)
-    after, _ = fold(model, IMAGES)
+    after, _ = fold(model, IMAGES, merge=False)
     assert [p.requires_grad for p in after.parameters()] == [False, False, True, True]
     assert all(isinstance(p, nn.Parameter) for p in after.parameters())
 
