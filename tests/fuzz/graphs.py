@@ -603,7 +603,7 @@ def per_channel(s: Sketch, x: str, axis: int = 1) -> str:
 
 
 def passed(s: Sketch, x: str) -> str:
-    """A value, or a copy of it; seldom, somebody else reads it too."""
+    """A value, a copy of it, or nothing added to it; seldom, somebody else reads it too."""
     if s.chance(0.05):
         s.outputs.append(x)
     elif s.chance(0.04):
@@ -611,7 +611,13 @@ def passed(s: Sketch, x: str) -> str:
     elif s.chance(0.06):
         like = s.pick(lambda shape: shape == s.values[x])
         s.add("Reshape", [like, s.raw("Shape", [x])], s.values[x])
-    return s.add(s.choose("Identity", "Dropout"), [x], s.values[x]) if s.chance(0.12) else x
+    if s.chance(0.84):
+        return x
+    op = s.choose("Identity", "Dropout", "Add", "Sub", "Mul", "Div")
+    neutral = (
+        [] if op in ("Identity", "Dropout") else [s.store(np.full(s.choose((), (1,)), op in ("Mul", "Div")))]
+    )
+    return s.add(op, [x, *neutral], s.values[x])
 
 
 def image_term(s: Sketch, x: str, out: int, how: Slide) -> str:
