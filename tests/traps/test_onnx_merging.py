@@ -325,3 +325,11 @@ def test_a_convolution_with_settings_that_none_can_have_is_left_alone(settings: 
     text = f"{IMAGE} {{ k = Conv(x, u) y = Conv<{settings}>(k, w) }}"
     imported = bnfold.onnx.read(model(text, {"w": weights(4, 4, 3, 3), "u": weights(4, 4, 1, 1)}))
     assert not merge_imported(imported, imported.graph).merges
+
+
+@pytest.mark.xfail(strict=True, reason="a table for each position is not made of a flattened embedding")
+def test_an_embedding_of_a_context_and_a_product_of_all_of_it_become_tables() -> None:
+    text = """g (int64[N, 16] x) => (float[N, 512] y) { e = Gather(t, x) f = Flatten(e) y = Gemm(f, w, c) }"""
+    tensors = {"t": weights(30, 64), "w": weights(16 * 64, 512), "c": weights(512)}
+    folded, _ = merged(model(text, tensors))
+    assert "Gemm" not in operators(folded)
