@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bnfold import report
 from bnfold.algebra import Affine, Linear
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
-from bnfold.merge import Candidate, Cost, Merged, merge
+from bnfold.merge import Candidate, Cost, Merged, merge, settle
 from bnfold.window import Window
 from tests.properties import blocks
 
@@ -640,6 +641,71 @@ def test_sizes_that_are_known_of_one_example_count_and_decide() -> None:
     model = blocks.Model(block.weights)
     assert not merge(replace(graph, shapes=shapes), model).merges
     assert merge(replace(graph, shapes=shapes, sizes=graph.shapes), model).merges
+
+
+# ---------------------------------------------------------------- what is reported
+
+
+def test_the_report_counts_operators_and_their_work_before_and_after() -> None:
+    block = Block()
+    apart = block.conv(block.add("Relu", "z"), "apart")
+    total = block.add("Add", block.conv("x", "a", SAME), block.pool("x", SAME, "pool"))
+    merged = block.merge(block.add("Relu", total), apart)
+    told = merged.tell(report.Report(()), block.graph(total, apart))
+    positions, rest = 64, 64 * 16
+    assert told.operators == (3, 2)
+    assert told.multiply_adds == (rest + positions * (144 + 36 + 4), rest + positions * 144)
+    assert told.merges == (*(one.record for one in merged.merges), *merged.refused)
+
+
+def test_a_table_takes_no_multiply_adds_in_the_report() -> None:
+    block = rows(Block(), 4)
+    graph = block.graph(block.matrix(block.add("Tanh", block.table("x", 4, 8)), 6, (2, 2)))
+    told = merge(graph, blocks.Model(block.weights)).tell(report.Report(()), graph)
+    assert told.operators == (2, 2)
+    assert told.multiply_adds == (5 * 8 * 6, 5 * 8 * 6)
+
+
+def test_a_batchnorm_that_was_kept_is_folded_once_it_is_within_a_merge() -> None:
+    block = Block()
+    inner = block.affine(block.conv("x", "conv"), "norm", "BatchNormalization")
+    outer = block.affine(block.add("Relu", inner), "other", "BatchNormalization")
+    merged = block.merge(outer)
+    verdicts = [
+        report.Verdict("norm", "kept", reason="it was"),
+        report.Verdict("other", "scale folded", ("x",), "it was"),
+        report.Verdict("gone", "folded", ("y",)),
+    ]
+    assert settle(verdicts, block.graph(outer), merged) == (
+        report.Verdict("norm", "folded", ("conv",)),
+        *verdicts[1:],
+    )
+
+
+def test_a_batchnorm_of_two_calls_is_folded_once_both_are_within_merges() -> None:
+    block = Block()
+    affine = Affine.along(1, 4, np.ones(4), np.ones(4))
+    first, second = (
+        block.add("BatchNormalization", block.conv("x", window=SAME), affine=affine, site="norm")
+        for _ in range(2)
+    )
+    verdict = report.Verdict("norm", "kept", reason="it was")
+    outputs = block.add("Relu", first), block.add("Relu", second)
+    (settled,) = settle([verdict], block.graph(*outputs), block.merge(*outputs))
+    assert (settled.outcome, settled.into) == ("folded", ("conv0", "conv2"))
+    half = Reluctant(block.weights, {"conv0", first})
+    assert settle([verdict], block.graph(*outputs), block.merge(*outputs, model=half)) == (verdict,)
+
+
+def test_of_some_merges_alone_a_sum_has_lost_their_operands_alone() -> None:
+    block = Block()
+    terms = [block.conv(value, f"{value}{place}", SAME) for value in ("x", "z") for place in range(2)]
+    total = block.add("Sum", *terms, name="sum")
+    merged = block.merge(total)
+    assert merged.left == {"sum": (0, 2)}
+    on_x = [one for one in merged.merges if one.candidate.source == "x"]
+    assert merged.only(on_x, block.graph(total)).left == {"sum": (0, 2, 3)}
+    assert merged.only((), block.graph(total)).left == {}
 
 
 # ---------------------------------------------------------------- large graphs
