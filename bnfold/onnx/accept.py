@@ -51,7 +51,7 @@ def accept(model: onnx.ModelProto, label: str = "the model") -> None:
         InputError: see the module.
     """
     try:
-        for message in _messages(model, label):
+        for message in list(_messages(model, label)):
             if isinstance(message, TensorProto):
                 _check_tensor(message)
             elif isinstance(message, SparseTensorProto):
@@ -64,7 +64,7 @@ def accept(model: onnx.ModelProto, label: str = "the model") -> None:
 
 
 def _messages(model: onnx.ModelProto, label: str) -> Iterator[Any]:
-    """Every message of a model, itself included; the text in each has been looked at."""
+    """Every message of a model, itself included; all text has been looked at when the last is there."""
     waiting: list[tuple[Any, int]] = [(model, 0)]
     while waiting:
         message, depth = waiting.pop()

@@ -38,6 +38,7 @@ PLACES = {
     "a node": lambda m: m.graph.node[1],
     "an initializer": lambda m: m.graph.initializer[0],
     "an input": lambda m: m.graph.input[0],
+    "a sparse tensor": lambda m: m.graph.sparse_initializer.add().values,
     "an attribute": lambda m: m.graph.node[0].attribute.add(type=onnx.AttributeProto.INT),
     "a metadata entry": lambda m: m.metadata_props.add(),
 }
