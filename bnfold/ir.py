@@ -47,6 +47,7 @@ class Node:
         affine: of a BatchNormalization or an Affine, with the rank of `inputs[0]`.
         reason: why there is no `affine`, or no `linear`, where there should be one ("it is in training mode").
         partial: of what mixes positions, why the weights of some mean do not sum to one ("it counts zero padding").
+        absorbed: of a BatchNormalization that took in another one below it, the affine of that one.
         copied: of a copy that `duplicate` made, the node that it is a copy of and the BatchNorm that reads it.
     """
 
@@ -60,6 +61,7 @@ class Node:
     affine: Affine | None = None
     reason: str = ""
     partial: str = ""
+    absorbed: Affine | None = None
     copied: tuple[str, str] | None = None
 
     @property

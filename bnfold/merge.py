@@ -82,6 +82,7 @@ class Candidate:
         parts: how the inputs of that node are written.
         before: what its nodes cost now, for each position of the result; of an affine map, for each element.
         dropped: nodes of sums, and places of operands of theirs whose share the operator computes as well.
+        signs: of each of those, whether it is added or subtracted.
         terms: of a sum that was gathered, the terms in question, the one that takes the others in first.
         size: how many nodes of it compute something; a sum of many counts as sums of two.
     """
@@ -93,6 +94,7 @@ class Candidate:
     parts: tuple[Candidate, ...] = ()
     before: Cost = NOTHING
     dropped: tuple[tuple[str, int], ...] = ()
+    signs: tuple[float, ...] = ()
     terms: tuple[Candidate, ...] = ()
     size: int = 0
 
@@ -524,6 +526,7 @@ def _with_term(so_far: Candidate, term: _Term, sign: float) -> Candidate:
         parts=(*so_far.parts, *([way] if way.node else [])),
         before=so_far.before.plus(way.cost(width)).plus(Cost(width, 0)),
         dropped=(*so_far.dropped, term.operand),
+        signs=(*so_far.signs, sign),
         terms=(*(so_far.terms or (so_far,)), way),
         size=so_far.size + way.size + 1,
     )

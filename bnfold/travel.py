@@ -23,7 +23,7 @@ graphs, one lost one), so both orders are tried and the better one is taken. Las
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from itertools import chain, islice
@@ -59,10 +59,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every affine went: the graph afterwards, and one verdict for every BatchNorm."""
+    """Where every affine went.
+
+    Attributes:
+        graph: the graph afterwards.
+        verdicts: one for every BatchNorm.
+        absorbed: of BatchNorms that took in another one below them, by name, the affine of that one (for `simulation`).
+    """
 
     graph: Graph
     verdicts: tuple[Verdict, ...]
+    absorbed: Mapping[str, Affine] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -238,7 +245,8 @@ class _Driver:
         changed = self.graph.replace(
             {name: node for name, node in self.nodes.items() if node is not self.graph[name]}
         )
-        return Plan(changed.bypass(self.erased), verdicts)
+        absorbed = {name: node.absorbed for name, node in self.nodes.items() if node.absorbed is not None}
+        return Plan(changed.bypass(self.erased), verdicts, absorbed)
 
     def _units(self) -> dict[str, None]:
         """The places of all BatchNorms, in order."""
@@ -423,7 +431,11 @@ class Attempt:
         operands = replace(
             node, inputs=tuple(v for place, v in enumerate(node.inputs) if place not in leaning)
         )
-        answers = iter(self._take(node, find(node).up(operands, self.driver, wanted), len(operands.inputs)))
+        answer = find(node).up(operands, self.driver, wanted)
+        if isinstance(answer, Affine) and wanted[0] is not None:
+            below = wanted[0].settle(None)
+            node = replace(node, absorbed=below.after(node.absorbed) if node.absorbed else below)
+        answers = iter(self._take(node, answer, len(operands.inputs)))
         return [None if place in leaning else next(answers) for place in range(len(node.inputs))]
 
     def _asked_down(self, node: Node, given: list[Affine | None]) -> Sequence[Affine | None]:
@@ -477,6 +489,9 @@ class Attempt:
         if given is not None or np.any(own.scale == 0):
             raise Refuse(f"`{node.name}` has a scale of zero, or would have to move twice")
         self._leave(node, own.shift / own.scale)
+        if node.absorbed is not None:
+            back = Affine.of(1.0 / own.scale, 0.0).after(node.absorbed)
+            self.changed[node.name] = replace(self.changed[node.name], absorbed=back)
         return own.scale_only()
 
     def _leave(self, node: Node, shift: Array) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from bnfold.decide import decide
 from bnfold.errors import BnfoldError, InputError
 from bnfold.merge import Merged, settle
 from bnfold.onnx import files
@@ -37,7 +38,7 @@ from bnfold.onnx.read import ImportedModel, read
 from bnfold.onnx.run import run, to_float64
 from bnfold.onnx.write import fits, write
 from bnfold.report import Evidence, Report, Verdict
-from bnfold.travel import Options, Plan, travel
+from bnfold.travel import Options, Plan
 
 if TYPE_CHECKING:
     from bnfold.equivalence import Comparison
@@ -213,7 +214,7 @@ def _decide(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _
     demoted: frozenset[str] = frozenset()
     while True:
         imported = read(model, folder, freeze_initializers=choices.freeze_initializers, demote=demoted)
-        plan = travel(imported.graph, choices.travel, fits(imported))
+        plan = decide(imported.graph, choices.travel, fits(imported))
         stay = {v.name for v in plan.verdicts if v.outcome != "folded"} & imported.tentative
         if not stay:
             merged = merge_imported(imported, plan.graph) if choices.travel.merge else Merged(plan.graph)

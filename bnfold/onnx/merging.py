@@ -20,6 +20,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from bnfold.algebra import Array, round_to
+from bnfold.decide import prove
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
 from bnfold.merge import Candidate, Merge, Merged, is_sum, merge
@@ -35,7 +36,8 @@ __all__ = ["merge_imported", "write_merges"]
 
 def merge_imported(imported: ImportedModel, graph: Graph) -> Merged:
     """Merge the linear operators of a model's graph, as `travel` has left it."""
-    return merge(graph, _Host(imported, graph))
+    host = _Host(imported, graph)
+    return prove(graph, merge(graph, host), host.stored)
 
 
 @dataclass(frozen=True)

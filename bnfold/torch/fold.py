@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnfold import decide as proved
 from bnfold.equivalence import UNIT_ROUNDOFF, Comparison, Outputs, Unavailable
 from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
+from bnfold.ir import Node
 from bnfold.merge import Merged, settle
 from bnfold.report import Evidence, Report
 from bnfold.torch.double import double
@@ -36,10 +38,10 @@ from bnfold.torch.sandbox import (
     restored,
     undisturbed,
 )
-from bnfold.torch.stored import to_float64
+from bnfold.torch.stored import stored_numbers, to_float64
 from bnfold.torch.tensors import leaves, put_back
 from bnfold.torch.write import check_fit, write
-from bnfold.travel import Options, Plan, travel
+from bnfold.travel import Options, Plan
 
 __all__ = ["decide", "fold", "run", "verify"]
 
@@ -112,6 +114,15 @@ def decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Rea
     Raises:
         UnreadableModel: the module cannot be run on the example inputs, or not copied.
     """
+    reading, plan, merged = _decide(model, example_inputs, options)
+
+    def stored(node: Node) -> Any:
+        return stored_numbers(model, reading.linears[node.name])
+
+    return reading, plan, proved.prove(plan.graph, merged, stored)
+
+
+def _decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan, Merged]:
     reading, plan = _read_and_decide(model, example_inputs, options)
     merged = merge_read(model, reading, plan.graph) if options.merge else Merged(plan.graph)
     if merged.merges and _is_rehearsed(model, example_inputs, reading, plan, merged):
@@ -120,7 +131,7 @@ def decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Rea
         if not reading.steps or _is_rehearsed(model, example_inputs, reading, plan):
             break
         reading = repair(model, example_inputs, reading)
-        plan = travel(reading.graph, options, check_fit(model, reading))
+        plan = proved.decide(reading.graph, options, check_fit(model, reading))
     return reading, plan, _merge_what_runs(model, example_inputs, reading, plan, merged)
 
 
@@ -141,11 +152,11 @@ def _merge_what_runs(
 def _read_and_decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan]:
     """Where heads that did not run cost a fold, it is made all the same, and rests on their not running."""
     reading = read(model, example_inputs)
-    plan = travel(reading.graph, options, check_fit(model, reading))
+    plan = proved.decide(reading.graph, options, check_fit(model, reading))
     if not reading.heads or all(verdict.outcome == "folded" for verdict in plan.verdicts):
         return replace(reading, heads=()), plan
     other = read(model, example_inputs, headless=True)
-    farther = travel(other.graph, options, check_fit(model, other))
+    farther = proved.decide(other.graph, options, check_fit(model, other))
     if farther.verdicts == plan.verdicts:
         return replace(reading, heads=()), plan
     return other, farther

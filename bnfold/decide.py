@@ -1,0 +1,76 @@
+"""Decide where every affine goes, and let nothing be done that is not proved.
+
+`travel` and `merge` search, `simulation` and `response` check. Where the first check comes to no end, BatchNorms stay
+until it does: those that multiply some channel by zero, of which no inverse says what was done to it, else all of them.
+Where the second one does not, nothing is merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from bnfold.ir import Graph, Node
+from bnfold.merge import Merged
+from bnfold.report import Merge
+from bnfold.response import Stored, check_merges
+from bnfold.simulation import NotProved, check
+from bnfold.travel import Options, Plan, travel
+
+__all__ = ["decide", "prove"]
+
+_UNPROVED = "what it would become could not be proved"
+
+
+def decide(graph: Graph, options: Options | None = None, fits: Callable[[Node], str] | None = None) -> Plan:
+    """A plan of `travel`, proved for every input.
+
+    Args:
+        graph, options, fits: see `travel`.
+
+    Raises:
+        NotProved: not even the model as it is equals itself, which is a mistake of ours.
+    """
+    for held in _held(graph):
+        plan = _restored(graph, travel(_without(graph, held), options, fits), held)
+        try:
+            check(graph, plan.graph, plan.absorbed)
+        except NotProved as error:
+            gap = error
+        else:
+            return plan
+    raise gap
+
+
+def prove(graph: Graph, merged: Merged, stored: Stored) -> Merged:
+    """What was merged, if that is proved for every input; else nothing.
+
+    Args:
+        graph, merged, stored: see `check_merges`.
+    """
+    try:
+        check_merges(graph, merged, stored)
+    except NotProved as gap:
+        undone = tuple(Merge("", one.record.sources, reason=str(gap)) for one in merged.merges)
+        return Merged(graph, refused=(*undone, *merged.refused))
+    return merged
+
+
+def _held(graph: Graph) -> Iterator[frozenset[str]]:
+    """The BatchNorms to leave where they are: none, those that multiply by zero, all."""
+    norms = [node for node in graph.nodes if node.is_batchnorm and node.affine is not None]
+    yield frozenset()
+    yield frozenset(node.name for node in norms if node.affine is not None and np.any(node.affine.scale == 0))
+    yield frozenset(node.name for node in norms)
+
+
+def _without(graph: Graph, held: frozenset[str]) -> Graph:
+    return graph.replace({name: replace(graph[name], affine=None, reason=_UNPROVED) for name in held})
+
+
+def _restored(graph: Graph, plan: Plan, held: frozenset[str]) -> Plan:
+    """The plan, with the numbers of those that were held."""
+    nodes = {name: replace(plan.graph[name], affine=graph[name].affine, reason="") for name in held}
+    return replace(plan, graph=plan.graph.replace(nodes))
