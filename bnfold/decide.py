@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from bnfold import report
 from bnfold.ir import Graph, Node
-from bnfold.merge import Merged
-from bnfold.report import Merge
-from bnfold.response import Stored, check_merges
+from bnfold.merge import Merge, Merged
+from bnfold.response import Claim, Stored, check_merges
 from bnfold.simulation import NotProved, check
 from bnfold.travel import Options, Plan, travel
 
@@ -48,14 +48,23 @@ def prove(graph: Graph, merged: Merged, stored: Stored) -> Merged:
     """What was merged, if that is proved for every input; else nothing.
 
     Args:
-        graph, merged, stored: see `check_merges`.
+        graph, stored: see `check_merges`.
+        merged: what became of it.
     """
+    claims = [_claim(one, stored) for one in merged.merges]
     try:
-        check_merges(graph, merged, stored)
+        check_merges(graph, merged.graph, claims, merged.left, stored)
     except NotProved as gap:
-        undone = tuple(Merge("", one.record.sources, reason=str(gap)) for one in merged.merges)
+        undone = tuple(report.Merge("", one.record.sources, reason=str(gap)) for one in merged.merges)
         return Merged(graph, refused=(*undone, *merged.refused))
     return merged
+
+
+def _claim(one: Merge, stored: Stored) -> Claim:
+    way = one.candidate
+    return Claim(
+        one.into, way.source, way.result, way.dropped, way.signs, lambda: one.operator.numbers(stored)
+    )
 
 
 def _held(graph: Graph) -> Iterator[frozenset[str]]:

@@ -89,6 +89,9 @@ def _parser() -> Parser:
     onnx.add_argument(
         "--duplicate", action="store_true", help="copy an operator that somebody else reads as well"
     )
+    onnx.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="write what `bnfold verify` checks again, elsewhere"
+    )
     torch = parser.add_argument_group("weights of a module")
     torch.add_argument(
         "--model", metavar="PACKAGE.MODULE:FACTORY", help="what builds the module; imported and called"
@@ -133,15 +136,18 @@ def _check_targets(options: argparse.Namespace) -> None:
     """Refuse what could not be written before anything is computed."""
     if options.output == STDOUT and not options.dry_run:
         raise InputError("-o -: a model is not written to stdout; name a file")
-    targets = [] if options.dry_run else [options.output]
-    targets += [] if options.json in (None, STDOUT) else [options.json]
-    for target in targets:
-        check_target(target)
-    files = [target.resolve() for target in targets if not target.is_char_device()]
-    if len(set(files)) < len(files):
-        raise InputError(f"{options.json} is where the model goes; name another file for the report")
-    if options.json is not None and options.json.resolve() == options.file.resolve():
-        raise InputError(f"{options.json} is the model itself; name another file for the report")
+    if options.dry_run and options.certificate is not None:
+        raise InputError("--certificate: with --dry-run there is no model to certify; leave one of them out")
+    aside = {"the report": options.json, "the certificate": options.certificate}
+    aside = {what: path for what, path in aside.items() if path not in (None, STDOUT)}
+    targets = {} if options.dry_run else {"the model": options.output}
+    taken: dict[Path, str] = {options.file.resolve(): "the model itself"}
+    for what, path in {**targets, **aside}.items():
+        check_target(path)
+        place = path.resolve()
+        if what in aside and place in taken and not path.is_char_device():
+            raise InputError(f"{path} is {taken[place]}; name another file for {what}")
+        taken[place] = f"where {what} goes"
 
 
 def _refuse(options: argparse.Namespace, *names: str) -> None:
@@ -176,6 +182,7 @@ def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
         inputs=options.inputs,
         freeze_initializers=options.freeze_initializers,
         duplicate=options.duplicate,
+        certificate=options.certificate,
         **_choices(options),
     )
     return report, f"wrote {options.output}"
@@ -184,7 +191,7 @@ def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
 def _fold_torch(options: argparse.Namespace) -> tuple[Report, str]:
     from bnfold import checkpoint
 
-    _refuse(options, "inputs", "freeze_initializers", "duplicate")
+    _refuse(options, "inputs", "freeze_initializers", "duplicate", "certificate")
     if options.model is None and checkpoint.identify(options.file) != "exported program":
         return _fold_checkpoint(options)
     from bnfold import torch as frontend

@@ -90,6 +90,7 @@ class Report:
         merges: linear operators that became one, then those that could have and did not.
         operators: how many linear operators there are, before and after merging.
         multiply_adds: how many multiply-adds those take for one example, before and after merging.
+        proof: what was shown without running anything, each one sentence.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -100,6 +101,7 @@ class Report:
     merges: tuple[Merge, ...] = ()
     operators: tuple[int, int] | None = field(default=None)
     multiply_adds: tuple[int, int] | None = field(default=None)
+    proof: tuple[str, ...] = ()
 
     @property
     def merged(self) -> tuple[Merge, ...]:
@@ -158,6 +160,7 @@ class Report:
         parts += [_verdict_table(self.verdicts)] if self.verdicts else []
         parts += [_merge_table(self.merged)] if self.merged else []
         parts += [escape(line) for line in _not_merged(self.merges)]
+        parts += [escape(f"proved: {shown}") for shown in self.proof]
         parts += [_evidence_table(self.evidence)] if self.evidence else []
         parts += [escape(note) for note in self.notes]
         if self.parameters is not None:

@@ -19,7 +19,7 @@ Not covered: the values between, of which nobody may know (`Host.place`), and ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -30,12 +30,12 @@ import numpy.typing as npt
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
-from bnfold.merge import Merge, Merged, is_sum
+from bnfold.merge import is_sum
 from bnfold.rules import TABLE, sign_of
 from bnfold.simulation import NotProved
 from bnfold.window import Window
 
-__all__ = ["check_merges"]
+__all__ = ["Claim", "Stored", "check_merges"]
 
 _ROUNDING = 2.0**-30
 
@@ -81,22 +81,52 @@ class _Response:
         )
 
 
-def check_merges(graph: Graph, merged: Merged, stored: Stored) -> None:
+@dataclass(frozen=True)
+class Claim:
+    """What is said of a merged operator.
+
+    Attributes:
+        into: its node in the graph afterwards.
+        source, result: the values that it reads and computes.
+        dropped: the operands of sums that it took in, by the node that read each, and where.
+        signs: whether each was added, or subtracted.
+        numbers: tells its weight `(groups, outputs/groups, inputs/groups, *kernel)` and its bias `(outputs,)`.
+    """
+
+    into: str
+    source: str
+    result: str
+    dropped: tuple[tuple[str, int], ...]
+    signs: tuple[float, ...]
+    numbers: Callable[[], tuple[Array, Array]]
+
+
+def check_merges(
+    graph: Graph,
+    after: Graph,
+    claims: Sequence[Claim],
+    left: Mapping[str, Sequence[int]],
+    stored: Stored,
+    rounding: tuple[float, float] = (0.0, 0.0),
+) -> None:
     """Check that a graph with merged operators computes what it did without.
 
     Args:
         graph: before anything was merged.
-        merged: what became of it.
-        stored: the numbers of the graph's linear nodes; of merged ones, each `Merge` tells its own.
+        after: with one node in the place of each block.
+        claims: what those nodes are.
+        left: of the sums that lost operands, the places of those that are left.
+        stored: the numbers of the linear nodes before.
+        rounding: how far each number of a merged operator may be off, as a part of itself, and where that is less.
 
     Raises:
         NotProved: that does not follow.
     """
-    if not merged.merges:
+    if not claims:
         return
     with np.errstate(all="ignore"):
         try:
-            _Walk(graph, merged, stored).run()
+            _Walk(graph, after, claims, left, stored, rounding).run()
         except (Refuse, ValueError, LookupError) as gap:
             raise NotProved(f"what was merged is not proved: {gap}") from gap
 
@@ -112,23 +142,31 @@ class _Known:
 class _Walk:
     """The state of one check: by value of the graph before, what is known of it afterwards."""
 
-    def __init__(self, graph: Graph, merged: Merged, stored: Stored) -> None:
-        self.graph, self.merged, self.stored = graph, merged, stored
-        self.results = {one.candidate.result: one for one in merged.merges}
+    def __init__(
+        self,
+        graph: Graph,
+        after: Graph,
+        claims: Sequence[Claim],
+        left: Mapping[str, Sequence[int]],
+        stored: Stored,
+        rounding: tuple[float, float],
+    ) -> None:
+        self.graph, self.after, self.left, self.stored = graph, after, left, stored
+        self.within, self.least = rounding[0] + _ROUNDING, rounding[1]
+        self.results = {claim.result: claim for claim in claims}
+        self.merged = {claim.into for claim in claims}
         self.known: dict[str, _Known] = {}
 
     def run(self) -> None:
         for node in self.graph.nodes:
-            one = self.results.get(node.outputs[0]) if node.outputs else None
-            if one is not None:
-                self._merge(one, self.merged.graph[one.into])
-            elif node.name in self.merged.nodes:
-                continue
-            elif is_sum(node):
-                self._shrink(node, self.merged.left.get(node.name, tuple(range(len(node.inputs)))))
-            elif node.name in self.merged.graph:
-                self._keep(node, self.merged.graph[node.name])
-        for value, stands_for in zip(self.graph.outputs, self.merged.graph.outputs, strict=True):
+            claim = self.results.get(node.outputs[0]) if node.outputs else None
+            if claim is not None:
+                self._merge(claim, self.after[claim.into])
+            elif is_sum(node) and (node.name in self.left or node.name in self.after):
+                self._shrink(node, self.left.get(node.name, range(len(node.inputs))))
+            elif node.name in self.after and node.name not in self.merged:
+                self._keep(node, self.after[node.name])
+        for value, stands_for in zip(self.graph.outputs, self.after.outputs, strict=True):
             self._check(value, stands_for)
 
     def _find(self, value: str) -> _Known:
@@ -156,7 +194,7 @@ class _Walk:
             self._check(value, stands_for)
         self.known.update((value, _Known(value)) for value in node.outputs)
 
-    def _shrink(self, node: Node, left: tuple[int, ...]) -> None:
+    def _shrink(self, node: Node, left: Sequence[int]) -> None:
         """A sum that may have lost operands: what was lost is missing, what the others bring along is added."""
         extra: dict[str, float] = {}
         for place, value in enumerate(node.inputs):
@@ -168,7 +206,7 @@ class _Walk:
         extra = {value: times for value, times in extra.items() if times}
         (value,) = node.outputs
         if len(left) > 1:
-            twin = self.merged.graph[node.name]
+            twin = self.after[node.name]
             names = tuple(self._find(node.inputs[place]).stands_for for place in left)
             if twin.op != node.op or twin.inputs != names:
                 raise Refuse(f"`{node.name}` ({node.op}) adds up something else")
@@ -181,33 +219,33 @@ class _Walk:
     def _leaves(self, value: str) -> Iterator[tuple[str, float]]:
         """The terms of a value that no sum stands for any more."""
         node = self.graph.producer(value)
-        if node is None or self.merged.left.get(node.name) != ():
+        if node is None or len(self.left.get(node.name, (0,))) > 0:
             yield value, 1.0
             return
         for place, operand in enumerate(node.inputs):
             yield from ((leaf, sign_of(node, place) * own) for leaf, own in self._leaves(operand))
 
-    def _merge(self, one: Merge, twin: Node) -> None:
+    def _merge(self, one: Claim, twin: Node) -> None:
         """A merged operator: its result, and the operands of sums that it took in."""
-        way = one.candidate
-        if twin.linear is None or twin.outputs != (way.result,) or len(twin.inputs) != 1:
-            raise Refuse(f"`{one.into}` does not compute `{way.result}`")
-        self._check(way.source, twin.inputs[0])
-        lost = [self.graph[name].inputs[place] for name, place in way.dropped]
-        extra = dict(zip(lost, way.signs, strict=True))
+        if twin.linear is None or twin.outputs != (one.result,) or len(twin.inputs) != 1:
+            raise Refuse(f"`{one.into}` does not compute `{one.result}`")
+        self._check(one.source, twin.inputs[0])
+        lost = [self.graph[name].inputs[place] for name, place in one.dropped]
+        extra = dict(zip(lost, one.signs, strict=True))
         if len(extra) < len(lost):
             raise Refuse(f"`{one.into}` takes one value in twice")
+        weight, bias = one.numbers()
+        weight = weight.reshape(-1, *weight.shape[2:])
         for impulse in _impulses(twin.linear):
-            block = _Block(self.graph, self.stored, way.source, impulse)
-            whole = block.respond(way.result)
+            block = _Block(self.graph, self.stored, one.source, impulse)
+            whole = block.respond(one.result)
             for value, sign in extra.items():
                 whole = _sum(whole, block.respond(value), sign)
-            weight, bias = one.operator.numbers(self.stored)
-            shape = (-1, *weight.shape[2:])
-            mine = _apply(replace(twin.linear, order="oi"), weight.reshape(shape), bias, impulse)
-            if not _agree(whole, mine, bool(twin.linear.sealed)):
+            mine = _apply(replace(twin.linear, order="oi"), weight, bias, impulse)
+            least = self.least * (1.0 + sum(float(own[1].sum()) for own in impulse.taps.values()))
+            if not _agree(whole, mine, (self.within, least), bool(twin.linear.sealed)):
                 raise Refuse(f"`{one.into}` is not what it was made of")
-        self.known[way.result] = _Known(way.result, extra)
+        self.known[one.result] = _Known(one.result, extra)
 
 
 # ---------------------------------------------------------------- one block
@@ -361,17 +399,22 @@ def _slide(window: Window, given: _Response, multiply: Callable[[Position, Array
     return _Response(given.axis, taps, constant, strides, slack, given.point and window.is_point)
 
 
-def _agree(first: _Response, second: _Response, looks_up: bool) -> bool:
+def _agree(first: _Response, second: _Response, within: tuple[float, float], looks_up: bool) -> bool:
     """Whether two operators make the same of an impulse, of nothing, and of every size."""
     if first.form != second.form:
         return False
     if looks_up:
-        return _are_close(*(sum(each.taps.values(), each.constant) for each in (first, second)))
+        one, other = (sum(each.taps.values(), each.constant) for each in (first, second))
+        return _are_close(one, other, within)
     nothing = np.zeros((2, first.channels))
     places = first.taps.keys() | second.taps.keys()
     pairs = ((first.taps.get(at, nothing), second.taps.get(at, nothing)) for at in places)
-    return _are_close(first.constant, second.constant) and all(_are_close(*pair) for pair in pairs)
+    return _are_close(first.constant, second.constant, within) and all(
+        _are_close(*pair, within) for pair in pairs
+    )
 
 
-def _are_close(first: Array, second: Array) -> bool:
-    return bool(np.all(np.abs(first[0] - second[0]) <= _ROUNDING * np.maximum(first[1], second[1])))
+def _are_close(first: Array, second: Array, within: tuple[float, float]) -> bool:
+    return bool(
+        np.all(np.abs(first[0] - second[0]) <= within[0] * np.maximum(first[1], second[1]) + within[1])
+    )

@@ -27,21 +27,25 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from bnfold.certificate import record
 from bnfold.decide import decide
 from bnfold.errors import BnfoldError, InputError
 from bnfold.merge import Merged, settle
 from bnfold.onnx import files
 from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.edit import Edit, Store, apply
+from bnfold.onnx.functions import inline
 from bnfold.onnx.merging import merge_imported
 from bnfold.onnx.read import ImportedModel, read
 from bnfold.onnx.run import run, to_float64
 from bnfold.onnx.write import fits, write
+from bnfold.output import replacing
 from bnfold.report import Evidence, Report, Verdict
 from bnfold.travel import Options, Plan
 
 if TYPE_CHECKING:
     from bnfold.equivalence import Comparison
+    from bnfold.onnx.certify import Certificate
 
 __all__ = ["apply", "fold", "fold_file", "read", "run", "verify", "write"]
 
@@ -69,6 +73,7 @@ class _Folded:
 
     model: onnx.ModelProto
     report: Report
+    decision: _Decision
     external: Mapping[str, str] = field(default_factory=dict)
     comparison: Comparison | None = None
 
@@ -124,6 +129,7 @@ def fold_file(
     *,
     verify: bool = True,
     freeze_initializers: bool = False,
+    certificate: str | Path | None = None,
     **options: Any,
 ) -> Report:
     """Fold an ONNX file into another one; external data comes along. See `fold` for the options.
@@ -132,6 +138,8 @@ def fold_file(
         source: the file to fold.
         target: the file to write, which appears in one step and only if the two models agree. It may be the source.
             None writes nothing.
+        certificate: where to write a certificate of the two files (see `bnfold.onnx.certify`), which the folded one
+            holds in its metadata too; it is checked on the files as they were written.
 
     Raises:
         InputError: the file cannot be used as it is, or the model cannot be run and `verify` is set.
@@ -146,8 +154,45 @@ def fold_file(
             return folded.judge(folded.model)
         with files.writing(Path(target), source) as path:
             folded = _fold(proto, source.parent, choices)
+            told = None if certificate is None else _certify(proto, source.parent, folded, choices)
             files.save_file(folded.model, path, source, folded.external)
-            return folded.judge(path)
+            report = folded.judge(path)
+            if told is None:
+                return report
+            return _seal(proto, source.parent, path, told, report, Path(certificate or ""))
+
+
+def _certify(source: onnx.ModelProto, folder: Path, folded: _Folded, choices: _Choices) -> Certificate:
+    """The certificate of a folded model that is not compared yet, which goes into its metadata."""
+    from bnfold.onnx import certify
+
+    decision = folded.decision
+    done = record(decision.imported.graph, decision.plan, decision.merged)
+    reading = {
+        "inlined": decision.inlined,
+        "frozen": choices.freeze_initializers,
+        "plain": sorted(decision.plain),
+    }
+    before = certify.digest(source, folder)
+    told = certify.make(before, folded.model, folder, done, reading, folded.report)
+    kept = [item for item in folded.model.metadata_props if item.key != certify.KEY]
+    del folded.model.metadata_props[:]
+    folded.model.metadata_props.extend(kept)
+    folded.model.metadata_props.add(key=certify.KEY, value=told.to_json())
+    return told
+
+
+def _seal(
+    source: onnx.ModelProto, folder: Path, written: Path, told: Certificate, report: Report, target: Path
+) -> Report:
+    """Check a certificate on the files, and write it with what was measured."""
+    from bnfold.onnx import certify
+
+    whole = replace(told, evidence=tuple(report.to_dict()["evidence"]))
+    shown = certify.check(source, files.load_file(written), whole, folder, written.parent)
+    with replacing(target) as temporary:
+        temporary.write_text(whole.to_json() + "\n", encoding="utf-8")
+    return replace(report, proof=tuple(shown))
 
 
 def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ...]:
@@ -177,6 +222,8 @@ class _Decision:
     imported: ImportedModel
     plan: Plan
     merged: Merged
+    plain: frozenset[str] = frozenset()
+    inlined: bool = False
 
     @property
     def changed(self) -> int:
@@ -218,7 +265,7 @@ def _decide(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _
         stay = {v.name for v in plan.verdicts if v.outcome != "folded"} & imported.tentative
         if not stay:
             merged = merge_imported(imported, plan.graph) if choices.travel.merge else Merged(plan.graph)
-            return _Decision(imported, plan, merged)
+            return _Decision(imported, plan, merged, demoted)
         demoted |= stay
 
 
@@ -246,7 +293,8 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
         notes += _check_unchanged(imported, choices)
         notes += ["nothing was changed, so there was nothing to compare"] if verdicts else []
         report = Report(verdicts, notes=tuple(notes), parameters=(before, before))
-        return _Folded(_copy(imported.model), decision.merged.tell(report, decision.plan.graph))
+        report = decision.merged.tell(report, decision.plan.graph)
+        return _Folded(_copy(imported.model), report, decision)
     edits = write(imported, decision.plan.graph, decision.merged)
     comparison = _compare(decision, edits, choices, model) if choices.verify else None
     folded = apply(edits, _copy(imported.model))
@@ -256,7 +304,7 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
     report = Report(verdicts, notes=tuple(notes), parameters=(before, _count(folded)))
     report = decision.merged.tell(report, decision.plan.graph)
     external = {edit.name: edit.location for edit in edits if isinstance(edit, Store) and edit.location}
-    return _Folded(folded, report, external, comparison)
+    return _Folded(folded, report, decision, external, comparison)
 
 
 def _choose(
@@ -267,13 +315,13 @@ def _choose(
     Where it does not, the BatchNorms in their bodies are owed a verdict all the same.
     """
     decision = _decide(model, folder, choices)
-    inlined, names = _inline(model)
+    inlined, names = inline(model)
     if inlined is None:
         return decision, [], []
     other = _decide(inlined, folder, choices)
     if other.erased > decision.erased:
         return (
-            other,
+            replace(other, inlined=True),
             [],
             [f"the functions {', '.join(names)} were inlined, since all calls share their bodies"],
         )
@@ -381,49 +429,6 @@ def _count(model: onnx.ModelProto) -> int:
     """How many floating-point numbers a model stores."""
     tensors = (t for t in files.stored_tensors(model) if t.data_type in FLOATS)
     return sum(int(np.prod(tensor.dims, dtype=np.int64)) for tensor in tensors)
-
-
-# ---------------------------------------------------------------- functions
-
-
-_SHARED = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul"})
-
-
-def _inline(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, list[str]]:
-    """A copy in which the functions that hold BatchNorms or linear operators are inlined, and their names."""
-    if not model.functions:
-        return None, []
-    from onnx import inliner
-
-    wanted = _functions_worth_inlining(model)
-    inside = any(_holds(model, function, {"BatchNormalization"}) for function in model.functions)
-    if not wanted or not (inside or any(node.op_type == "BatchNormalization" for node in model.graph.node)):
-        return None, []
-    try:
-        return inliner.inline_selected_functions(model, wanted), [name for _, name in wanted]
-    except (onnx.checker.ValidationError, ValueError, RuntimeError):
-        return None, []
-
-
-def _functions_worth_inlining(model: onnx.ModelProto) -> list[tuple[str, str]]:
-    return [(f.domain, f.name) for f in model.functions if _holds(model, f, _SHARED)]
-
-
-def _holds(
-    model: onnx.ModelProto, function: onnx.FunctionProto, operators: frozenset[str] | set[str]
-) -> bool:
-    """Whether a function computes one of these operators, by itself or through another function."""
-    by_name = {(f.domain, f.name): f for f in model.functions}
-    waiting, seen = [function], {(function.domain, function.name)}
-    while waiting:
-        for node in waiting.pop().node:
-            key = (node.domain, node.op_type)
-            if key in by_name and key not in seen:
-                seen.add(key)
-                waiting.append(by_name[key])
-            elif node.op_type in operators and node.domain in ("", "ai.onnx"):
-                return True
-    return False
 
 
 # ---------------------------------------------------------------- model classes

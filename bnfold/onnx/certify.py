@@ -1,0 +1,386 @@
+"""Certificates of folded ONNX files: made when a file is folded, checked again anywhere, from the two files alone.
+
+    bnfold fold net.onnx --certificate net.json        makes one, and checks it on the files as they were written
+    bnfold verify net.onnx net.folded.onnx --certificate net.json
+
+A certificate is JSON text: what was done (`bnfold.certificate.Record`), digests of both models, versions, verdicts and
+what was measured. It lies in a file, and without what was measured in the metadata of the folded model. `check` reads
+both models anew and shows, in this order:
+
+1. they are the models that it is of (SHA-256 of nodes and numbers, however those are stored);
+2. what is said to be done computes the same for every input (`simulation`, `response`);
+3. the second model is what that makes of the first one: each node, setting and constant is there, and nothing else;
+4. its weights hold what they should, each to half a unit in its last place (`weights`), merged ones together.
+
+Nothing is run, and nothing of the search is trusted. What is: `read`, by which both models are seen.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from bnfold.certificate import Record, apply, claims, match
+from bnfold.equivalence import UNIT_ROUNDOFF
+from bnfold.errors import InputError, Refuse
+from bnfold.ir import Graph, Node
+from bnfold.onnx.constant_folding import Unworkable
+from bnfold.onnx.flatten import NodeRef
+from bnfold.onnx.functions import inline
+from bnfold.onnx.read import ImportedModel, read
+from bnfold.onnx.slots import find_slots, stored_bias, stored_weight
+from bnfold.report import Report
+from bnfold.response import check_merges
+from bnfold.simulation import NotProved
+from bnfold.simulation import check as check_algebra
+from bnfold.weights import measure_bias, measure_weight, smallest
+
+__all__ = ["KEY", "Certificate", "check", "digest", "load", "make"]
+
+FORMAT, VERSION = "bnfold certificate", 1
+KEY = "bnfold.certificate"
+"""Under which name the metadata of a folded model hold its certificate."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is said of two models.
+
+    Attributes:
+        source, result: their digests.
+        done: what was done to the first one.
+        reading: how it was read: `inlined` functions, `frozen` initializers, affines drawn as `plain` ones.
+        versions: of what it was made with.
+        verdicts: what became of each BatchNorm.
+        evidence: what was measured.
+    """
+
+    source: str
+    result: str
+    done: Record
+    reading: Mapping[str, Any]
+    versions: Mapping[str, str]
+    verdicts: tuple[Mapping[str, Any], ...] = ()
+    evidence: tuple[Mapping[str, Any], ...] = ()
+
+    def to_json(self) -> str:
+        """The certificate as text."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str, name: str = "the certificate") -> Certificate:
+        """A certificate, of its text.
+
+        Raises:
+            InputError: it is none, or of another version.
+        """
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+                raise InputError(f"{name} is no certificate of bnfold")
+            version = data.pop("version", None)
+            if version != VERSION:
+                raise InputError(f"{name} is of version {version}, and this bnfold reads version {VERSION}")
+            done = Record(**data.pop("done"))
+            if not all(isinstance(getattr(done, each.name), list | dict) for each in fields(Record)):
+                raise TypeError("a list, or a table, is something else")
+            return Certificate(done=done, **data)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{name} cannot be read: {error}") from error
+
+
+def make(
+    source: str,
+    result: onnx.ModelProto,
+    folder: Path | None,
+    done: Record,
+    reading: Mapping[str, Any],
+    report: Report,
+) -> Certificate:
+    """Certify a folded model.
+
+    Args:
+        source: the digest of the model that was folded.
+        result: the folded one.
+        folder: where its external data lies.
+        done, reading: what was done, and how the source was read.
+        report: of the fold, whatever there is of it.
+    """
+    from bnfold import __version__
+
+    versions = {"bnfold": __version__, "onnx": onnx.__version__, "numpy": np.__version__}
+    data = report.to_dict()
+    return Certificate(
+        source,
+        digest(result, folder),
+        done,
+        reading,
+        {**versions, "python": platform.python_version()},
+        tuple(data["verdicts"]),
+        tuple(data["evidence"]),
+    )
+
+
+def load(path: Path) -> Certificate:
+    """The certificate in a file.
+
+    Raises:
+        InputError: there is none in it.
+    """
+    try:
+        return Certificate.from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def digest(model: onnx.ModelProto, folder: Path | None = None) -> str:
+    """SHA-256 of what a model computes with: nodes, functions, inputs, outputs and numbers, however they are stored.
+
+    Names of producers, documentation and metadata do not count.
+    """
+    found = sha256()
+    graph = model.graph
+    for part in (*model.opset_import, *graph.input, *graph.output, *graph.node, *model.functions):
+        _feed(found, part.SerializeToString(deterministic=True))
+    for sparse in graph.sparse_initializer:
+        _feed(found, sparse.SerializeToString(deterministic=True))
+    for tensor in sorted(graph.initializer, key=lambda tensor: tensor.name):
+        array = numpy_helper.to_array(tensor, str(folder or ""))
+        content = array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
+        for piece in (tensor.name.encode(), repr((tensor.data_type, array.shape)).encode(), content):
+            _feed(found, piece)
+    return found.hexdigest()
+
+
+def _feed(found: Any, piece: bytes) -> None:
+    found.update(len(piece).to_bytes(8, "little"))
+    found.update(piece)
+
+
+# ---------------------------------------------------------------- checking
+
+
+def check(
+    source: onnx.ModelProto,
+    result: onnx.ModelProto,
+    certificate: Certificate,
+    folder: Path | None = None,
+    other: Path | None = None,
+) -> list[str]:
+    """Check a certificate on the two models.
+
+    Args:
+        source, result: the models before and after.
+        certificate: what is said of them.
+        folder, other: where their external data lie.
+
+    Returns:
+        What was shown, a sentence each.
+
+    Raises:
+        NotProved: it does not follow, and why.
+    """
+    for name, model, place, wanted in (
+        ("first", source, folder, certificate.source),
+        ("second", result, other, certificate.result),
+    ):
+        if digest(model, place) != wanted:
+            raise NotProved(
+                f"the certificate is of other models: the {name} one is not that of which it speaks"
+            )
+    try:
+        with np.errstate(all="ignore"):
+            return _Check(source, result, certificate, folder, other).run()
+    except (Refuse, Unworkable, ValueError, TypeError, LookupError) as gap:
+        if isinstance(gap, InputError):
+            raise
+        raise NotProved(f"the certificate proves nothing: {gap}") from gap
+
+
+class _Check:
+    """The two models as they were read, and what one should become."""
+
+    def __init__(
+        self,
+        source: onnx.ModelProto,
+        result: onnx.ModelProto,
+        certificate: Certificate,
+        folder: Path | None,
+        other: Path | None,
+    ) -> None:
+        reading, self.done = certificate.reading, certificate.done
+        if reading.get("inlined"):
+            source = inline(source)[0] or source
+        frozen = bool(reading.get("frozen"))
+        self.before = read(source, folder, freeze_initializers=frozen, demote=reading.get("plain", ()))
+        self.after = read(
+            result, other, freeze_initializers=frozen, demote=self._plain(result, other, frozen)
+        )
+        self.applied = apply(self.before.graph, self.done)
+
+    def _plain(self, result: onnx.ModelProto, folder: Path | None, frozen: bool) -> frozenset[str]:
+        """Spelt-out affines count as what they are: whether one is a BatchNorm matters to nobody here."""
+        return read(result, folder, freeze_initializers=frozen).tentative
+
+    def run(self) -> list[str]:
+        before, applied = self.before.graph, self.applied
+        check_algebra(before, applied.folded, applied.absorbed)
+        found = match(applied.merged, self.after.graph)
+        self._check_files(found)
+        worst = self._check_numbers(found)
+        self._check_merges(found)
+        return [
+            f"algebra: equal for every input, by {len(before.nodes)} steps",
+            f"weights: each of {len(found)} operators holds what it should, the worst number within "
+            f"{worst / 2:.3f} units in its last place",
+        ]
+
+    # -- the files
+
+    def _check_files(self, found: Mapping[str, Node]) -> None:
+        """What the graphs do not show."""
+        first, second = self.before, self.after
+        for field in ("input", "output"):
+            one, other = (getattr(each.model.graph, field) for each in (first, second))
+            if [item.name for item in one] != [item.name for item in other]:
+                raise Refuse(f"the models have other {field}s")
+        if first.context.opset != second.context.opset:
+            raise Refuse("the models are of different operator sets")
+        for value in (*first.context.overridable, *self.applied.merged.outputs):
+            if not np.array_equal(_constant(first, value), _constant(second, value)):
+                raise Refuse(f"`{value}` is another constant")
+        merged = {one["into"] for one in self.done.merges}
+        for name, twin in found.items():
+            node = self.applied.merged[name]
+            if name not in merged and node.affine is None:
+                mine = first.refs[node.copied[0] if node.copied else name]
+                self._check_settings(node, mine, second.refs[twin.name])
+
+    def _check_settings(self, node: Node, mine: list[NodeRef], theirs: list[NodeRef]) -> None:
+        linear = node.linear is not None
+        pairs = list(zip(mine, theirs, strict=not linear))[: 1 if linear else None]
+        for ref, twin in pairs:
+            same = (ref.op, ref.node.domain) == (twin.op, twin.node.domain)
+            if not same or list(_settings(ref.node, linear)) != list(_settings(twin.node, linear)):
+                raise Refuse(f"`{node.name}` ({node.op}) has other settings")
+            if not linear:
+                self._check_constants(node, ref, twin)
+
+    def _check_constants(self, node: Node, ref: NodeRef, twin: NodeRef) -> None:
+        pairs = zip((*ref.inputs, *ref.results), (*twin.inputs, *twin.results), strict=True)
+        for value, other in pairs:
+            one, two = _constant(self.before, value), _constant(self.after, other)
+            if (one is None) != (two is None) or not np.array_equal(one, two):
+                raise Refuse(f"`{node.name}` ({node.op}) reads another constant")
+
+    # -- the numbers
+
+    def _check_numbers(self, found: Mapping[str, Node]) -> float:
+        """How far the worst number of an operator is off, as a share of what it may be."""
+        worst = 0.0
+        for name, twin in found.items():
+            node = self.applied.merged[name]
+            if node.linear is not None:
+                share = self._share(node, twin)
+            elif node.affine is not None and twin.affine is not None:
+                share = self._affine_share(node, twin)
+            else:
+                continue
+            if not share <= 1.0:
+                raise Refuse(f"the numbers of `{twin.name}` ({twin.op}) are not those of `{name}`")
+            worst = max(worst, share)
+        return worst
+
+    def _share(self, node: Node, twin: Node) -> float:
+        assert node.linear is not None
+        assert twin.linear is not None
+        mine = find_slots(self.before, node.copied[0] if node.copied else node.name)
+        theirs = find_slots(self.after, twin.name)
+        weight, bias = stored_weight(self.before, mine), stored_bias(self.before, mine, node.linear)
+        new, own = stored_weight(self.after, theirs), stored_bias(self.after, theirs, twin.linear)
+        looks_up = bool(node.linear.sealed)
+        dtype = _dtype(self.after, theirs.ref.inputs[theirs.weight])
+        share = measure_weight(node.linear, weight, new, dtype, looks_up)
+        return share if looks_up else max(share, measure_bias(node.linear, weight, bias, own, dtype))
+
+    def _affine_share(self, node: Node, twin: Node) -> float:
+        """Of an affine that is left: one rounding for each of its numbers, and those of a BatchNorm once more."""
+        assert node.affine is not None
+        assert twin.affine is not None
+        unit = 4 * UNIT_ROUNDOFF[_dtype(self.after, self.after.refs[twin.name][-1].outputs[0])]
+        pairs = ((node.affine.scale, twin.affine.scale), (node.affine.shift, twin.affine.shift))
+        size = max(float(np.abs(mine).max(initial=0.0)) for mine, _ in pairs)
+        return max(
+            float(np.max(np.abs(mine - theirs) / (unit * size or 1.0), initial=0.0)) for mine, theirs in pairs
+        )
+
+    def _check_merges(self, found: Mapping[str, Node]) -> None:
+        """What was merged, by the numbers of the result."""
+        into = {one["into"]: found[one["into"]] for one in self.done.merges}
+        after = Graph(
+            tuple(self._formed(node, into) for node in self.applied.merged.nodes),
+            self.applied.merged.inputs,
+            self.applied.merged.outputs,
+        )
+        dtypes = {_dtype(self.after, self.after.refs[twin.name][0].outputs[0]) for twin in into.values()}
+        units = [(2 * UNIT_ROUNDOFF[dtype], smallest(dtype)) for dtype in dtypes]
+
+        def stored(node: Node) -> Any:
+            assert node.linear is not None
+            slots = find_slots(self.before, node.copied[0] if node.copied else node.name)
+            return stored_weight(self.before, slots), stored_bias(self.before, slots, node.linear)
+
+        def numbers(name: str) -> Any:
+            twin = into[name]
+            assert twin.linear is not None
+            slots = find_slots(self.after, twin.name)
+            bias = stored_bias(self.after, slots, twin.linear)
+            seen = twin.linear.view(np.asarray(stored_weight(self.after, slots), np.float64))
+            kernel = twin.linear.window.kernel if twin.linear.window is not None else ()
+            own = np.zeros(twin.linear.outputs) if bias is None else bias
+            return seen.reshape(*seen.shape[:3], *kernel), np.broadcast_to(own.ravel(), twin.linear.outputs)
+
+        check_merges(
+            self.applied.folded,
+            after,
+            claims(self.done, numbers),
+            self.done.left,
+            stored,
+            max(units, default=(0.0, 0.0)),
+        )
+
+    def _formed(self, node: Node, into: Mapping[str, Node]) -> Node:
+        """A node of the graph that should be, with the form that the result gives a merged one."""
+        if node.name not in into:
+            return node
+        twin = into[node.name]
+        return Node(node.name, twin.op, node.inputs, node.outputs, linear=twin.linear)
+
+
+def _settings(node: onnx.NodeProto, linear: bool) -> Iterator[bytes]:
+    """The attributes of a node, without bodies, and without what is in the numbers of a linear operator."""
+    for item in sorted(node.attribute, key=lambda item: item.name):
+        inner = item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+        if not inner and not (linear and item.name in ("alpha", "beta")):
+            yield item.SerializeToString(deterministic=True)
+
+
+def _constant(imported: ImportedModel, value: str) -> Any:
+    """The array that a value is; None where it is none."""
+    constants = imported.context.constants
+    return constants.array(value) if value and value in constants else None
+
+
+def _dtype(imported: ImportedModel, value: str) -> str:
+    return helper.tensor_dtype_to_np_dtype(imported.context.type(value) or onnx.TensorProto.FLOAT).name
