@@ -52,22 +52,19 @@ def measure_weight(
         return np.inf
     seen = linear.view(np.asarray(weight, np.float64))
     exact: Pair = (seen, np.zeros_like(seen))
+    added = np.zeros_like(seen)
     if linear.before is not None:
         exact = _times(exact, np.reshape(linear.before[0], (linear.groups, 1, -1, 1)))
     if linear.after is not None:
         exact = _times(exact, np.reshape(linear.after[0], (linear.groups, -1, 1, 1)))
         if looks_up:
-            exact = _plus(exact, np.reshape(linear.after[1], (linear.groups, -1, 1, 1)))
+            added += np.reshape(linear.after[1], (linear.groups, -1, 1, 1))
     if linear.parallel is not None:
-        own = np.zeros_like(seen)
         kernel, channels = np.shape(weight)[2:], np.arange(linear.outputs // linear.groups)
         tap = np.ravel_multi_index(linear.centre or (), kernel) if kernel else 0
-        own[:, channels, channels, tap] = np.reshape(linear.parallel, (linear.groups, -1))
-        exact = _plus(exact, own)
-    size = (
-        np.abs(seen) if not linear.changed else np.abs(exact[0]) + (linear.parallel is not None or looks_up)
-    )
-    return _worst(exact, linear.view(np.asarray(new, np.float64)), dtype, 4 * _EPS * size)
+        added[:, channels, channels, tap] += np.reshape(linear.parallel, (linear.groups, -1))
+    size = np.abs(exact[0]) + np.abs(added)
+    return _worst(_plus(exact, added), linear.view(np.asarray(new, np.float64)), dtype, 4 * _EPS * size)
 
 
 def measure_bias(
