@@ -27,6 +27,8 @@ from bnfold import fold
 from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
 from bnfold.output import check_target, replacing, together
+from bnfold.printed import Printed
+from bnfold.wording import enumerate_some
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +65,8 @@ def _parser() -> Parser:
         metavar="FILE",
         help="write the report as JSON, too; - for stdout, tables to stderr",
     )
+    add("--html", type=Path, metavar="FILE", help="write the whole report as a page for a browser, too")
+    add("--verbose", action="store_true", help="print every BatchNorm and every merge, however many there are")
     add(
         "--no-verify", dest="verify", action="store_false", help="compare nothing; the report says unverified"
     )
@@ -113,10 +117,12 @@ def _run(options: argparse.Namespace) -> int:
         if options.json not in (None, STDOUT):
             with replacing(options.json) as temporary:
                 temporary.write_text(report.to_json() + "\n", encoding="utf-8")
+        if options.html is not None:
+            with replacing(options.html) as temporary:
+                temporary.write_text(report.to_html(options.file.name), encoding="utf-8")
     if options.json == STDOUT:
         print(report.to_json())
-    for part in report.renderables():
-        console.print(part)
+    console.print(Printed(report, options.verbose, "in full: --verbose, --html FILE, --json FILE"))
     print("nothing written (--dry-run)" if options.dry_run else done, file=console.file)
     return 0
 
@@ -133,15 +139,18 @@ def _check_targets(options: argparse.Namespace) -> None:
     """Refuse what could not be written before anything is computed."""
     if options.output == STDOUT and not options.dry_run:
         raise InputError("-o -: a model is not written to stdout; name a file")
-    targets = [] if options.dry_run else [options.output]
-    targets += [] if options.json in (None, STDOUT) else [options.json]
-    for target in targets:
+    if options.html == STDOUT:
+        raise InputError("--html -: a page is not written to stdout; name a file")
+    models = [] if options.dry_run else [options.output]
+    reports = [path for path in (options.json, options.html) if path not in (None, STDOUT)]
+    for target in [*models, *reports]:
         check_target(target)
-    files = [target.resolve() for target in targets if not target.is_char_device()]
-    if len(set(files)) < len(files):
-        raise InputError(f"{options.json} is where the model goes; name another file for the report")
-    if options.json is not None and options.json.resolve() == options.file.resolve():
-        raise InputError(f"{options.json} is the model itself; name another file for the report")
+    taken = {options.file.resolve(): "the model itself"} | {path.resolve(): "where the model goes" for path in models}
+    for report in reports:
+        place = report.resolve()
+        if place in taken and not report.is_char_device():
+            raise InputError(f"{report} is {taken[place]}; name another file for the report")
+        taken[place] = "where the other report goes"
 
 
 def _refuse(options: argparse.Namespace, *names: str) -> None:
@@ -232,13 +241,13 @@ def _notes_on(report: Report) -> Iterator[str]:
 
 
 def _describe_new(before: nn.Module, after: nn.Module) -> list[str]:
-    """One line with every tensor that folding computed anew, and its shape; none where it computed none."""
+    """One line with the tensors that folding computed anew, a dozen of them, and their shapes; none where it did none."""
     old = before.state_dict()
     new = [
         name for name, tensor in after.state_dict().items() if name not in old or not tensor.equal(old[name])
     ]
     shapes = ("x".join(map(str, after.state_dict()[name].shape)) for name in new)
-    return [f"new: {', '.join(map(' '.join, zip(new, shapes, strict=True)))}"] if new else []
+    return [f"new: {enumerate_some(list(map(' '.join, zip(new, shapes, strict=True))), 12)}"] if new else []
 
 
 def _folded(source: Checkpoint, model: Any, report: Report, path: Path) -> Checkpoint:

@@ -40,6 +40,7 @@ PAPER = """
 body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; color: var(--ink); background: var(--paper);
   font: 1rem/1.5 system-ui, sans-serif; }
 h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere; }
+h1 { font-size: clamp(1.35rem, 6vw, 2rem); }
 """
 """The colours of a page, in light and in dark, and its measures."""
 
@@ -59,10 +60,11 @@ _STYLE = """
 .bnfold details { margin: .5em 0; border: 1px solid var(--edge); border-radius: .3em; }
 .bnfold summary { cursor: pointer; padding: .5em .8em; background: var(--wash); }
 .bnfold summary b { font-variant-numeric: tabular-nums; }
-.bnfold details ul { list-style: none; margin: 0; padding: .2em .8em; max-height: 32em; overflow-y: auto; }
+.bnfold details ul { list-style: none; margin: 0; padding: .2em .8em; }
 .bnfold details li { margin: 0; padding: .35em 0; }
 .bnfold details li + li { border-top: 1px solid var(--edge); }
 .bnfold .where { display: block; padding-left: 1.2em; font-size: .9em; }
+.bnfold .where span { display: inline-block; margin-right: 1em; }
 .bnfold var { font-style: normal; font-weight: 700; border: 1px solid var(--edge); border-radius: .2em; padding: 0 .3em;
   font-size: .85em; }
 .bnfold .wide { overflow-x: auto; }
@@ -70,7 +72,6 @@ _STYLE = """
 .bnfold th, .bnfold td { padding: .3em 1em .3em 0; border-bottom: 1px solid var(--edge); text-align: left;
   white-space: nowrap; vertical-align: top; background: none; color: inherit; }
 .bnfold .words { white-space: normal; min-width: 12em; }
-@media print { .bnfold details ul { max-height: none; overflow: visible; } }
 """
 
 
@@ -155,8 +156,8 @@ def _fill(kind: Group[Item], marks: Sequence[str]) -> str:
 
 
 def _where(marks: Sequence[str], values: Sequence[str]) -> str:
-    pairs = (f"{mark} {_sentence(value)}" for mark, value in zip(marks, values, strict=True))
-    return f' <span class="where">{" &nbsp; ".join(pairs)}</span>' if values else ""
+    pairs = (f"<span>{mark} {_sentence(value)}</span>" for mark, value in zip(marks, values, strict=True))
+    return f' <span class="where">{" ".join(pairs)}</span>' if values else ""
 
 
 def _list(heading: str, entries: Sequence[str]) -> str:
@@ -168,8 +169,8 @@ def _list(heading: str, entries: Sequence[str]) -> str:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells that are HTML; the last column holds words. It scrolls by itself where it is too wide."""
-    lines = [_row("th", list(map(escape, headings))), *(_row("td", row) for row in rows)]
-    return f'<div class="wide" tabindex="0"><table>\n{"\n".join(lines)}\n</table></div>'
+    lines = "\n".join([_row("th", list(map(escape, headings))), *(_row("td", row) for row in rows)])
+    return f'<div class="wide" tabindex="0"><table>\n{lines}\n</table></div>'
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:
@@ -195,7 +196,9 @@ def _counts(report: Report) -> str:
 
 
 def _left(report: Report) -> str:
-    return _section("Left, and why", *(_outcome(report, outcome) for outcome in ("kept", "scale folded")))
+    kept, halved = _outcome(report, "kept"), _outcome(report, "scale folded")
+    rest = "<p>Where the scale is folded, one addition per channel is left.</p>" if halved else ""
+    return _section("Left, and why", kept, rest, halved)
 
 
 def _folded(report: Report) -> str:
@@ -235,8 +238,14 @@ def _merge(merge: Merge) -> str:
 def _evidence(report: Report) -> str:
     headings = ("compared in", "inputs", "deviation", "bound", "the output moves by", "where the bound comes from")
     rows = [_compared(item) for item in report.evidence]
-    unread = "" if report.verified else "<p>The folded model was not compared with the original.</p>"
-    return _section("Compared", _table(headings, rows) if rows else "", unread)
+    return _section("Compared", *([_table(headings, rows), _SCALE] if rows else [_UNVERIFIED]))
+
+
+_SCALE = (
+    "<p>Deviations are those of the folded model from the original, as a part of the largest output; so are the moves, from"
+    " one input to another. Where the output hardly moves, a comparison says little.</p>"
+)
+_UNVERIFIED = "<p>The folded model was not compared with the original.</p>"
 
 
 def _compared(item: Evidence) -> list[str]:
