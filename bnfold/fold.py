@@ -66,7 +66,9 @@ def _parser() -> Parser:
         help="write the report as JSON, too; - for stdout, tables to stderr",
     )
     add("--html", type=Path, metavar="FILE", help="write the whole report as a page for a browser, too")
-    add("--verbose", action="store_true", help="print every BatchNorm and every merge, however many there are")
+    add(
+        "--verbose", action="store_true", help="print every BatchNorm and every merge, however many there are"
+    )
     add(
         "--no-verify", dest="verify", action="store_false", help="compare nothing; the report says unverified"
     )
@@ -145,7 +147,9 @@ def _check_targets(options: argparse.Namespace) -> None:
     reports = [path for path in (options.json, options.html) if path not in (None, STDOUT)]
     for target in [*models, *reports]:
         check_target(target)
-    taken = {options.file.resolve(): "the model itself"} | {path.resolve(): "where the model goes" for path in models}
+    taken = {options.file.resolve(): "the model itself"} | {
+        path.resolve(): "where the model goes" for path in models
+    }
     for report in reports:
         place = report.resolve()
         if place in taken and not report.is_char_device():
@@ -241,7 +245,7 @@ def _notes_on(report: Report) -> Iterator[str]:
 
 
 def _describe_new(before: nn.Module, after: nn.Module) -> list[str]:
-    """One line with the tensors that folding computed anew, a dozen of them, and their shapes; none where it did none."""
+    """One line with tensors that folding computed anew, a dozen at most, and their shapes; none where there is none."""
     old = before.state_dict()
     new = [
         name for name, tensor in after.state_dict().items() if name not in old or not tensor.equal(old[name])

@@ -1,8 +1,8 @@
 """A report as HTML: a page of its own that opens anywhere, offline, in light and in dark; and a piece of a notebook.
 
 The page loads nothing and runs nothing: styles are inline, there is no script, and a content security policy makes the
-browser refuse anything else. All of the report is in it. What is said of several BatchNorms is said once, with letters for
-the names that differ, and each of them is listed with its own; a long list is closed until a reader opens it.
+browser refuse anything else. All of the report is in it. What is said of several BatchNorms is said once, with letters
+for the names that differ, and each of them is listed with its own; a long list is closed until a reader opens it.
 
 All text is the model's, so a stranger's: every piece passes through `_text` or `_sentence`, which escape it.
 
@@ -175,7 +175,9 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _row(tag: str, cells: Sequence[str]) -> str:
     *cells, last = cells
-    return f'<tr>{"".join(f"<{tag}>{cell}</{tag}>" for cell in cells)}<{tag} class="words">{last}</{tag}></tr>'
+    return (
+        f'<tr>{"".join(f"<{tag}>{cell}</{tag}>" for cell in cells)}<{tag} class="words">{last}</{tag}></tr>'
+    )
 
 
 # -- the sections
@@ -236,14 +238,21 @@ def _merge(merge: Merge) -> str:
 
 
 def _evidence(report: Report) -> str:
-    headings = ("compared in", "inputs", "deviation", "bound", "the output moves by", "where the bound comes from")
+    headings = (
+        "compared in",
+        "inputs",
+        "deviation",
+        "bound",
+        "the output moves by",
+        "where the bound comes from",
+    )
     rows = [_compared(item) for item in report.evidence]
     return _section("Compared", *([_table(headings, rows), _SCALE] if rows else [_UNVERIFIED]))
 
 
 _SCALE = (
-    "<p>Deviations are those of the folded model from the original, as a part of the largest output; so are the moves, from"
-    " one input to another. Where the output hardly moves, a comparison says little.</p>"
+    "<p>Deviations are those of the folded model from the original, as a part of the largest output; so is what it moves"
+    " by from one input to another. Where the output hardly moves, a comparison says little.</p>"
 )
 _UNVERIFIED = "<p>The folded model was not compared with the original.</p>"
 

@@ -1,8 +1,8 @@
 """A report as it is printed: of any net at most a screenful, as wide as the console.
 
-First what the verdicts rest on, and the summary. Then what was left and why, by kinds of reasons, each with how many and
-with three names; what was folded and what was merged, likewise; and how the models were compared. A dozen rows that fit
-the width are a table. What the screen does not hold is left out where there is most of it, and a line says how much.
+First what the verdicts rest on, and the summary. Then what was left and why, by kinds of reasons, each with how many
+and with three names; what was folded and what was merged, likewise; and how the models were compared. A few rows that
+fit the width are a table. What the screen does not hold is left out where there is most of it, and a line says how much.
 
 In full, every BatchNorm and every merge has an entry of its own, and nothing is left out.
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from bnfold.wording import enumerate_some, group, shorten_number, spell_out
+from bnfold.wording import Group, enumerate_some, group, shorten_number, spell_out
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -23,16 +23,21 @@ if TYPE_CHECKING:
 
     from bnfold.report import Evidence, Merge, Report, Verdict
 
-__all__ = ["LINES", "Printed"]
+__all__ = ["LINES", "PARTS", "Printed"]
 
 LINES = 36
 """As many lines has a report at most: a command can still say what it wrote on a screen of 40."""
 
-_ROWS = 12
-"""More rows are no table."""
+_ROWS, _TABLE, _WORDS = 12, 18, 36
+"""A table has as many rows and lines at most, and its last column at least that width if a cell takes several lines."""
 
 _SENTENCE, _NAMES = 5, 3
 """As many lines have a sentence, and the names below it, at most."""
+
+_LIMITS = 3
+"""As many limits stand above the summary at most."""
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -55,6 +60,9 @@ class _Section:
         self.left_out += 1
 
 
+Part = Callable[["_Paper", "Report"], Iterator[_Section]]
+"""Makes the sections of one part of a report."""
+
 _Block = list[_Section]
 """Sections that stand together, with an empty line before and after."""
 
@@ -67,16 +75,22 @@ class Printed:
         report: what is printed.
         full: whether every verdict and every merge has an entry, however many lines that takes.
         more: where all of it stands, for who reads a report in which something was left out; "" for no such line.
+        parts: what of it is printed; None for all `PARTS`.
     """
 
     report: Report
     full: bool = False
     more: str = "in full: report.to_text(full=True), report.to_html()"
+    parts: Sequence[Part] | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         """The lines, none of which is wider than the console."""
         paper = _Paper(console, options, self.full)
-        blocks = [block for make in BLOCKS if (block := [one for one in make(paper, self.report) if one.height])]
+        blocks = [
+            block
+            for make in self.parts or PARTS
+            if (block := [one for one in make(paper, self.report) if one.height])
+        ]
         if not self.full:
             self._fit(paper, blocks)
         for place, block in enumerate(blocks):
@@ -121,11 +135,13 @@ class _Paper:
     full: bool
     abridged: bool = False
 
-    def lines(self, text: str, indent: int = 0, hang: int = 0, style: str = "") -> list[Text]:
-        """The lines of a paragraph; those after the first are indented by `hang` more."""
+    def lines(
+        self, text: str, indent: int = 0, hang: int = 0, style: str = "", width: int | None = None
+    ) -> list[Text]:
+        """The lines of a paragraph, as wide as the console; those after the first are indented by `hang` more."""
         from rich.text import Text
 
-        width = max(self.options.max_width - indent - hang, 10)
+        width = width or max(self.options.max_width - indent - hang, 10)
         wrapped = Text(spell_out(text), style).wrap(self.console, width)
         for place, line in enumerate(wrapped):
             line.rstrip()
@@ -138,7 +154,7 @@ class _Paper:
         return self._cut(self.lines(text, hang=2), _SENTENCE)
 
     def entry(self, text: str, names: Sequence[str], separator: str = ", ") -> list[Text]:
-        """A sentence, and the names of whom it is true: three of them, fewer where they are long."""
+        """A sentence, and the names of whom it is true: three of them, or as many as fit on a few lines."""
         tries = (self.lines(enumerate_some(names, most, separator), 4) for most in (3, 2, 1))
         found = next((lines for lines in tries if len(lines) <= _NAMES), None)
         last = found or self._cut(self.lines(enumerate_some(names, 1, separator), 4), _NAMES)
@@ -154,29 +170,63 @@ class _Paper:
         last.append(" ...")
         return lines[:most]
 
+    def section(
+        self, noun: str, items: Sequence[Item], show: Callable[[Item], list[Text]], most: int = LINES
+    ) -> _Section:
+        """An entry for each item; for the first ones, where there are more than a screen holds."""
+        shown = items if self.full else items[:most]
+        self.abridged |= len(shown) < len(items)
+        return _Section(noun, list(map(show, shown)), left_out=len(items) - len(shown))
+
+    def kinds(
+        self,
+        noun: str,
+        items: Sequence[Item],
+        reason: Callable[[Item], str],
+        show: Callable[[Group[Item]], list[Text]],
+    ) -> _Section:
+        """An entry for each kind of reason."""
+        kinds = group(items, reason)
+        self.abridged |= any(kind.values[0] for kind in kinds)
+        return self.section(noun, kinds, show)
+
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> _Section | None:
-        """A table, where each of the rows, not many, fits on a line."""
+        """A table, where it is small and wide enough; in its last column a cell may take several lines."""
         from rich.cells import cell_len, set_cell_size
 
-        cells = [list(map(spell_out, row)) for row in (headings, *rows)]
-        widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-        width = sum(widths) + 3 * len(widths) - 2
-        if len(rows) > _ROWS or width > self.options.max_width:
+        if not 0 < len(rows) <= _ROWS:
             return None
-        padded = [map(set_cell_size, row, widths) for row in cells]
-        heading, *others = (self._row(" " + "   ".join(row)) for row in padded)
-        heading.stylize("bold")
-        rule = ("-" if self.options.ascii_only else "─") * (width - 1)
-        return _Section("row", [[row] for row in others], [heading, self._row(f" {rule}")])
+        cells = [list(map(spell_out, row)) for row in (headings, *rows)]
+        *widths, last = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+        taken = sum(widths) + 3 * len(widths) + 1
+        last = min(last, max(self.options.max_width - taken, _WORDS))
+        if taken + last > self.options.max_width:
+            return None
+        entries = []
+        for *others, words in cells:
+            start = " " + "".join(
+                set_cell_size(cell, width) + "   " for cell, width in zip(others, widths, strict=True)
+            )
+            entries.append(self._row(start, self.lines(words, width=last)))
+        heading, *entries = entries
+        heading[0].stylize("bold")
+        rule = ("-" if self.options.ascii_only else "─") * (taken + last - 1)
+        table = _Section("row", entries, [*heading, *self.lines(f" {rule}")])
+        return table if table.height <= _TABLE else None
 
-    def _row(self, text: str) -> Text:
+    def _row(self, start: str, words: Sequence[Text]) -> list[Text]:
         from rich.text import Text
 
-        return Text(text.rstrip(), no_wrap=True, overflow="ignore")
+        first, *rest = words
+        first = Text(start, no_wrap=True, overflow="ignore").append_text(first)
+        first.rstrip()
+        for line in rest:
+            line.pad_left(len(start))
+        return [first, *rest]
 
 
 def _open(paper: _Paper, report: Report) -> Iterator[_Section]:
-    yield _Section("limit", [paper.sentence(limit) for limit in report.limits])
+    yield paper.section("limit", report.limits, paper.sentence, _LIMITS)
     yield _Section(head=paper.lines(report.summary(), style="bold"))
 
 
@@ -184,13 +234,15 @@ def _verdicts(paper: _Paper, report: Report) -> Iterator[_Section]:
     headings = ("BatchNorm", "outcome", "into", "why")
     rows = [(one.name, one.outcome, ", ".join(one.into), one.reason) for one in report.verdicts]
     columns = 4 if any(row[3] for row in rows) else 3
-    table = paper.table(headings[:columns], [row[:columns] for row in rows]) if rows else None
+    table = paper.table(headings[:columns], [row[:columns] for row in rows])
     if table is not None:
         yield table
     elif paper.full:
-        yield _Section("BatchNorm", [paper.sentence(_tell(verdict)) for verdict in report.verdicts])
+        yield paper.section("BatchNorm", report.verdicts, lambda one: paper.sentence(_tell(one)))
     else:
-        yield from _kinds(paper, report.verdicts)
+        yield _kinds(paper, "reason", [one for one in report.verdicts if one.outcome == "kept"])
+        yield _kinds(paper, "reason", [one for one in report.verdicts if one.outcome == "scale folded"])
+        yield _kinds(paper, "kind", [one for one in report.verdicts if one.outcome == "folded"])
 
 
 def _tell(verdict: Verdict) -> str:
@@ -198,48 +250,48 @@ def _tell(verdict: Verdict) -> str:
     return f"{verdict.name}: {verdict.outcome}{into}" + (f"; {verdict.reason}" if verdict.reason else "")
 
 
-def _kinds(paper: _Paper, verdicts: Sequence[Verdict]) -> Iterator[_Section]:
-    """What was left, by kinds of reasons; then what was folded."""
-    for noun, outcomes in (("reason", ("kept", "scale folded")), ("kind", ("folded",))):
-        section = _Section(noun)
-        for outcome in outcomes:
-            for kind in group([one for one in verdicts if one.outcome == outcome], lambda one: one.reason):
-                paper.abridged |= bool(kind.values[0])
-                said = kind.sentence()
-                names = [_name(one, bool(said)) for one in kind.items]
-                text = f"{len(names):,} {outcome}" + (f": {said}" if said else "")
-                section.entries.append(paper.entry(text, names))
-        yield section
+def _kinds(paper: _Paper, noun: str, verdicts: Sequence[Verdict]) -> _Section:
+    """BatchNorms of one outcome, by kinds of reasons."""
+
+    def show(kind: Group[Verdict]) -> list[Text]:
+        reason = kind.sentence()
+        names = [one.name if reason else _whither(one) for one in kind.items]
+        text = f"{len(kind.items):,} {kind.items[0].outcome}" + (f": {reason}" if reason else "")
+        return paper.entry(text, names)
+
+    return paper.kinds(noun, verdicts, lambda one: one.reason, show)
 
 
-def _name(verdict: Verdict, alone: bool) -> str:
-    return verdict.name if alone or not verdict.into else f"{verdict.name} into {enumerate_some(verdict.into)}"
+def _whither(verdict: Verdict) -> str:
+    return f"{verdict.name} into {enumerate_some(verdict.into)}" if verdict.into else verdict.name
 
 
 def _merges(paper: _Paper, report: Report) -> Iterator[_Section]:
-    made = [(one.into, ", ".join(one.sources), *_costs(one)) for one in report.merged]
-    table = paper.table(("merged into", "from", "multiply-adds", "bytes"), made) if made else None
+    rows = [(one.into, ", ".join(one.sources), *_costs(one)) for one in report.merged]
+    table = paper.table(("merged into", "from", "multiply-adds", "bytes"), rows)
     if table is not None:
         yield table
     elif paper.full:
-        texts = [f"{into}: merged from {names}; multiply-adds {work}, bytes {size}" for into, names, work, size in made]
-        yield _Section("merge", [paper.sentence(text) for text in texts])
-    elif made:
+        words = "{} merged from {}; multiply-adds {}, bytes {}"
+        yield paper.section("merge", rows, lambda row: paper.sentence(words.format(*row)))
+    elif rows:
         paper.abridged = True
         names = [f"{one.into} from {enumerate_some(one.sources)}" for one in report.merged]
-        yield _Section("merge", [paper.entry(f"{len(made):,} merged", names, "; ")])
+        yield _Section("merge", [paper.entry(f"{len(rows):,} merged", names, "; ")])
     yield _not_merged(paper, [one for one in report.merges if not one.into])
 
 
 def _not_merged(paper: _Paper, merges: Sequence[Merge]) -> _Section:
+    def show(kind: Group[Merge]) -> list[Text]:
+        names = list(map(_between, kind.items))
+        return paper.entry(f"{len(names):,} not merged: {kind.sentence()}", names, "; ")
+
     if paper.full:
-        return _Section("merge", [paper.sentence(f"{_between(one)}: not merged; {one.reason}") for one in merges])
-    section = _Section("reason")
-    for kind in group(merges, lambda one: one.reason):
-        paper.abridged |= bool(kind.values[0])
-        names = [_between(one) for one in kind.items]
-        section.entries.append(paper.entry(f"{len(names):,} not merged: {kind.sentence()}", names, "; "))
-    return section
+        words = "{} not merged: {}"
+        return paper.section(
+            "merge", merges, lambda one: paper.sentence(words.format(_between(one), one.reason))
+        )
+    return paper.kinds("reason", merges, lambda one: one.reason, show)
 
 
 def _between(merge: Merge) -> str:
@@ -254,9 +306,10 @@ def _costs(merge: Merge) -> tuple[str, str]:
 def _evidence(paper: _Paper, report: Report) -> Iterator[_Section]:
     headings = ("compared in", "inputs", "deviation", "bound", "where the bound comes from")
     rows = [_compared(item) for item in report.evidence]
-    table = paper.table(headings, rows) if rows else None
     words = "compared in {}, {} inputs: deviation {}, bound {}, {}"
-    yield table or _Section("comparison", [paper.sentence(words.format(*row)) for row in rows])
+    yield paper.table(headings, rows) or paper.section(
+        "comparison", rows, lambda row: paper.sentence(words.format(*row))
+    )
 
 
 def _compared(item: Evidence) -> tuple[str, ...]:
@@ -265,11 +318,11 @@ def _compared(item: Evidence) -> tuple[str, ...]:
 
 
 def _close(paper: _Paper, report: Report) -> Iterator[_Section]:
-    yield _Section("note", [paper.sentence(note) for note in report.notes])
+    yield paper.section("note", report.notes, paper.sentence)
     if report.parameters is not None:
         before, after = report.parameters
         yield _Section(head=paper.lines(f"parameters and statistics: {before:,} before, {after:,} after"))
 
 
-BLOCKS: tuple[Callable[[_Paper, Report], Iterator[_Section]], ...] = (_open, _verdicts, _merges, _evidence, _close)
+PARTS: tuple[Part, ...] = (_open, _verdicts, _merges, _evidence, _close)
 """The parts of a printed report, in order."""

@@ -50,9 +50,7 @@ class Group(Generic[Item]):
     def sentence(self, marks: Iterable[str] | None = None) -> str:
         """What is said, with a mark in each open slot: by default `...` for names, from where to where for numbers."""
         marks = map(_cover, zip(*self.values, strict=True)) if marks is None else marks
-        return self.parts[0] + "".join(
-            mark + part for mark, part in zip(marks, self.parts[1:], strict=True)
-        )
+        return self.parts[0] + "".join(mark + part for mark, part in zip(marks, self.parts[1:], strict=True))
 
 
 def group(items: Iterable[Item], sentence: Callable[[Item], str]) -> list[Group[Item]]:

@@ -28,7 +28,7 @@ from bnfold import checkpoint as checkpoints
 from bnfold.checkpoint import Checkpoint
 from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
-from bnfold.printed import Printed
+from bnfold.printed import PARTS, Printed
 from bnfold.report import Report
 from export.convert import Exported, export, has_batchnorm
 from export.latency import Timing, compare_latencies
@@ -68,7 +68,8 @@ def run(options: argparse.Namespace) -> None:
     options.checkpoint = options.checkpoint or _newest()
     exported = export(options.checkpoint, options.output, _batch(options.batch))
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
-    console.print(Printed(Report(exported.verdicts, (exported.evidence,)), more=""))
+    report = Report(exported.verdicts, (exported.evidence,))
+    console.print(Printed(report, more="", parts=PARTS if exported.verdicts else PARTS[1:]))
     if options.timing:
         console.print(tabulate(_time(options.checkpoint, exported)))
     print(f"nodes: {exported.counts}")

@@ -13,7 +13,7 @@ LIGHT, DARK = 1, 0
 """The colour scheme that a reader prefers, as Chromium counts them."""
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_QUIET = "no-first-run disable-background-networking disable-component-update disable-sync disable-gpu".split()
+_QUIET = ("no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
 
 needs_browser = pytest.mark.skipif(
     _BROWSER is None, reason="there is no Chromium here (chromium, chromium-browser or google-chrome)"
@@ -22,7 +22,7 @@ needs_browser = pytest.mark.skipif(
 
 def browse(path: Path, profile: Path, scheme: int, *options: str) -> tuple[str, str]:
     """Return what Chromium prints, and what it logs."""
-    command = [_BROWSER, "--headless=new", "--no-sandbox", "--hide-scrollbars", "--enable-logging=stderr"]
+    command = [_BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
     command += [f"--{name}" for name in _QUIET]
     command += [f"--user-data-dir={profile / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}"]
     done = subprocess.run(
