@@ -18,7 +18,7 @@ from html import escape
 from itertools import chain, count
 from typing import TYPE_CHECKING, TypeVar
 
-from bnfold.wording import Group, group, shorten_number, spell_out
+from bnfold.wording import Group, group, spell_out
 
 if TYPE_CHECKING:
     from bnfold.report import Evidence, Merge, Outcome, Report, Verdict
@@ -51,7 +51,8 @@ _STYLE = """
 .bnfold .summary { font-size: 1.1em; font-weight: 600; margin: .8em 0; }
 .bnfold .limit { border: 1px solid var(--edge); border-left: .35em solid #bf8700; padding: .5em .8em; margin: .5em 0; }
 .bnfold .counts { display: flex; flex-wrap: wrap; gap: .6em; margin: 1em 0; padding: 0; }
-.bnfold .counts div { background: var(--wash); border-left: .35em solid var(--edge); padding: .35em 1em .35em .7em; }
+.bnfold .counts div { display: flex; flex-direction: column-reverse; background: var(--wash);
+  border-left: .35em solid var(--edge); padding: .35em 1em .35em .7em; }
 .bnfold .counts div.folded { border-color: #2f8f4e; }
 .bnfold .counts div.scale { border-color: #bf8700; }
 .bnfold .counts div.kept { border-color: #c2564b; }
@@ -64,13 +65,14 @@ _STYLE = """
 .bnfold details li { margin: 0; padding: .35em 0; }
 .bnfold details li + li { border-top: 1px solid var(--edge); }
 .bnfold .where { display: block; padding-left: 1.2em; font-size: .9em; }
-.bnfold .where span { display: inline-block; margin-right: 1em; }
+.bnfold .where span { display: inline-flex; align-items: baseline; gap: .35em; max-width: 100%; margin-right: 1em; }
 .bnfold var { font-style: normal; font-weight: 700; border: 1px solid var(--edge); border-radius: .2em; padding: 0 .3em;
   font-size: .85em; }
 .bnfold .wide { overflow-x: auto; }
 .bnfold table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .3em 0; font-size: inherit; }
 .bnfold th, .bnfold td { padding: .3em 1em .3em 0; border-bottom: 1px solid var(--edge); text-align: left;
   white-space: nowrap; vertical-align: top; background: none; color: inherit; }
+.bnfold .number { text-align: right; }
 .bnfold .words { white-space: normal; min-width: 12em; }
 """
 
@@ -167,17 +169,16 @@ def _list(heading: str, entries: Sequence[str]) -> str:
     return f"<details{is_open}>\n<summary>{heading}</summary>\n<ul>\n{items}\n</ul>\n</details>"
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML; the last column holds words. It scrolls by itself where it is too wide."""
-    lines = "\n".join([_row("th", list(map(escape, headings))), *(_row("td", row) for row in rows)])
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of names, numbers and, after five columns, words. It scrolls by itself where the page is too narrow."""
+    lines = "\n".join([_row("th", [escape(each) for each in headings]), *(_row("td", row) for row in rows)])
     return f'<div class="wide" tabindex="0"><table>\n{lines}\n</table></div>'
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:
-    *cells, last = cells
-    return (
-        f'<tr>{"".join(f"<{tag}>{cell}</{tag}>" for cell in cells)}<{tag} class="words">{last}</{tag}></tr>'
-    )
+    kinds = ("name", *["number"] * 4, "words")
+    row = "".join(f'<{tag} class="{kind}">{cell}</{tag}>' for kind, cell in zip(kinds, cells, strict=False))
+    return f"<tr>{row}</tr>"
 
 
 # -- the sections
@@ -191,7 +192,7 @@ def _open(report: Report) -> str:
 def _counts(report: Report) -> str:
     outcomes: tuple[Outcome, ...] = ("folded", "scale folded", "kept")
     tiles = (
-        f'<div class="{outcome.split()[0]}"><dd>{report.count(outcome):,}</dd><dt>{outcome}</dt></div>'
+        f'<div class="{outcome.split()[0]}"><dt>{outcome}</dt><dd>{report.count(outcome):,}</dd></div>'
         for outcome in outcomes
     )
     return f'<dl class="counts">{"".join(tiles)}</dl>' if report.verdicts else ""
@@ -220,39 +221,29 @@ def _merged(report: Report) -> str:
     entries = [_merge(merge) for merge in report.merged]
     made = _list(f"<b>{len(entries):,}</b> merged", entries) if entries else ""
     apart = [merge for merge in report.merges if not merge.into]
-    left = _groups(apart, "not merged", lambda merge: merge.reason, lambda merge: _names(merge.sources))
-    return _section("Merged", _gain(report), made, left)
-
-
-def _gain(report: Report) -> str:
-    """What merging has gained, in a table; nothing where the report does not say."""
-    pairs = (("linear operators", report.operators), ("multiply-adds", report.multiply_adds))
-    rows = [[name, *(f"{number:,}" for number in pair)] for name, pair in pairs if pair is not None]
-    return _table(("", "before", "after"), rows) if rows and report.merges else ""
+    return _section("Merged", made, _groups(apart, "not merged", lambda merge: merge.reason, _apart))
 
 
 def _merge(merge: Merge) -> str:
     pairs = (("multiply-adds", merge.multiply_adds), ("bytes", merge.bytes))
-    costs = (f"{name} {shorten_number(a)} to {shorten_number(b)}" for name, (a, b) in pairs)
+    costs = (f"{name} {before:,} to {after:,}" for name, (before, after) in pairs)
     return f'{_code(merge.into)} from {_names(merge.sources)} <span class="where">{", ".join(costs)}</span>'
 
 
+def _apart(merge: Merge) -> str:
+    return " with ".join(map(_code, merge.sources))
+
+
 def _evidence(report: Report) -> str:
-    headings = (
-        "compared in",
-        "inputs",
-        "deviation",
-        "bound",
-        "the output moves by",
-        "where the bound comes from",
-    )
-    rows = [_compared(item) for item in report.evidence]
-    return _section("Compared", *([_table(headings, rows), _SCALE] if rows else [_UNVERIFIED]))
+    if report.evidence:
+        return _section("Compared", _table(_COMPARED, map(_compared, report.evidence)), _SCALE)
+    return _section("Compared", _UNVERIFIED if report.verdicts or report.merges else "")
 
 
+_COMPARED = ("compared in", "inputs", "deviation", "bound", "movement", "where the bound comes from")
 _SCALE = (
-    "<p>Deviations are those of the folded model from the original, as a part of the largest output; so is what it moves"
-    " by from one input to another. Where the output hardly moves, a comparison says little.</p>"
+    "<p>The deviation is how far the folded model is from the original, the movement how far the output moves from one"
+    " input to another, each relative to the largest output. Where that hardly moves, a comparison says little.</p>"
 )
 _UNVERIFIED = "<p>The folded model was not compared with the original.</p>"
 
@@ -269,12 +260,15 @@ def _notes(report: Report) -> str:
     return _section("Notes", f"<ul>\n{items}\n</ul>" if items else "")
 
 
-def _size(report: Report) -> str:
-    if report.parameters is None:
-        return ""
-    before, after = report.parameters
-    return _section("Size", f"<p>{before:,} parameters and statistics before, {after:,} after.</p>")
+def _sizes(report: Report) -> str:
+    pairs = (
+        ("parameters and statistics", report.parameters),
+        ("linear operators", report.operators),
+        ("multiply-adds of one example", report.multiply_adds),
+    )
+    rows = [[name, *(f"{number:,}" for number in pair)] for name, pair in pairs if pair is not None]
+    return _section("Before and after", _table(("", "before", "after"), rows) if rows else "")
 
 
-SECTIONS: tuple[Callable[[Report], str], ...] = (_open, _left, _folded, _merged, _evidence, _notes, _size)
+SECTIONS: tuple[Callable[[Report], str], ...] = (_open, _left, _folded, _merged, _evidence, _notes, _sizes)
 """What stands on the page, in order: each makes its HTML of a report, or nothing."""

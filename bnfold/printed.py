@@ -2,7 +2,7 @@
 
 First what the verdicts rest on, and the summary. Then what was left and why, by kinds of reasons, each with how many
 and with three names; what was folded and what was merged, likewise; and how the models were compared. A few rows that
-fit the width are a table. What the screen does not hold is left out where there is most of it, and a line says how much.
+fit the width are a table. What a screen does not hold is left out where there is most of it, and a line says how much.
 
 In full, every BatchNorm and every merge has an entry of its own, and nothing is left out.
 

@@ -16,7 +16,9 @@ def sentences(*texts: str) -> list[str]:
 
 
 def test_sentences_that_differ_in_names_alone_are_one_kind() -> None:
-    assert sentences("`a` (Relu) is not linear", "`b.1` (Relu) is not linear") == ["`...` (Relu) is not linear"]
+    assert sentences("`a` (Relu) is not linear", "`b.1` (Relu) is not linear") == [
+        "`...` (Relu) is not linear"
+    ]
     assert len(sentences("`a` (Relu) is not linear", "`a` (Tanh) is not linear")) == 2
 
 
