@@ -1,4 +1,4 @@
-"""A page in headless Chromium, where there is one: what it prints and logs, what it shows, and how well it can be read."""
+"""A page in headless Chromium, where there is one: what it prints, logs and shows, and how well that can be read."""
 
 from __future__ import annotations
 

@@ -88,6 +88,20 @@ def test_the_whole_text_names_everything_and_repeats_what_is_said_of_each() -> N
     assert "more" not in joined.replace("not more", "")
 
 
+def test_a_sentence_or_a_name_that_does_not_end_is_cut_and_what_comes_after_it_stays() -> None:
+    verdicts = [
+        Verdict("n" * 9_000, "kept", (), "word " * 9_000),
+        *[Verdict(f"f{i}", "folded", ("c",)) for i in range(20)],
+    ]
+    text = str(Report(tuple(verdicts), EVIDENCE, ("note " * 9_000,)))
+    assert len(text.splitlines()) < 30
+    assert "1 kept: word word" in text
+    assert "    nnn" in text
+    assert text.count(" ...\n") == 3
+    assert "f0 into c" in text
+    assert "all 19,683" in text
+
+
 @pytest.mark.parametrize("width", [60, 80, 110, 200])
 def test_a_report_is_as_wide_as_its_console(width: int) -> None:
     for report in (REPORT, dense(100)):
