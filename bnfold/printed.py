@@ -166,7 +166,7 @@ class _Paper:
             return lines
         self.abridged = True
         last = lines[most - 1]
-        last.truncate(max(self.options.max_width - 4, 1))
+        last.truncate(max(self.options.max_width - 4, 1), overflow="crop")
         last.append(" ...")
         return lines[:most]
 
