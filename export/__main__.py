@@ -70,8 +70,7 @@ def run(options: argparse.Namespace) -> None:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     report = Report(exported.verdicts, (exported.evidence,))
     console.print(Printed(report, more="", parts=PARTS if exported.verdicts else PARTS[1:]))
-    if options.timing:
-        console.print(tabulate(_time(options.checkpoint, exported)))
+    console.print(tabulate(_time(options.checkpoint, exported)) if options.timing else "")
     print(f"nodes: {exported.counts}")
     print(f"wrote {exported.path}")
     if checkpoints.load(options.checkpoint).vocabulary:

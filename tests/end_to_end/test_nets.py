@@ -13,7 +13,7 @@ import torch
 
 import bnfold
 from benchmarks import branches
-from benchmarks.nets import NETS, build
+from benchmarks.nets import NETS, DenseNet, anchor, build
 from bnfold.onnx.run import run_exactly
 
 BOUND = 1e-12
@@ -55,6 +55,23 @@ def export(model, inputs):
         warnings.simplefilter("ignore")
         torch.onnx.export(model, inputs, data, dynamo=False, do_constant_folding=False, training=keep)
     return onnx.load_from_string(data.getvalue())
+
+
+def test_the_report_of_every_net_fits_a_screen_and_says_each_reason_once():
+    """DenseNet at its depth too: 121 BatchNorms, and half of them stay for a reason of one kind."""
+    torch.manual_seed(0)
+    deep = (DenseNet(growth=2, classes=3), (torch.randn(2, 3, 64, 64),))
+    anchor(*deep, 0.0)
+    for model, inputs in [deep, *(build(name, "mixed", small=True) for name in EXPECTED)]:
+        _, report = bnfold.fold(model, inputs, verify=False)
+        for width in (60, 110):
+            assert len(report.to_text(width=width).splitlines()) <= 40
+    _, report = bnfold.fold(*deep, verify=False)
+    assert len(report.verdicts) == 121
+    lines = str(report).splitlines()
+    assert " ".join(lines).startswith(report.summary())
+    assert len(lines) < 30
+    assert len([line for line in lines if "not into what comes before" in line]) < 6
 
 
 def count(model):
