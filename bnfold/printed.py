@@ -34,8 +34,8 @@ _ROWS, _TABLE, _WORDS = 12, 18, 36
 _SENTENCE, _NAMES = 5, 3
 """As many lines have a sentence, and the names below it, at most."""
 
-_LIMITS = 3
-"""As many limits stand above the summary at most."""
+_LIMITS, _INTO = 3, 3
+"""As many limits stand above the summary, and as many operators behind a BatchNorm that they absorbed, at most."""
 
 Item = TypeVar("Item")
 
@@ -215,13 +215,14 @@ class _Paper:
         return table if table.height <= _TABLE else None
 
     def _row(self, start: str, words: Sequence[Text]) -> list[Text]:
+        from rich.cells import cell_len
         from rich.text import Text
 
         first, *rest = words
         first = Text(start, no_wrap=True, overflow="ignore").append_text(first)
         first.rstrip()
         for line in rest:
-            line.pad_left(len(start))
+            line.pad_left(cell_len(start))
         return [first, *rest]
 
 
@@ -256,6 +257,7 @@ def _kinds(paper: _Paper, noun: str, verdicts: Sequence[Verdict]) -> _Section:
     def show(kind: Group[Verdict]) -> list[Text]:
         reason = kind.sentence()
         names = [one.name if reason else _whither(one) for one in kind.items]
+        paper.abridged |= any(len(one.into) > (0 if reason else _INTO) for one in kind.items)
         text = f"{len(kind.items):,} {kind.items[0].outcome}" + (f": {reason}" if reason else "")
         return paper.entry(text, names)
 
@@ -263,7 +265,7 @@ def _kinds(paper: _Paper, noun: str, verdicts: Sequence[Verdict]) -> _Section:
 
 
 def _whither(verdict: Verdict) -> str:
-    return f"{verdict.name} into {enumerate_some(verdict.into)}" if verdict.into else verdict.name
+    return f"{verdict.name} into {enumerate_some(verdict.into, _INTO)}" if verdict.into else verdict.name
 
 
 def _merges(paper: _Paper, report: Report) -> Iterator[_Section]:
@@ -304,17 +306,25 @@ def _costs(merge: Merge) -> tuple[str, str]:
 
 
 def _evidence(paper: _Paper, report: Report) -> Iterator[_Section]:
-    headings = ("compared in", "inputs", "deviation", "bound", "where the bound comes from")
-    rows = [_compared(item) for item in report.evidence]
+    headings = ["compared in", "inputs", "deviation", "bound", "where the bound comes from"]
     words = "compared in {}, {} inputs: deviation {}, bound {}, {}"
+    rows = [_compared(item) for item in report.evidence]
+    if paper.full:
+        headings.insert(4, "movement")
+        words = "compared in {}, {} inputs: deviation {}, bound {}, movement {}, {}"
+        rows = [[*row[:4], _movement(item), row[4]] for row, item in zip(rows, report.evidence, strict=True)]
     yield paper.table(headings, rows) or paper.section(
         "comparison", rows, lambda row: paper.sentence(words.format(*row))
     )
 
 
-def _compared(item: Evidence) -> tuple[str, ...]:
+def _compared(item: Evidence) -> list[str]:
     inputs = f"all {item.inputs:,}" if item.exhaustive else f"{item.inputs:,}"
-    return item.question, inputs, f"{item.deviation:.1e}", f"{item.bound:.1e}", item.source
+    return [item.question, inputs, f"{item.deviation:.1e}", f"{item.bound:.1e}", item.source]
+
+
+def _movement(item: Evidence) -> str:
+    return "unknown" if item.movement is None else f"{item.movement:.1e}"
 
 
 def _close(paper: _Paper, report: Report) -> Iterator[_Section]:

@@ -6,6 +6,7 @@ import json
 from io import StringIO
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from bnfold.printed import LINES
@@ -111,6 +112,18 @@ def test_a_report_is_as_wide_as_its_console(width: int) -> None:
         assert max(map(len, lines)) <= width
         assert "\n".join(lines) == report.to_text(width=width)
     assert len(dense(100).to_text(width=60).splitlines()) > len(dense(100).to_text(width=200).splitlines())
+
+
+def test_what_goes_on_in_the_next_line_of_a_table_stands_below_what_it_goes_on_with() -> None:
+    lines = Report((Verdict("漢字", "kept", (), "word " * 40),)).to_text(width=80).splitlines()
+    first = next(line for line in lines if "漢字" in line)
+    onward = lines[lines.index(first) + 1]
+    assert cell_len(first[: first.index("word")]) == cell_len(onward[: onward.index("word")])
+
+
+def test_the_whole_text_says_how_far_the_output_moves() -> None:
+    assert "9.0e-01" in REPORT.to_text(full=True)
+    assert "movement 9.0e-01" in REPORT.to_text(full=True, width=60)
 
 
 def test_a_console_that_writes_ascii_gets_rules_of_it() -> None:
