@@ -19,7 +19,7 @@ from bnfold.response import Claim, Stored, check_merges
 from bnfold.simulation import NotProved, check
 from bnfold.travel import Options, Plan, travel
 
-__all__ = ["decide", "prove"]
+__all__ = ["decide", "describe", "prove"]
 
 _UNPROVED = "what it would become could not be proved"
 
@@ -58,6 +58,22 @@ def prove(graph: Graph, merged: Merged, stored: Stored) -> Merged:
         undone = tuple(report.Merge("", one.record.sources, reason=str(gap)) for one in merged.merges)
         return Merged(graph, refused=(*undone, *merged.refused))
     return merged
+
+
+def describe(graph: Graph, plan: Plan, merged: Merged) -> tuple[str, ...]:
+    """What is proved of a fold, in words; nothing where nothing was done.
+
+    Args:
+        graph: as it was read.
+        plan, merged: what became of it.
+    """
+    gone = len(graph.nodes) - len(plan.graph.nodes)
+    done = gone or any(node.linear is not None and node.linear.changed for node in plan.graph.nodes)
+    if not done and not merged.merges:
+        return ()
+    merges = f" and {len(merged.merges)} merges" if len(merged.merges) > 1 else ""
+    merges = " and one merge" if len(merged.merges) == 1 else merges
+    return (f"equal for every input over the real numbers, by {len(graph.nodes):,} steps{merges}",)
 
 
 def _claim(one: Merge, stored: Stored) -> Claim:

@@ -27,6 +27,8 @@ from bnfold import fold
 from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
 from bnfold.output import check_target, replacing, together
+from bnfold.printed import Printed
+from bnfold.wording import enumerate_some
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +64,10 @@ def _parser() -> Parser:
         type=Path,
         metavar="FILE",
         help="write the report as JSON, too; - for stdout, tables to stderr",
+    )
+    add("--html", type=Path, metavar="FILE", help="write the whole report as a page for a browser, too")
+    add(
+        "--verbose", action="store_true", help="print every BatchNorm and every merge, however many there are"
     )
     add(
         "--no-verify", dest="verify", action="store_false", help="compare nothing; the report says unverified"
@@ -116,10 +122,12 @@ def _run(options: argparse.Namespace) -> int:
         if options.json not in (None, STDOUT):
             with replacing(options.json) as temporary:
                 temporary.write_text(report.to_json() + "\n", encoding="utf-8")
+        if options.html is not None:
+            with replacing(options.html) as temporary:
+                temporary.write_text(report.to_html(options.file.name), encoding="utf-8")
     if options.json == STDOUT:
         print(report.to_json())
-    for part in report.renderables():
-        console.print(part)
+    console.print(Printed(report, options.verbose, "in full: --verbose, --html FILE, --json FILE"))
     print("nothing written (--dry-run)" if options.dry_run else done, file=console.file)
     return 0
 
@@ -136,13 +144,16 @@ def _check_targets(options: argparse.Namespace) -> None:
     """Refuse what could not be written before anything is computed."""
     if options.output == STDOUT and not options.dry_run:
         raise InputError("-o -: a model is not written to stdout; name a file")
+    if options.html == STDOUT:
+        raise InputError("--html -: a page is not written to stdout; name a file")
     if options.dry_run and options.certificate is not None:
         raise InputError("--certificate: with --dry-run there is no model to certify; leave one of them out")
-    aside = {"the report": options.json, "the certificate": options.certificate}
-    aside = {what: path for what, path in aside.items() if path not in (None, STDOUT)}
-    targets = {} if options.dry_run else {"the model": options.output}
-    taken: dict[Path, str] = {options.file.resolve(): "the model itself"}
-    for what, path in {**targets, **aside}.items():
+    models = {} if options.dry_run else {"the model": options.output}
+    aside = {"the report": options.json, "the page": options.html, "the certificate": options.certificate}
+    taken = {options.file.resolve(): "the model itself"}
+    for what, path in {**models, **aside}.items():
+        if path in (None, STDOUT):
+            continue
         check_target(path)
         place = path.resolve()
         if what in aside and place in taken and not path.is_char_device():
@@ -239,13 +250,13 @@ def _notes_on(report: Report) -> Iterator[str]:
 
 
 def _describe_new(before: nn.Module, after: nn.Module) -> list[str]:
-    """One line with every tensor that folding computed anew, and its shape; none where it computed none."""
+    """One line with tensors that folding computed anew, a dozen at most, and their shapes; none where there is none."""
     old = before.state_dict()
     new = [
         name for name, tensor in after.state_dict().items() if name not in old or not tensor.equal(old[name])
     ]
     shapes = ("x".join(map(str, after.state_dict()[name].shape)) for name in new)
-    return [f"new: {', '.join(map(' '.join, zip(new, shapes, strict=True)))}"] if new else []
+    return [f"new: {enumerate_some(list(map(' '.join, zip(new, shapes, strict=True))), 12)}"] if new else []
 
 
 def _folded(source: Checkpoint, model: Any, report: Report, path: Path) -> Checkpoint:

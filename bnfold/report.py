@@ -1,6 +1,7 @@
-"""What became of every BatchNorm, and how the folded model was compared: as a table and as a record.
+"""What became of every BatchNorm, and how the folded model was compared: the records, and the forms they can take.
 
-A `Report` is what `bnfold.fold` returns beside the model. `print(report)` is a table, `report.to_json()` a record.
+A `Report` is what `bnfold.fold` returns beside the model. `print(report)` shows what fits a screen (`bnfold.printed`),
+`report.to_html()` all of it to a reader (`bnfold.page`), `report.to_json()` all of it to a program.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from io import StringIO
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from bnfold.wording import shorten_number
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
 
 __all__ = ["Evidence", "Merge", "Outcome", "Report", "Verdict"]
 
@@ -139,92 +145,43 @@ class Report:
     def _sum_up(self) -> str:
         """What merging has gained."""
         count, work = self.operators or (0, 0), self.multiply_adds or (0, 0)
-        less = f"{_short(work[0])} to {_short(work[1])} multiply-adds"
+        less = f"{shorten_number(work[0])} to {shorten_number(work[1])} multiply-adds"
         return f"{count[0]} linear operators before, {count[1]} after merging ({less})"
 
     def __str__(self) -> str:
-        """The table of verdicts, the evidence and the notes, 110 columns wide."""
+        """The report as it is printed: at most a screenful, 110 columns wide."""
+        return self.to_text()
+
+    def to_text(self, *, full: bool = False, width: int = 110) -> str:
+        """The report as lines of text.
+
+        Args:
+            full: give every BatchNorm and every merge an entry, however many lines that takes.
+            width: how many columns a line may have.
+        """
         from rich.console import Console
 
+        from bnfold.printed import Printed
+
         text = StringIO()
-        console = Console(file=text, width=110, no_color=True, highlight=False, legacy_windows=False)
-        for part in self.renderables():
-            console.print(part)
+        console = Console(file=text, width=width, no_color=True, highlight=False, legacy_windows=False)
+        console.print(Printed(self, full))
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
-    def renderables(self) -> list[Any]:
-        """The parts of the report for a `rich` console."""
-        from rich.markup import escape
+    def to_html(self, title: str = "What became of every BatchNorm") -> str:
+        """The whole report as one page that opens anywhere, offline, in light and in dark."""
+        from bnfold.page import compose
 
-        parts: list[Any] = [escape(limit) for limit in self.limits]
-        parts += [_verdict_table(self.verdicts)] if self.verdicts else []
-        parts += [_merge_table(self.merged)] if self.merged else []
-        parts += [escape(line) for line in _not_merged(self.merges)]
-        parts += [escape(f"proved: {shown}") for shown in self.proof]
-        parts += [_evidence_table(self.evidence)] if self.evidence else []
-        parts += [escape(note) for note in self.notes]
-        if self.parameters is not None:
-            before, after = self.parameters
-            parts.append(f"parameters and statistics: {before:,} before, {after:,} after")
-        return [*parts, escape(self.summary())]
+        return compose(self, title)
 
+    def _repr_html_(self) -> str:
+        """The whole report for a notebook, in the notebook's own colours."""
+        from bnfold.page import fragment
 
-def _verdict_table(verdicts: tuple[Verdict, ...]) -> Any:
-    from rich.markup import escape
+        return fragment(self)
 
-    table = _table("BatchNorm", "outcome", "into", "why")
-    if not any(verdict.reason for verdict in verdicts):
-        table = _table("BatchNorm", "outcome", "into")
-    for verdict in verdicts:
-        cells = (verdict.name, verdict.outcome, ", ".join(verdict.into), verdict.reason)
-        table.add_row(*map(escape, cells[: len(table.columns)]))
-    return table
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        """What `rich.print` shows."""
+        from bnfold.printed import Printed
 
-
-def _merge_table(merges: tuple[Merge, ...]) -> Any:
-    from rich.markup import escape
-
-    table = _table("merged into", "from", "multiply-adds", "bytes")
-    for merge in merges:
-        pairs = (
-            f"{_short(before)} to {_short(after)}" for before, after in (merge.multiply_adds, merge.bytes)
-        )
-        table.add_row(escape(merge.into), escape(", ".join(merge.sources)), *pairs)
-    return table
-
-
-def _not_merged(merges: tuple[Merge, ...]) -> Iterator[str]:
-    """One line for each kind of reason, with how many and the first of them."""
-    kinds: dict[str, list[Merge]] = {}
-    for merge in merges:
-        if not merge.into:
-            kinds.setdefault(merge.reason.partition(":")[0], []).append(merge)
-    for reason, alike in kinds.items():
-        more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
-        yield f"not merged: {' with '.join(alike[0].sources)}{more}; {reason}"
-
-
-def _short(number: int) -> str:
-    """A number in three digits or so: 1.07 G, 94.3 k."""
-    for factor, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
-        if number >= factor:
-            return f"{number / factor:.3g}{unit}"
-    return str(number)
-
-
-def _evidence_table(evidence: tuple[Evidence, ...]) -> Any:
-    table = _table("compared in", "inputs", "deviation", "bound", "where the bound comes from")
-    for item in evidence:
-        inputs = f"all {item.inputs:,}" if item.exhaustive else f"{item.inputs:,}"
-        table.add_row(item.question, inputs, f"{item.deviation:.1e}", f"{item.bound:.1e}", item.source)
-    return table
-
-
-def _table(*headings: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
+        yield Printed(self)

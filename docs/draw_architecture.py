@@ -45,7 +45,7 @@ PLACES: dict[tuple[str, str], str] = {
 
 BESIDE = {
     "torch": "archive files program",
-    "": "archive calibrate checkpoint cli command errors exclusive fold layers output shapes",
+    "": "archive calibrate checkpoint cli command errors exclusive fold layers output page printed shapes wording",
     "onnx": "files",
 }
 """Modules that are not on the path: files, commands, and what is shared by all."""

@@ -28,6 +28,7 @@ from bnfold import checkpoint as checkpoints
 from bnfold.checkpoint import Checkpoint
 from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
+from bnfold.printed import PARTS, Printed
 from bnfold.report import Report
 from export.convert import Exported, export, has_batchnorm
 from export.latency import Timing, compare_latencies
@@ -67,11 +68,9 @@ def run(options: argparse.Namespace) -> None:
     options.checkpoint = options.checkpoint or _newest()
     exported = export(options.checkpoint, options.output, _batch(options.batch))
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
-    *tables, summary = Report(exported.verdicts, (exported.evidence,)).renderables()
-    for part in [*tables, summary] if exported.verdicts else tables:
-        console.print(part)
-    if options.timing:
-        console.print(tabulate(_time(options.checkpoint, exported)))
+    report = Report(exported.verdicts, (exported.evidence,))
+    console.print(Printed(report, more="", parts=PARTS if exported.verdicts else PARTS[1:]))
+    console.print(tabulate(_time(options.checkpoint, exported)) if options.timing else "")
     print(f"nodes: {exported.counts}")
     print(f"wrote {exported.path}")
     if checkpoints.load(options.checkpoint).vocabulary:

@@ -1,7 +1,7 @@
 """One HTML file with pictures and tables in it, that opens anywhere, offline, in light and in dark.
 
-Nothing is loaded: pictures are SVG in data URLs, styles are inline, there is no script, and a content security policy
-makes the browser refuse anything else. Pictures follow the reader's colour scheme by themselves (see `train.plots`).
+Nothing is loaded: pictures are SVG in data URLs, and the page around them is that of `bnfold.page`. Pictures follow the
+reader's colour scheme by themselves (see `train.plots`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 from bnfold.output import replacing
+from bnfold.page import document
 
 __all__ = ["Part", "Picture", "Section", "Table", "compose", "write_page"]
 
@@ -52,16 +53,7 @@ class Section:
 Part = Picture | Table | Section | str
 """A string is a paragraph of plain text."""
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --faint: #59636e; --line: #d1d9e0; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --paper: #0d1117; --faint: #9198a1; --line: #3d444d; }
-}
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; color: var(--ink); background: var(--paper);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1, h2, h3 { line-height: 1.25; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 figure { margin: 1.5rem 0; overflow-x: auto; }
 figcaption, caption { color: var(--faint); text-align: left; }
@@ -77,13 +69,7 @@ th:first-child, td:first-child { padding-left: 0; }
 def compose(title: str, parts: Sequence[Part]) -> str:
     """Return the text of the page."""
     body = "\n".join(_render(part, 2) for part in parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
-    )
+    return document(title, body, _STYLE)
 
 
 def write_page(path: str | Path, title: str, parts: Sequence[Part]) -> None:

@@ -28,7 +28,7 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.certificate import record
-from bnfold.decide import decide
+from bnfold.decide import decide, describe
 from bnfold.errors import BnfoldError, InputError
 from bnfold.merge import Merged, settle
 from bnfold.onnx import files
@@ -192,7 +192,7 @@ def _seal(
     shown = certify.check(source, files.load_file(written), whole, folder, written.parent)
     with replacing(target) as temporary:
         temporary.write_text(whole.to_json() + "\n", encoding="utf-8")
-    return replace(report, proof=tuple(shown))
+    return replace(report, proof=(*report.proof, *shown[1:]))
 
 
 def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ...]:
@@ -301,7 +301,8 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
     if choices.freeze_initializers:
         _freeze(folded)
     _check_validity(folded, model, choices.verify)
-    report = Report(verdicts, notes=tuple(notes), parameters=(before, _count(folded)))
+    proof = describe(imported.graph, decision.plan, decision.merged)
+    report = Report(verdicts, notes=tuple(notes), parameters=(before, _count(folded)), proof=proof)
     report = decision.merged.tell(report, decision.plan.graph)
     external = {edit.name: edit.location for edit in edits if isinstance(edit, Store) and edit.location}
     return _Folded(folded, report, decision, external, comparison)

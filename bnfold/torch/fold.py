@@ -81,7 +81,8 @@ def fold(
     limits = tuple(_rests_on(head) for head in reading.heads)
     sizes = (size, _count(folded))
     verdicts = settle(plan.verdicts, plan.graph, merged)
-    report = Report(verdicts, evidence, (*notes, *reading.notes), sizes, limits)
+    proof = proved.describe(reading.graph, plan, merged)
+    report = Report(verdicts, evidence, (*notes, *reading.notes), sizes, limits, proof=proof)
     return folded, merged.tell(report, plan.graph)
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +248,87 @@ def test_no_model_is_written_where_its_report_cannot_be(name, model, ckpt, capsy
     assert main([str(path), "--json", "/dev/full"]) == 2
     assert "/dev/full cannot be written to: No space left" in capsys.readouterr().err
     assert not list(path.parent.glob("*.folded.*"))
+
+
+@pytest.mark.parametrize("name", ["model", "ckpt"])
+def test_a_page_is_written_beside_the_model_and_named_after_it(name, model, ckpt, capsys):
+    path = {"model": model, "ckpt": ckpt}[name]
+    page = path.with_name("report.html")
+    page.write_text("old")
+    assert main([str(path), "--html", str(page), "--json", str(page.with_suffix(".json"))]) == 0
+    html = page.read_text(encoding="utf-8")
+    assert f"<h1>{path.name}</h1>" in html
+    assert capsys.readouterr().out.splitlines()[0] in html
+    for verdict in json.loads(page.with_suffix(".json").read_text())["verdicts"]:
+        assert f"<code>{verdict['name']}</code>" in html
+    assert not list(path.parent.glob(".bnfold-*"))
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is(model, tmp_path, capsys):
+    before, folded, record = model.read_bytes(), model.with_name("model.folded.onnx"), tmp_path / "r.json"
+    for page in (tmp_path, tmp_path / "none" / "r.html", model, folded, record, "-"):
+        assert main([str(model), "--json", str(record), "--html", str(page)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert model.read_bytes() == before
+    assert not folded.exists()
+    assert not record.exists()
+    assert main([str(model), "--dry-run", "--html", str(folded)]) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_no_model_is_written_where_its_page_cannot_be(model, capsys):
+    assert main([str(model), "--html", "/dev/full"]) == 2
+    assert "/dev/full cannot be written to" in capsys.readouterr().err
+    assert not list(model.parent.glob("*.folded.*"))
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    """A checkpoint of 40 linear layers and as many BatchNorms, of which every second one stays."""
+    layers = []
+    for _ in range(20):
+        layers += [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.BatchNorm1d(4), nn.Tanh()]
+    path = tmp_path / "deep.pt"
+    checkpoint.save(path, Checkpoint(nn.Sequential(*layers).eval(), InputDomain((4,), "float32")))
+    return path
+
+
+def test_what_is_printed_fits_a_screen_and_in_full_names_every_batchnorm(deep, capsys):
+    assert main([str(deep), "--no-verify"]) == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) < 25
+    assert "20 kept: " in said
+    assert "in full: --verbose, --html FILE, --json FILE" in said
+    assert "and 28 more" in said, "of the tensors that are new"
+    assert main([str(deep), "--no-verify", "--verbose", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n{i}: folded into {i - 1}" in said for i in range(1, 100, 5))
+    assert all(f"\n{i}: kept; " in said for i in range(3, 100, 5))
+    assert "in full" not in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals here")
+@pytest.mark.parametrize("width", [60, 132])
+def test_a_report_is_as_wide_as_the_terminal(deep, width):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    command = [sys.executable, "-m", "bnfold.fold", deep, "--dry-run", "--no-verify"]
+    variables = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    subprocess.run(command, stdin=theirs, stdout=theirs, env={**variables, "TERM": "xterm"}, check=True)
+    os.close(theirs)
+    said = b""
+    with suppress(OSError):  # what Linux says at the end
+        while piece := os.read(ours, 4096):
+            said += piece
+    os.close(ours)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said.decode())
+    widest = max(map(len, plain.splitlines()))
+    assert width - 15 < widest <= width
 
 
 def test_a_report_for_stdout_is_all_there_is_on_stdout(model, capsys):

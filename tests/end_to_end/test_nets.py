@@ -13,7 +13,7 @@ import torch
 
 import bnfold
 from benchmarks import branches
-from benchmarks.nets import NETS, build
+from benchmarks.nets import NETS, DenseNet, anchor, build
 from bnfold.onnx.run import run_exactly
 
 BOUND = 1e-12
@@ -55,6 +55,20 @@ def export(model, inputs):
         warnings.simplefilter("ignore")
         torch.onnx.export(model, inputs, data, dynamo=False, do_constant_folding=False, training=keep)
     return onnx.load_from_string(data.getvalue())
+
+
+def test_the_report_of_a_deep_net_fits_a_screen_and_says_each_reason_once():
+    """DenseNet at its depth: 121 BatchNorms, half of which stay for reasons of a few kinds."""
+    torch.manual_seed(0)
+    model, inputs = DenseNet(growth=2, classes=3), (torch.randn(2, 3, 64, 64),)
+    anchor(model, inputs, 0.0)
+    _, report = bnfold.fold(model, inputs, verify=False)
+    assert (report.count("folded"), report.count("scale folded")) == (59, 62)
+    assert len(report.to_text(width=60).splitlines()) <= 40
+    lines = str(report).splitlines()
+    assert " ".join(lines).startswith(report.summary())
+    assert len(lines) < 30
+    assert len([line for line in lines if "not into what comes before" in line]) < 6
 
 
 def count(model):

@@ -39,6 +39,14 @@ def test_the_commands_of_the_readme_work_in_an_empty_folder(road):
     assert len((road / "said3.txt").read_text().split()) == 20
 
 
+def test_the_readme_shows_what_the_fold_prints(road):
+    """But for its numbers, which depend on the processor that trained."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("$ python -m bnfold.fold ckpt.pt\n")[2].partition("\n\n$ ")[0]
+    said = (road / "said1.txt").read_text(encoding="utf-8").strip()
+    assert re.sub(r"[0-9]", "0", said) == re.sub(r"[0-9]", "0", shown)
+
+
 def test_the_python_of_the_readme_runs(road, monkeypatch):
     monkeypatch.chdir(road)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -17,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from bnfold import InputError, calibrate
+from bnfold.page import PAPER
+from tests.browser import browse, contrast, needs_browser
 from train import page, plots
 from train.diagnostics import Diagnostics, compare_statistics
 from train.events import write_events
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +49,8 @@ def folder(run, tmp_path_factory):
     return folder
 
 
-def luminance(colour):
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
-
-
-def contrast(one, other):
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
+def rgb(colour):
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def test_every_picture_is_a_file_of_valid_svg_in_ink_that_follows_the_reader(folder):
@@ -84,11 +74,11 @@ def test_the_same_numbers_give_the_same_bytes(run, folder):
 
 
 def test_every_line_stands_out_from_both_papers():
-    papers = re.findall(r"--paper: (#\w{6})", page._STYLE)
+    papers = re.findall(r"--paper: (#\w{6})", PAPER)
     assert len(papers) == 2
     for colour in [*plots.COLOURS, *plots._colours(50)]:
         for paper in papers:
-            assert contrast(colour, paper) >= 3, (colour, paper)
+            assert contrast(rgb(colour), rgb(paper)) >= 3, (colour, paper)
 
 
 def test_a_white_column_of_the_map_is_the_dead_neuron(run):
@@ -151,7 +141,7 @@ def test_the_page_holds_all_it_needs_and_nothing_of_it_is_markup(folder):
     assert not re.findall(r"<i>|<h>|<p><p>|a<b|<caption><", table)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@needs_browser
 def test_a_browser_shows_every_picture_in_both_colour_schemes_and_complains_of_nothing(folder, tmp_path):
     text = (folder / "index.html").read_text()
     probe = "<script>onload = () => { const i = [...document.images];"
@@ -170,7 +160,7 @@ def test_a_browser_shows_every_picture_in_both_colour_schemes_and_complains_of_n
     assert "CONSOLE" in browse(blocked, tmp_path, 1, "--dump-dom")[1]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@needs_browser
 def test_ink_is_dark_on_light_and_light_on_dark(folder, tmp_path):
     for scheme, dark in ((1, False), (0, True)):
         shot = tmp_path / f"{scheme}.png"
@@ -186,28 +176,6 @@ def read_grey(path):
     from matplotlib.image import imread
 
     return imread(path)[..., :3].mean(-1)
-
-
-def browse(path, profile, scheme, *options):
-    """Return what Chromium prints and what it logs; `scheme` is 0 for dark and 1 for light."""
-    command = [
-        BROWSER,
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--enable-logging=stderr",
-    ]
-    command += [f"--user-data-dir={profile / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}"]
-    done = subprocess.run(
-        [*command, *options, path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-        env=dict(os.environ),
-    )
-    return done.stdout, done.stderr
 
 
 def test_the_same_numbers_are_written_for_tensorboard(run, tmp_path):
