@@ -251,14 +251,15 @@ class _Check:
     def _check_files(self, found: Mapping[str, Node]) -> None:
         """What the graphs do not show."""
         first, second = self.before, self.after
-        for field in ("input", "output"):
-            one, other = (getattr(each.model.graph, field) for each in (first, second))
-            if [item.name for item in one] != [item.name for item in other]:
-                raise Refuse(f"the models have other {field}s")
+        if _inputs(first) != _inputs(second):
+            raise Refuse("the models have other inputs")
+        outputs = [[item.name for item in each.model.graph.output] for each in (first, second)]
+        if outputs[0] != outputs[1]:
+            raise Refuse("the models have other outputs")
         if first.context.opset != second.context.opset:
             raise Refuse("the models are of different operator sets")
         for value in (*first.context.overridable, *self.applied.merged.outputs):
-            if not np.array_equal(_constant(first, value), _constant(second, value)):
+            if not _are_equal(_constant(first, value), _constant(second, value)):
                 raise Refuse(f"`{value}` is another constant")
         merged = {one["into"] for one in self.done.merges}
         for name, twin in found.items():
@@ -280,8 +281,7 @@ class _Check:
     def _check_constants(self, node: Node, ref: NodeRef, twin: NodeRef) -> None:
         pairs = zip((*ref.inputs, *ref.results), (*twin.inputs, *twin.results), strict=True)
         for value, other in pairs:
-            one, two = _constant(self.before, value), _constant(self.after, other)
-            if (one is None) != (two is None) or not np.array_equal(one, two):
+            if not _are_equal(_constant(self.before, value), _constant(self.after, other)):
                 raise Refuse(f"`{node.name}` ({node.op}) reads another constant")
 
     # -- the numbers
@@ -374,6 +374,22 @@ def _settings(node: onnx.NodeProto, linear: bool) -> Iterator[bytes]:
         inner = item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
         if not inner and not (linear and item.name in ("alpha", "beta")):
             yield item.SerializeToString(deterministic=True)
+
+
+def _inputs(imported: ImportedModel) -> list[str]:
+    """What a caller may give a model: its inputs, and the initializers that may be overridden."""
+    stored = {tensor.name for tensor in imported.model.graph.initializer} - imported.context.overridable
+    return [item.name for item in imported.model.graph.input if item.name not in stored]
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    """Whether two constants are one, to the bit; None is no constant."""
+    if first is None or second is None:
+        return first is second
+    same = (first.dtype, first.shape) == (second.dtype, second.shape)
+    return same and (
+        first.tobytes() == second.tobytes() if first.dtype != object else bool((first == second).all())
+    )
 
 
 def _constant(imported: ImportedModel, value: str) -> Any:
