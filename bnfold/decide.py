@@ -19,7 +19,7 @@ from bnfold.response import Claim, Stored, check_merges
 from bnfold.simulation import NotProved, check
 from bnfold.travel import Options, Plan, travel
 
-__all__ = ["decide", "describe", "prove"]
+__all__ = ["claim", "decide", "describe", "prove"]
 
 _UNPROVED = "what it would become could not be proved"
 
@@ -51,7 +51,7 @@ def prove(graph: Graph, merged: Merged, stored: Stored) -> Merged:
         graph, stored: see `check_merges`.
         merged: what became of it.
     """
-    claims = [_claim(one, stored) for one in merged.merges]
+    claims = [claim(one, stored) for one in merged.merges]
     try:
         check_merges(graph, merged.graph, claims, merged.left, stored)
     except NotProved as gap:
@@ -76,7 +76,8 @@ def describe(graph: Graph, plan: Plan, merged: Merged) -> tuple[str, ...]:
     return (f"equal for every input over the real numbers, by {len(graph.nodes):,} steps{merges}",)
 
 
-def _claim(one: Merge, stored: Stored) -> Claim:
+def claim(one: Merge, stored: Stored) -> Claim:
+    """What a merge claims."""
     way = one.candidate
     return Claim(
         one.into, way.source, way.result, way.dropped, way.signs, lambda: one.operator.numbers(stored)

@@ -256,7 +256,7 @@ def _impulses(linear: Linear) -> Iterator[_Response]:
     random = np.random.default_rng(0)
     strides = linear.window.strides if linear.window is not None else ()
     for at in product(*(range(stride) for stride in strides)):
-        vector = random.normal(size=linear.inputs)
+        vector = random.uniform(1.0, 2.0, linear.inputs) * random.choice([-1.0, 1.0], linear.inputs)
         if linear.sealed:
             vector += (1.0 - vector.sum()) / linear.inputs
         ones, zeros = (1,) * len(strides), (0,) * len(strides)
