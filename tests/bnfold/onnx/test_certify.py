@@ -1,0 +1,294 @@
+"""Certificates: made and checked on the files as they were written, and refused once anything is another thing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import bnfold.onnx
+from bnfold.errors import InputError
+from bnfold.fold import main
+from bnfold.onnx import certify
+from bnfold.onnx.certify import Certificate
+from bnfold.simulation import NotProved
+from tests.onnx_models import model, norm, weights, write
+
+NET = """
+net (float[N,3,8,8] x) => (float[N,4] y) {
+    c = Conv<pads=[1,1,1,1]>(x, W)
+    n = BatchNormalization(c, s, b, m, v)
+    r = LeakyRelu<alpha=0.1>(n)
+    d = Conv<pads=[1,1,1,1]>(r, U, u)
+    e = Conv(r, V)
+    a = Add(d, e)
+    z = Clip(a, low, high)
+    p = GlobalAveragePool(z)
+    f = Flatten(p)
+    k = BatchNormalization(f, ks, kb, km, kv)
+    y = Gemm<transB=1, alpha=0.5>(k, G, g)
+}
+"""
+
+
+def net() -> onnx.ModelProto:
+    tensors = {
+        "W": weights(4, 3, 3, 3),
+        "U": weights(4, 4, 3, 3),
+        "u": weights(4, seed=2),
+        "V": weights(4, 4, 1, 1, seed=3),
+        "G": weights(4, 4, seed=4),
+        "g": weights(4, seed=5),
+        "low": np.float32(-1.0),
+        "high": np.float32(3.0),
+        **norm(4),
+        **norm(4, "k", seed=9),
+    }
+    return model(NET, tensors)
+
+
+@pytest.fixture
+def folded(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A file, the folded one, and the certificate."""
+    source, target, told = write(tmp_path / "net.onnx", net()), tmp_path / "out.onnx", tmp_path / "net.json"
+    report = bnfold.onnx.fold_file(source, target, certificate=told)
+    assert report.count("folded") == 2
+    assert report.merged
+    assert len(report.proof) == 2
+    return source, target, told
+
+
+def check(source: Path, target: Path, told: Path) -> list[str]:
+    return certify.check(
+        onnx.load(source), onnx.load(target), certify.load(told), source.parent, target.parent
+    )
+
+
+def test_a_certificate_is_checked_again_from_the_two_files(folded: tuple[Path, Path, Path]) -> None:
+    algebra, numbers = check(*folded)
+    assert "every input" in algebra
+    assert "0.500 units" in numbers or "0.49" in numbers
+
+
+def test_the_folded_model_carries_it_but_for_what_was_measured(folded: tuple[Path, Path, Path]) -> None:
+    _, target, told = folded
+    (item,) = [item for item in onnx.load(target).metadata_props if item.key == certify.KEY]
+    carried, whole = json.loads(item.value), json.loads(told.read_text())
+    assert carried.pop("evidence") == []
+    assert whole.pop("evidence")
+    assert carried == whole
+
+
+def test_a_certificate_has_a_format_and_a_version(folded: tuple[Path, Path, Path]) -> None:
+    data = json.loads(folded[2].read_text())
+    assert (data["format"], data["version"]) == ("bnfold certificate", 1)
+    expected = {
+        "source",
+        "result",
+        "done",
+        "reading",
+        "versions",
+        "verdicts",
+        "evidence",
+        "format",
+        "version",
+    }
+    assert data.keys() == expected
+
+
+def test_other_files_are_told_apart_and_the_same_ones_stored_otherwise_are_not(
+    folded: tuple[Path, Path, Path],
+) -> None:
+    source, target, told = folded
+    with pytest.raises(NotProved, match="second"):
+        check(source, source, told)
+    with pytest.raises(NotProved, match="first"):
+        check(target, target, told)
+    again = onnx.load(target)
+    again.doc_string = "as it was, but for this"
+    onnx.save(again, target, save_as_external_data=True, location="out.data", size_threshold=0)
+    assert check(source, target, told)
+
+
+# ---------------------------------------------------------------- the second model is changed
+
+
+def tensor(some: onnx.ModelProto, place: int) -> onnx.TensorProto:
+    """An initializer, the largest first."""
+    return sorted(some.graph.initializer, key=lambda t: -int(np.prod(t.dims)))[place]
+
+
+def nudge(place: int) -> Callable[[onnx.ModelProto], None]:
+    """Change one number of a tensor by a few units in its last place."""
+
+    def change(some: onnx.ModelProto) -> None:
+        which = tensor(some, place)
+        array = numpy_helper.to_array(which).copy()
+        array.flat[0] = array.flat[0] * np.float32(1 + 2e-6) + np.float32(1e-30)
+        which.CopyFrom(numpy_helper.from_array(array, which.name))
+
+    return change
+
+
+def node(op: str) -> Callable[[onnx.ModelProto], onnx.NodeProto]:
+    return lambda some: next(each for each in some.graph.node if each.op_type == op)
+
+
+def slope(some: onnx.ModelProto) -> None:
+    node("LeakyRelu")(some).attribute[0].f = 0.2
+
+
+def pads(some: onnx.ModelProto) -> None:
+    next(a for a in node("Conv")(some).attribute if a.name == "pads").ints[0] = 2
+
+
+def operator(some: onnx.ModelProto) -> None:
+    node("Clip")(some).op_type = "Relu"
+    del node("Relu")(some).input[1:]
+
+
+def wiring(some: onnx.ModelProto) -> None:
+    node("Clip")(some).input[0] = node("Clip")(some).input[1]
+
+
+def bound(some: onnx.ModelProto) -> None:
+    high = next(t for t in some.graph.initializer if t.name == "high")
+    high.CopyFrom(numpy_helper.from_array(np.float32(4.0), "high"))
+
+
+def added(some: onnx.ModelProto) -> None:
+    last = some.graph.node[-1]
+    last.output[0] = "before"
+    some.graph.node.append(onnx.helper.make_node("Neg", ["before"], ["y"]))
+
+
+CHANGES: dict[str, Callable[[onnx.ModelProto], None]] = {
+    "a number of the largest weight": nudge(0),
+    "a number of the next one": nudge(1),
+    "a number of a bias": nudge(4),
+    "a slope": slope,
+    "a padding": pads,
+    "an operator": operator,
+    "what is read": wiring,
+    "a bound": bound,
+    "one more node": added,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_is_changed_in_the_folded_model_is_found(
+    change: str, folded: tuple[Path, Path, Path]
+) -> None:
+    source, target, told = folded
+    changed = onnx.load(target)
+    CHANGES[change](changed)
+    stated = json.loads(told.read_text())
+    with pytest.raises(NotProved, match="other models"):
+        certify.check(onnx.load(source), changed, Certificate.from_json(told.read_text()))
+    stated["result"] = certify.digest(changed)
+    with pytest.raises(NotProved, match=r"proves nothing|not proved"):
+        certify.check(onnx.load(source), changed, Certificate.from_json(json.dumps(stated)))
+
+
+# ---------------------------------------------------------------- the certificate is changed
+
+
+def scaled(done: Any) -> None:
+    vectors = next(iter(done["linears"].values()))
+    vectors["after"]["scale"][0] *= 1.001
+
+
+def shifted(done: Any) -> None:
+    vectors = next(iter(done["linears"].values()))
+    vectors["after"]["shift"][0] += 0.001
+
+
+def kept(done: Any) -> None:
+    done["erased"].pop()
+
+
+def unmerged(done: Any) -> None:
+    done["merges"].clear()
+
+
+def elsewhere(done: Any) -> None:
+    done["merges"][0]["source"] = "x"
+
+
+def unknown(done: Any) -> None:
+    done["erased"].append("nobody")
+
+
+def infinite(done: Any) -> None:
+    next(iter(done["linears"].values()))["after"]["scale"][0] = 1e999
+
+
+LIES = [scaled, shifted, kept, unmerged, elsewhere, unknown, infinite]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
+def test_a_certificate_that_says_another_thing_proves_nothing(
+    lie: Callable[[Any], None], folded: tuple[Path, Path, Path]
+) -> None:
+    source, target, told = folded
+    stated = json.loads(told.read_text())
+    lie(stated["done"])
+    with pytest.raises(NotProved, match=r"proves nothing|not proved"):
+        certify.check(onnx.load(source), onnx.load(target), Certificate.from_json(json.dumps(stated)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "bnfold certificate", "version": 2}',
+        "{",
+        '{"format": "bnfold certificate", "version": 1, "done": {"erased": 3}}',
+    ],
+)
+def test_what_is_no_certificate_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "told.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"told\.json"):
+        certify.load(path)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_writes_a_certificate_and_says_what_was_proved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "net.onnx", net())
+    assert main([str(source), "--certificate", str(tmp_path / "c.json")]) == 0
+    assert "units in its last place" in " ".join(capsys.readouterr().out.split())
+    assert check(source, tmp_path / "net.folded.onnx", tmp_path / "c.json")
+
+
+def test_a_certificate_wants_a_model_and_a_place_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "net.onnx", net())
+    for options in (["--dry-run", "--certificate", "c.json"], ["--certificate", str(source)]):
+        assert main([str(source), *options]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_nothing_is_written_where_a_certificate_would_prove_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> Any:
+        raise NotProved("it is not proved")
+
+    monkeypatch.setattr(certify, "check", refuse)
+    source = write(tmp_path / "net.onnx", net())
+    assert main([str(source), "--certificate", str(tmp_path / "c.json")]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
