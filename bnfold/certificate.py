@@ -28,7 +28,7 @@ from bnfold.merge import Merged
 from bnfold.response import Claim
 from bnfold.travel import Plan
 
-__all__ = ["Applied", "Record", "apply", "claims", "match", "record"]
+__all__ = ["Applied", "Matched", "Record", "apply", "claims", "match", "record"]
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,22 @@ def claims(done: Record, numbers: Callable[[str], Any]) -> list[Claim]:
 # ---------------------------------------------------------------- finding it in the result
 
 
-def match(should: Graph, does: Graph) -> dict[str, Node]:
-    """For each node that a graph should have, the one that it does have.
+@dataclass(frozen=True)
+class Matched:
+    """What was found of one graph in another one.
+
+    Attributes:
+        nodes: for each node that there should be, the one that there is; affine maps apart.
+        affines: the maps between two other nodes: the value, as the second graph names it, what the map should be, and
+            what it is.
+    """
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+    affines: list[tuple[str, Affine, Affine]] = field(default_factory=list)
+
+
+def match(should: Graph, does: Graph) -> Matched:
+    """Find one graph in another one, from the outputs up.
 
     Args:
         should: what `apply` made; a node without an operator may be any linear one.
@@ -233,30 +247,40 @@ def match(should: Graph, does: Graph) -> dict[str, Node]:
     Raises:
         Refuse: something is missing, or is something else.
     """
-    found: dict[str, Node] = {}
-    values: dict[str, str] = {}
+    found, values = Matched(), dict[str, str]()
     waiting = list(zip(should.outputs, does.outputs, strict=True))
+    seen: set[tuple[str, str]] = set()
     while waiting:
-        value, stands_for = waiting.pop()
+        pair = waiting.pop()
+        if pair in seen:
+            continue
+        seen.add(pair)
+        (value, mine), (stands_for, theirs) = _climb(should, pair[0]), _climb(does, pair[1])
+        if mine is not None or theirs is not None:
+            found.affines.append((pair[1], mine or Affine.identity(0), theirs or Affine.identity(0)))
         if values.setdefault(value, stands_for) != stands_for:
             raise Refuse(f"`{stands_for}` stands where `{values[value]}` should")
         node, twin = should.producer(value), does.producer(stands_for)
         if node is None or twin is None:
             if node is not twin or not _is_given_alike(should, does, value, stands_for):
                 raise Refuse(f"`{stands_for}` is not `{value}`")
-        elif node.name not in found:
-            _check_alike(node, twin)
-            found[node.name] = twin
-            waiting += zip(node.inputs, twin.inputs, strict=True)
-        elif found[node.name] is not twin:
-            raise Refuse(f"`{twin.name}` stands where `{found[node.name].name}` should")
-        if (
-            node is not None
-            and twin is not None
-            and node.outputs.index(value) != twin.outputs.index(stands_for)
-        ):
+            continue
+        if node.outputs.index(value) != twin.outputs.index(stands_for):
             raise Refuse(f"`{twin.name}` ({twin.op}) is read for another output")
+        if found.nodes.setdefault(node.name, twin) is not twin:
+            raise Refuse(f"`{twin.name}` stands where `{found.nodes[node.name].name}` should")
+        _check_alike(node, twin)
+        waiting += zip(node.inputs, twin.inputs, strict=True)
     return found
+
+
+def _climb(graph: Graph, value: str) -> tuple[str, Affine | None]:
+    """The value that this one is an affine map of, through as many as there are in a row; None where through none."""
+    whole: Affine | None = None
+    while (node := graph.producer(value)) is not None and node.affine is not None and len(node.inputs) == 1:
+        whole = node.affine if whole is None else whole.after(node.affine)
+        value = node.inputs[0]
+    return value, whole
 
 
 def _is_given_alike(should: Graph, does: Graph, value: str, stands_for: str) -> bool:
@@ -272,8 +296,6 @@ def _check_alike(node: Node, twin: Node) -> None:
         raise Refuse(f"`{twin.name}` ({twin.op}) reads or writes something else than `{node.name}`")
     if not node.op:
         alike = twin.linear is not None
-    elif node.affine is not None:
-        alike = twin.affine is not None
     else:
         alike = node.op == twin.op and _are_equal(node.attributes, twin.attributes)
         alike = alike and (node.linear is None) == (twin.linear is None)

@@ -4,7 +4,7 @@
 bias, one map from offsets to matrices, and a matrix is known by what it makes of a random vector, but for an accident
 of probability zero (Freivalds 1979, "Fast probabilistic algorithms"). So a vector of random numbers goes in at one
 position, and what comes out at each position, one operator after another, must be what the merged operator makes of it;
-with strides, once for each position that they tell apart. What comes out for nothing is the bias.
+with strides, one goes in at each position that they tell apart. What comes out for nothing is the bias.
 
 That is the block in the middle of a value. At its border nothing more is needed, if
 
@@ -236,37 +236,33 @@ class _Walk:
             raise Refuse(f"`{one.into}` takes one value in twice")
         weight, bias = one.numbers()
         weight = weight.reshape(-1, *weight.shape[2:])
-        for impulse in _impulses(twin.linear):
-            block = _Block(self.graph, self.stored, one.source, impulse)
-            whole = block.respond(one.result)
-            for value, sign in extra.items():
-                whole = _sum(whole, block.respond(value), sign)
-            mine = _apply(replace(twin.linear, order="oi"), weight, bias, impulse)
-            least = self.least * (1.0 + sum(float(own[1].sum()) for own in impulse.taps.values()))
-            if not _agree(whole, mine, (self.within, least), bool(twin.linear.sealed)):
-                raise Refuse(f"`{one.into}` is not what it was made of")
+        impulse = _impulses(twin.linear)
+        block = _Block(self.graph, self.stored, one.source, impulse)
+        whole = block.respond(one.result)
+        for value, sign in extra.items():
+            whole = _sum(whole, block.respond(value), sign)
+        mine = _apply(replace(twin.linear, order="oi"), weight, bias, impulse)
+        least = self.least * (1.0 + sum(float(own[1].sum()) for own in impulse.taps.values()))
+        if not _agree(whole, mine, (self.within, least), bool(twin.linear.sealed)):
+            raise Refuse(f"`{one.into}` is not what it was made of")
         self.known[one.result] = _Known(one.result, extra)
 
 
 # ---------------------------------------------------------------- one block
 
 
-def _impulses(linear: Linear) -> Iterator[_Response]:
-    """Random vectors at as many positions as the strides of a merged operator tell apart."""
+def _impulses(linear: Linear) -> _Response:
+    """A random vector at each of the positions that the strides of a merged operator tell apart."""
     random = np.random.default_rng(0)
     strides = linear.window.strides if linear.window is not None else ()
+    taps: dict[Position, Array] = {}
     for at in product(*(range(stride) for stride in strides)):
         vector = random.uniform(1.0, 2.0, linear.inputs) * random.choice([-1.0, 1.0], linear.inputs)
         if linear.sealed:
             vector += (1.0 - vector.sum()) / linear.inputs
-        ones, zeros = (1,) * len(strides), (0,) * len(strides)
-        yield _Response(
-            linear.in_axis,
-            {at: np.stack([vector, np.abs(vector)])},
-            np.zeros((2, linear.inputs)),
-            ones,
-            zeros,
-        )
+        taps[at] = np.stack([vector, np.abs(vector)])
+    ones, zeros = (1,) * len(strides), (0,) * len(strides)
+    return _Response(linear.in_axis, taps, np.zeros((2, linear.inputs)), ones, zeros)
 
 
 class _Block:
@@ -354,13 +350,13 @@ def _apply(
     if (given.axis, given.channels) != (linear.in_axis, linear.inputs):
         raise Refuse("its channels lie on another axis")
     window = linear.window or Window((), (), (), ())
-    seen = linear.view(np.asarray(weight, np.float64))
-    sizes = np.stack([seen, np.abs(seen)])
+    seen = linear.view(weight)
 
     def multiply(tap: Position, numbers: Array) -> Array:
         grouped = numbers.reshape(2, linear.groups, -1)
-        matrix = sizes[..., np.ravel_multi_index(tap, window.kernel) if tap else 0]
-        made: Array = np.einsum("rgoi,rgi->rgo", matrix, grouped).reshape(2, -1)
+        own = seen[..., np.ravel_multi_index(tap, window.kernel) if tap else 0].astype(np.float64)
+        pairs = ((own, grouped[0]), (np.abs(own), grouped[1]))
+        made: Array = np.stack([(matrix @ vector[..., None]).ravel() for matrix, vector in pairs])
         return made
 
     read = given if linear.before is None else _with(linear.before, given)

@@ -22,18 +22,21 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from bnfold.certificate import Record, apply, claims, match
+from bnfold.algebra import Affine
+from bnfold.certificate import Matched, Record, apply, claims, match
 from bnfold.equivalence import UNIT_ROUNDOFF
 from bnfold.errors import InputError, Refuse
 from bnfold.ir import Graph, Node
 from bnfold.onnx.constant_folding import Unworkable
+from bnfold.onnx.constant_folding import load as load_tensor
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.functions import inline
 from bnfold.onnx.read import ImportedModel, read
@@ -156,7 +159,7 @@ def digest(model: onnx.ModelProto, folder: Path | None = None) -> str:
     for sparse in graph.sparse_initializer:
         _feed(found, sparse.SerializeToString(deterministic=True))
     for tensor in sorted(graph.initializer, key=lambda tensor: tensor.name):
-        array = numpy_helper.to_array(tensor, str(folder or ""))
+        array = load_tensor(tensor, folder)
         content = array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
         for piece in (tensor.name.encode(), repr((tensor.data_type, array.shape)).encode(), content):
             _feed(found, piece)
@@ -203,7 +206,7 @@ def check(
         with np.errstate(all="ignore"):
             return _Check(source, result, certificate, folder, other).run()
     except (Refuse, Unworkable, ValueError, TypeError, LookupError) as gap:
-        if isinstance(gap, InputError):
+        if isinstance(gap, InputError) and not isinstance(gap, Unworkable):
             raise
         raise NotProved(f"the certificate proves nothing: {gap}") from gap
 
@@ -237,12 +240,12 @@ class _Check:
         before, applied = self.before.graph, self.applied
         check_algebra(before, applied.folded, applied.absorbed)
         found = match(applied.merged, self.after.graph)
-        self._check_files(found)
+        self._check_files(found.nodes)
         worst = self._check_numbers(found)
-        self._check_merges(found)
+        self._check_merges(found.nodes)
         return [
             f"algebra: equal for every input, by {len(before.nodes)} steps",
-            f"weights: each of {len(found)} operators holds what it should, the worst number within "
+            f"weights: each of {len(found.nodes)} operators holds what it should, the worst number within "
             f"{worst / 2:.3f} units in its last place",
         ]
 
@@ -264,7 +267,7 @@ class _Check:
         merged = {one["into"] for one in self.done.merges}
         for name, twin in found.items():
             node = self.applied.merged[name]
-            if name not in merged and node.affine is None:
+            if name not in merged:
                 mine = first.refs[node.copied[0] if node.copied else name]
                 self._check_settings(node, mine, second.refs[twin.name])
 
@@ -279,28 +282,22 @@ class _Check:
                 self._check_constants(node, ref, twin)
 
     def _check_constants(self, node: Node, ref: NodeRef, twin: NodeRef) -> None:
-        pairs = zip((*ref.inputs, *ref.results), (*twin.inputs, *twin.results), strict=True)
-        for value, other in pairs:
+        inputs = zip_longest(ref.inputs, twin.inputs, fillvalue="")
+        for value, other in (*inputs, *zip(ref.results, twin.results, strict=True)):
             if not _are_equal(_constant(self.before, value), _constant(self.after, other)):
                 raise Refuse(f"`{node.name}` ({node.op}) reads another constant")
 
     # -- the numbers
 
-    def _check_numbers(self, found: Mapping[str, Node]) -> float:
+    def _check_numbers(self, found: Matched) -> float:
         """How far the worst number of an operator is off, as a share of what it may be."""
-        worst = 0.0
-        for name, twin in found.items():
-            node = self.applied.merged[name]
-            if node.linear is not None:
-                share = self._share(node, twin)
-            elif node.affine is not None and twin.affine is not None:
-                share = self._affine_share(node, twin)
-            else:
-                continue
+        linears = [(self.applied.merged[name], twin) for name, twin in found.nodes.items()]
+        shares = {twin.name: self._share(node, twin) for node, twin in linears if node.linear is not None}
+        shares |= {value: self._affine_share(value, *pair) for value, *pair in found.affines}
+        for name, share in shares.items():
             if not share <= 1.0:
-                raise Refuse(f"the numbers of `{twin.name}` ({twin.op}) are not those of `{name}`")
-            worst = max(worst, share)
-        return worst
+                raise Refuse(f"the numbers of `{name}` are not what they should be")
+        return max(shares.values(), default=0.0)
 
     def _share(self, node: Node, twin: Node) -> float:
         assert node.linear is not None
@@ -314,15 +311,13 @@ class _Check:
         share = measure_weight(node.linear, weight, new, dtype, looks_up)
         return share if looks_up else max(share, measure_bias(node.linear, weight, bias, own, dtype))
 
-    def _affine_share(self, node: Node, twin: Node) -> float:
-        """Of an affine that is left: one rounding for each of its numbers, and those of a BatchNorm once more."""
-        assert node.affine is not None
-        assert twin.affine is not None
-        unit = 4 * UNIT_ROUNDOFF[_dtype(self.after, self.after.refs[twin.name][-1].outputs[0])]
-        pairs = ((node.affine.scale, twin.affine.scale), (node.affine.shift, twin.affine.shift))
-        size = max(float(np.abs(mine).max(initial=0.0)) for mine, _ in pairs)
-        return max(
-            float(np.max(np.abs(mine - theirs) / (unit * size or 1.0), initial=0.0)) for mine, theirs in pairs
+    def _affine_share(self, value: str, should: Affine, does: Affine) -> float:
+        """The same of affine maps that are left: of each the largest number decides, and each may be rounded twice."""
+        unit = 4 * UNIT_ROUNDOFF[_dtype(self.after, value)]
+        pairs = ((should.scale, does.scale), (should.shift, does.shift))
+        size = max(float(np.abs(own).max(initial=0.0)) for own, _ in pairs)
+        return max(float(np.max(np.abs(own - other), initial=0.0)) for own, other in pairs) / (
+            unit * size or 1.0
         )
 
     def _check_merges(self, found: Mapping[str, Node]) -> None:
