@@ -33,13 +33,13 @@ PLACES: dict[tuple[str, str], str] = {
     ("torch", "run and compare"): "fold retrace sandbox double",
     ("", "lower"): "canonical algebra window",
     ("", "import"): "ir",
-    ("", "decide"): "travel rules duplicate merge operators",
-    ("", "run and compare"): "equivalence report",
-    ("onnx", "see"): "accept flatten shapes sizes constant_folding",
+    ("", "decide"): "travel rules duplicate merge operators decide",
+    ("", "run and compare"): "simulation response weights certificate equivalence report",
+    ("onnx", "see"): "accept functions flatten shapes sizes constant_folding",
     ("onnx", "lower"): "lower context",
     ("onnx", "import"): "read",
     ("onnx", "write"): "write merging slots edit",
-    ("onnx", "run and compare"): "proof run reference inputs",
+    ("onnx", "run and compare"): "proof run reference inputs certify",
 }
 """Which modules stand where, by lane and stage."""
 
