@@ -30,7 +30,7 @@ from bnfold.output import replacing
 from bnfold.report import Report
 from bnfold.torch.fold import fold
 
-__all__ = ["fold_program", "fold_program_file"]
+__all__ = ["fold_program", "fold_program_file", "load_module"]
 
 aten = torch.ops.aten
 
@@ -71,6 +71,22 @@ def fold_program_file(source: str | Path, target: str | Path | None, **options: 
     if program.example_inputs is None:
         report = replace(report, notes=(*report.notes, _WITHOUT_EXAMPLES))
     return report
+
+
+@_without_own_advice()
+def load_module(source: Path) -> tuple[nn.Module, Any]:
+    """The program in a `.pt2` file as a module, and what it was exported with, or random inputs like that.
+
+    Raises:
+        InputError: the file cannot be read as an exported program.
+    """
+    from bnfold.torch.archive import load_program
+
+    program = load_program(source)
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    _drop_guards(module)
+    return module, _examples(program)
 
 
 _WITHOUT_EXAMPLES = (
