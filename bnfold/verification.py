@@ -76,8 +76,8 @@ class Side(Protocol):
     def soften(self) -> Callable[[Case], Outputs]:
         """Run the model with rectifiers that leak, so that a direction is seen where they are shut."""
 
-    def differentiate(self, other: Any, case: Case) -> Sequence[Array | None] | None:
-        """The gradient of the squared difference by each array of a case; None where there is none to be had."""
+    def differentiate(self, other: Any, case: Case, objective: Any) -> Sequence[Array | None] | None:
+        """The gradient of the objective by each array of a case; None where there is none to be had."""
 
     def record(self, case: Case, output: str) -> Recording:
         """What is computed on the way to an output."""
@@ -269,7 +269,7 @@ def _with_noise(pair: _Pair, cases: list[Case]) -> list[Case]:
                 accepted = pair.before.accept(near)
                 pair.run(accepted)
                 noisy.append(accepted)
-        except (InputError, UnreadableModel, Unavailable):
+        except (InputError, Unavailable):
             continue
     return [*cases, *noisy]
 
@@ -285,10 +285,21 @@ class _Pair:
     exact: dict[int, tuple[Outputs, Outputs]] = field(default_factory=dict)
 
     def run(self, case: Case) -> tuple[Outputs, Outputs]:
-        """What both compute in their own dtypes, the second's outputs under the names of the first's."""
+        """What both compute in their own dtypes, the second's outputs under the names of the first's.
+
+        Raises:
+            InputError, Unavailable: the first does not run.
+            UnreadableModel: the first runs, and the second does not.
+        """
         if id(case) not in self.own:
             old = self.before.run(case)
-            self.own[id(case)] = case, old, _renamed(self.after.run(case), old)
+            try:
+                new = self.after.run(case)
+            except (InputError, Unavailable) as error:
+                raise UnreadableModel(
+                    f"the second model does not run where the first does: {error}"
+                ) from error
+            self.own[id(case)] = case, old, _renamed(new, old)
         return self.own[id(case)][1:]
 
     def run_exactly(self, cases: Sequence[Case]) -> list[tuple[Outputs, Outputs]]:

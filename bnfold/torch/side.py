@@ -1,7 +1,7 @@
 """A module as one side of a verification: run in its own dtype and in float64, differentiated, and looked into.
 
 See `bnfold.verification.Side`. A module is called with what its caller gave, tensors replaced by the arrays of a case;
-with arrays by name that are all parameters of its `forward`, by keyword; else with one tensor after the other.
+with arrays by name that are all parameters of its `forward`, as those; else with one tensor after the other.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from bnfold.ascent import Objective
 from bnfold.cases import Array, Case, is_float
 from bnfold.divergence import Recording
 from bnfold.equivalence import Outputs, Unavailable
@@ -29,6 +30,7 @@ from bnfold.errors import InputError, UnreadableModel
 from bnfold.torch.double import double
 from bnfold.torch.files import load_factory, load_folded, load_state, make_inputs
 from bnfold.torch.fold import Narrow, coarsest_dtype, run, widened
+from bnfold.torch.program import load_module, without_own_advice
 from bnfold.torch.sandbox import arrange, first_line, restored, undisturbed
 from bnfold.torch.stored import to_float64
 from bnfold.torch.tensors import leaves
@@ -107,10 +109,11 @@ class ModuleSide:
         if case.form is not None:
             return case.form(case.arrays)
         tensors = [self._tensor(array) for array in case.arrays]
-        parameters = self._parameters()
-        if case.names and set(case.names) <= set(parameters):
-            return (), dict(zip(case.names, tensors, strict=True))
-        return tuple(tensors), {}
+        named, parameters = dict(zip(case.names, tensors, strict=False)), self._parameters()
+        first = parameters[: len(tensors)]
+        if set(named) == set(first):
+            return tuple(named[name] for name in first), {}
+        return ((), named) if named and set(named) <= set(parameters) else (tuple(tensors), {})
 
     def _tensor(self, array: Array) -> Tensor:
         """An array that came with no form, in the dtype and on the device of the module's own floats."""
@@ -157,7 +160,8 @@ class ModuleSide:
 
     @cached_property
     def _twin(self) -> nn.Module:
-        return to_float64(self.model)
+        with without_own_advice():
+            return to_float64(self.model)
 
     def _require_numbers(self) -> None:
         tensors = (*self.model.parameters(), *self.model.buffers())
@@ -175,14 +179,14 @@ class ModuleSide:
 
         return run_soft
 
-    def differentiate(self, other: Any, case: Case) -> Sequence[Array | None] | None:
-        """The gradient of the squared difference to another module; None where there is none to be had."""
+    def differentiate(self, other: Any, case: Case, objective: Objective) -> Sequence[Array | None] | None:
+        """The gradient of the objective of `bnfold.ascent`; None where there is none to be had."""
         if not isinstance(other, ModuleSide):
             return None
         tracked = [_to_tensor(a).requires_grad_() if is_float(a) else _to_tensor(a) for a in case.arrays]
         try:
             with torch.enable_grad(), Leaking():
-                gap = self._squared_gap(other, case, tracked)
+                gap = self._gap(other, case, tracked, objective)
             if gap is None or not gap.requires_grad:
                 return None
             wanted = [tensor for tensor in tracked if tensor.requires_grad]
@@ -192,16 +196,18 @@ class ModuleSide:
         found = [next(slopes) if tensor.requires_grad else None for tensor in tracked]
         return [None if slope is None else slope.double().numpy() for slope in found]
 
-    def _squared_gap(self, other: ModuleSide, case: Case, tracked: list[Tensor]) -> Tensor | None:
-        """The objective of `bnfold.ascent`, as torch sees it."""
-        with restored(self.model, True), restored(other.model, True), undisturbed(seed=0):
+    def _gap(
+        self, other: ModuleSide, case: Case, tracked: list[Tensor], objective: Objective
+    ) -> Tensor | None:
+        """The objective, as torch sees it."""
+        with restored(self.model, True), undisturbed(seed=0):
             old = _floats(self._call(self._follow(case, tracked)))
-        with restored(self.model, True), restored(other.model, True), undisturbed(seed=0):
+        with restored(other.model, True), undisturbed(seed=0):
             new = _floats(other._call(other._follow(case, tracked)))
-        pairs = [(a, b) for a, b in zip(old, new, strict=False) if a.shape == b.shape and a.numel()]
         terms = [
-            ((b.double() - a.double()) / (a.detach().abs().max().double() or 1.0)).square().sum().cpu()
-            for a, b in pairs
+            ((b.double() - a.double()).cpu() * torch.from_numpy(sign)).sum() / peak
+            for a, b, sign, peak in zip(old, new, objective.signs, objective.peaks, strict=False)
+            if a.shape == b.shape == sign.shape
         ]
         return torch.stack(terms).sum() if terms else None
 
@@ -355,8 +361,6 @@ def open_file(path: Path, label: str, factory: str | None, shapes: Sequence[str]
     from bnfold import checkpoint
 
     if checkpoint.identify(path) == "exported program":
-        from bnfold.torch.program import load_module
-
         module, recorded = load_module(path)
         return ModuleSide(module, label, recorded, "recorded")
     found = checkpoint.load(path)
