@@ -58,6 +58,9 @@ class Side(Protocol):
     def weights(self) -> int:
         """How many operators have weights, each of which may have been rounded once."""
 
+    def meet(self, first: Any) -> None:
+        """Learn for which side, the first of two, inputs are drawn."""
+
     def read(self, inputs: Any) -> list[Case]:
         """The caller's inputs, in the form in which such a model is called."""
 
@@ -246,6 +249,7 @@ def verify_sides(
     if tolerance is not None and not 0 <= tolerance < np.inf:
         raise InputError(f"a tolerance of {tolerance} holds nothing to anything; give a number of 0 or more")
     cases, exhaustive = find_cases(before, after, inputs)
+    after.meet(before)
     pair = _Pair(before, after, tolerance)
     cases = [before.accept(case) for case in cases]
     if not exhaustive:

@@ -46,7 +46,7 @@ PLACES: dict[tuple[str, str], str] = {
 BESIDE = {
     "torch": "archive files program side",
     "": "archive ascent calibrate cases checkpoint cli command divergence errors exclusive fold layers output "
-    "pytest_plugin shapes verification verify",
+    "pytest_plugin pytest_report shapes verification verify",
     "onnx": "files side",
 }
 """Modules that are not on the path of a fold: files, commands, verification, and what is shared by all."""

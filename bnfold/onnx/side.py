@@ -72,6 +72,9 @@ class ModelSide:
         """
         raise InputError("inputs are a dict of arrays by input name, a list of those, or .npz files")
 
+    def meet(self, first: Any) -> None:
+        """Nothing: inputs are cast to what the model declares."""
+
     def make_up(self) -> tuple[list[Case], bool]:
         """Inputs such as the model declares.
 

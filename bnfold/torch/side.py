@@ -62,6 +62,18 @@ class ModuleSide:
         """
         self.model, self.label, self.examples, self.kind = model, label, examples, kind
         self.doubt, self.seconds = "", 0.0
+        self._recast: dict[torch.dtype, torch.dtype] = {}
+
+    def meet(self, first: Any) -> None:
+        """Take what is drawn for a module of another dtype in the own one."""
+        if isinstance(first, ModuleSide):
+            self._recast = {first._float: self._float}
+
+    @cached_property
+    def _float(self) -> torch.dtype:
+        """The dtype of the first float parameter."""
+        found = (t.dtype for t in self.model.parameters() if t.is_floating_point())
+        return next(found, torch.float32)
 
     @property
     def dtype(self) -> str:
@@ -107,7 +119,7 @@ class ModuleSide:
 
     def _inputs(self, case: Case) -> Any:
         if case.form is not None:
-            return case.form(case.arrays)
+            return tree_map_only(Tensor, self._cast, case.form(case.arrays))
         tensors = [self._tensor(array) for array in case.arrays]
         named, parameters = dict(zip(case.names, tensors, strict=False)), self._parameters()
         first = parameters[: len(tensors)]
@@ -115,11 +127,14 @@ class ModuleSide:
             return tuple(named[name] for name in first), {}
         return ((), named) if named and set(named) <= set(parameters) else (tuple(tensors), {})
 
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._recast.get(tensor.dtype, tensor.dtype))
+
     def _tensor(self, array: Array) -> Tensor:
         """An array that came with no form, in the dtype and on the device of the module's own floats."""
-        like = next((t for t in self.model.parameters() if t.is_floating_point()), torch.empty(0))
+        device = next((t.device for t in self.model.parameters()), torch.device("cpu"))
         tensor = _to_tensor(array)
-        return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+        return tensor.to(device, self._float if tensor.is_floating_point() else tensor.dtype)
 
     # -- the runs
 
@@ -280,18 +295,24 @@ class _Seen:
             self.roots[name] = tensor.grad_fn
 
     def recording(self, outputs: Sequence[Tensor]) -> Recording:
-        """The values, with the nearest of them on every way back from the outputs and from each other."""
-        marks: dict[Any, str] = {}
-        for name, root in self.roots.items():
-            if root is not None:
-                marks.setdefault(root, name)
-        values = {name: array for name, array in self.values.items() if marks.get(self.roots[name]) == name}
-        if not marks or any(tensor.grad_fn is None for tensor in outputs):
+        """The values, with the nearest of them on every way back from the outputs and from each other.
+
+        What a module hands on as it got it (an Identity, the last value of a container) comes of the one before.
+        """
+        if any(tensor.grad_fn is None for tensor in outputs):
             return Recording("module", self.values, self.makers, _one_after_the_other(list(self.values)))
+        marks: dict[Any, str] = {}
+        inner: dict[str, str] = {}
+        roots = {name: root for name, root in self.roots.items() if root is not None}
+        for name, root in roots.items():
+            if root in marks:
+                inner[name] = marks[root]
+            marks[root] = name
         sources = {"": _nearest([tensor.grad_fn for tensor in outputs], marks)}
-        for name in values:
-            sources[name] = _nearest([one for one, _ in self.roots[name].next_functions], marks)
-        return Recording("module", values, self.makers, sources)
+        for name, root in roots.items():
+            before = [one for one, _ in root.next_functions]
+            sources[name] = (inner[name],) if name in inner else _nearest(before, marks)
+        return Recording("module", self.values, self.makers, sources)
 
 
 def _one_after_the_other(names: list[str]) -> dict[str, tuple[str, ...]]:
