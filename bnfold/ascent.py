@@ -15,6 +15,7 @@ first axis of all inputs and outputs counts examples, each example climbs by its
 Two models that differ in a rectified branch are equal wherever that is shut, and the gradient is zero there. So what is
 climbed is the difference of the two models with rectifiers that leak (y + 0.1 (x - y) for y = relu(x)), on both sides
 alike, which keeps a fold through a rectifier a fold; what counts is how far the models themselves differ on the way.
+Where even those differ by rounding alone there is no slope, and a step goes in a random direction.
 
 Not covered: inputs without floats; models that take more than `SLOW` seconds for a run; a branch behind another bend
 than a rectifier that is as flat. An ascent that finds nothing proves nothing.
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from bnfold.cases import Array, Case, is_float
-from bnfold.equivalence import Outputs, Unavailable, measure
+from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, Unavailable, measure
 from bnfold.errors import InputError, UnreadableModel
 
 __all__ = ["Objective", "climb"]
@@ -37,6 +38,9 @@ __all__ = ["Objective", "climb"]
 STEPS = 8
 DIRECTIONS = 8
 SLOW = 2.0
+FLAT = 64.0
+"""A difference of so many unit roundoffs of the largest output has no slope but that of rounding."""
+
 QUICK = 0.01
 """A model whose run takes more seconds than this is asked for two directions only."""
 
@@ -140,17 +144,27 @@ class _Way:
         before, after = self.sides
         case, name = self.start, "ascent" if self.sense > 0 else "descent"
         for step in range(1, STEPS + 1):
-            slopes = before.differentiate(after, case, self.objective)
+            slopes: Sequence[Array | None] | None = self._wander(case) if self._is_flat(case) else None
+            slopes = before.differentiate(after, case, self.objective) if slopes is None else slopes
             slopes = self._estimate(case) if slopes is None else slopes
             signs = [None if slope is None else self.sense * _sign(slope) for slope in slopes]
             case = before.accept(replace(self._move(case, signs), label=f"{name} step {step}"))
             yield case
 
+    def _is_flat(self, case: Case) -> bool:
+        """Whether the softened models differ by rounding alone."""
+        old, new = (run(case) for run in self.soft)
+        return _gap((old, new)) <= FLAT * UNIT_ROUNDOFF[self.sides[0].dtype]
+
+    def _wander(self, case: Case) -> list[Array]:
+        """A random direction."""
+        return [np.asarray(self.random.integers(2, size=a.shape) * 2.0 - 1) for a in case.arrays]
+
     def _estimate(self, case: Case) -> list[Array | None]:
         """The slope of the objective along random directions, weighed by how steep it is there."""
         slopes: list[Array] = [np.zeros(array.shape) for array in case.arrays]
         for _ in range(self.directions):
-            signs = [np.asarray(self.random.integers(2, size=a.shape) * 2.0 - 1) for a in case.arrays]
+            signs = self._wander(case)
             up, down = (self._value(self._move(case, [side * one for one in signs])) for side in (0.5, -0.5))
             with np.errstate(invalid="ignore"):
                 rise = np.nan_to_num(up - down)
