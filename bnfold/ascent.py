@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfold.cases import Array, Case, is_float
+from bnfold.cases import Array, Case, is_float, renamed
 from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, Unavailable, measure
 from bnfold.errors import InputError, UnreadableModel
 
@@ -154,7 +154,7 @@ class _Way:
     def _is_flat(self, case: Case) -> bool:
         """Whether the softened models differ by rounding alone."""
         old, new = (run(case) for run in self.soft)
-        return _gap((old, new)) <= FLAT * UNIT_ROUNDOFF[self.sides[0].dtype]
+        return _gap((old, renamed(new, old))) <= FLAT * UNIT_ROUNDOFF[self.sides[0].dtype]
 
     def _wander(self, case: Case) -> list[Array]:
         """A random direction."""

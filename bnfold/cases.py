@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Array", "Case", "Form", "count_examples", "is_float", "nudged", "perturbed"]
+from bnfold.equivalence import Outputs
+
+__all__ = ["Array", "Case", "Form", "count_examples", "is_float", "nudged", "perturbed", "renamed"]
 
 Array = np.ndarray[Any, Any]
 
@@ -70,3 +72,10 @@ def nudged(case: Case, unit: float) -> Case:
         return np.asarray((array.astype(np.float64) * (1 + 2 * unit * signs)).astype(array.dtype))
 
     return replace(case, arrays=tuple(map(nudge, case.arrays)))
+
+
+def renamed(outputs: Outputs, like: Outputs) -> Outputs:
+    """Outputs under the names of others, by order, where the names are not the same."""
+    if set(outputs) == set(like) or len(outputs) != len(like):
+        return outputs
+    return dict(zip(like, outputs.values(), strict=True))

@@ -32,7 +32,7 @@ import numpy as np
 
 from bnfold.archive import is_onnx, load_arrays
 from bnfold.ascent import climb
-from bnfold.cases import Array, Case, count_examples, nudged, perturbed
+from bnfold.cases import Array, Case, count_examples, nudged, perturbed, renamed
 from bnfold.divergence import Divergence, Recording, find_divergence
 from bnfold.equivalence import UNIT_ROUNDOFF, Comparison, Outputs, Unavailable, Worst, compare, measure
 from bnfold.errors import InputError, NotEquivalent, UnreadableModel
@@ -303,7 +303,7 @@ class _Pair:
                 raise UnreadableModel(
                     f"the second model does not run where the first does: {error}"
                 ) from error
-            self.own[id(case)] = case, old, _renamed(new, old)
+            self.own[id(case)] = case, old, renamed(new, old)
         return self.own[id(case)][1:]
 
     def run_exactly(self, cases: Sequence[Case]) -> list[tuple[Outputs, Outputs]]:
@@ -316,7 +316,7 @@ class _Pair:
             olds = self.before.run_exactly(new, [one[1] for one in complete] if whole else None)
             news = self.after.run_exactly(new, [one[2] for one in complete] if whole else None)
             for case, old, late in zip(new, olds, news, strict=True):
-                self.exact[id(case)] = old, _renamed(late, old)
+                self.exact[id(case)] = old, renamed(late, old)
         return [self.exact[id(case)] for case in cases]
 
     def judge(self, cases: list[Case], exhaustive: bool) -> Verification:
@@ -418,10 +418,3 @@ def _judge_by_tolerance(runs: _Runs, tolerance: float) -> _Judged:
         runs.dtype, runs.examples, False, worst.deviation, tolerance, "the tolerance that was given", None
     )
     return (found,), None, ()
-
-
-def _renamed(outputs: Outputs, like: Outputs) -> Outputs:
-    """Outputs under the names of others, by order, where the names are not the same."""
-    if set(outputs) == set(like) or len(outputs) != len(like):
-        return outputs
-    return dict(zip(like, outputs.values(), strict=True))
