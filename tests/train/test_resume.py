@@ -61,7 +61,6 @@ def train_until(step: int, monkeypatch: pytest.MonkeyPatch, *arguments: object) 
     "recipe",
     [
         ["quick"],
-        ["lecture"],
         ["batchnorm"],
         ["zeros"],
         ["quick", "--layers", "scratch"],
@@ -74,7 +73,7 @@ def test_resumed_after_any_step_it_ends_in_the_same_bytes(recipe, monkeypatch, c
     assert train(*arguments, "-o", "whole.pt") == 0
     whole = Path("whole.pt").read_bytes()
     shown = capsys.readouterr().out.replace("whole.pt", "ckpt.pt").splitlines()
-    for steps in ((3,), (5, 20), (16, 17, 18), (39,)):
+    for steps in ((3,), (5, 20), (16, 17, 39)):
         for number, step in enumerate(steps):
             train_until(step, monkeypatch, *arguments, *(["--resume"] if number else []))
         assert not Path("ckpt.pt").exists()
