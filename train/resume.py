@@ -113,7 +113,7 @@ class Keeper:
         self._compare(state["run"])
         try:
             self._restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # as many as a file can be damaged in
             raise InputError(f"{self.path} is damaged; remove it, or leave --resume out") from error
         self._is_own = True
         return True
@@ -130,6 +130,9 @@ class Keeper:
                 raise InputError(f"{fact}and not {value!r:.80}; leave --resume out to begin anew")
 
     def _restore(self, state: dict[str, Any]) -> None:
+        step, since = state["step"], state["batches"]["since"]
+        if not 0 <= since <= step == len(state["history"]) <= self.training.recipe.steps:
+            raise ValueError("it counts steps that were not taken")
         self.training.restore(state)
         self.history[:] = state["history"].tolist()
         if self.diagnostics is not None:
