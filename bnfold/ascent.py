@@ -37,12 +37,15 @@ __all__ = ["Objective", "climb"]
 
 STEPS = 8
 DIRECTIONS = 8
+FEW = 2
+"""A model that is not `QUICK` is asked for so many directions, and takes half the steps."""
+
 SLOW = 2.0
 FLAT = 64.0
 """A difference of so many unit roundoffs of the largest output has no slope but that of rounding."""
 
 QUICK = 0.01
-"""A model whose run takes more seconds than this is asked for two directions only."""
+"""A run of a quick model takes no more seconds than this."""
 
 Run = Callable[[Case], tuple[Outputs, Outputs]]
 Box = Sequence[tuple[float, float]]
@@ -134,7 +137,8 @@ class _Way:
     ) -> None:
         self.sides, self.soft, self.start, self.box, self.sense = sides, soft, start, box, sense
         self.objective = Objective.at(*(run(start) for run in soft))
-        self.directions = 2 if max(side.seconds for side in sides) > QUICK else DIRECTIONS
+        is_quick = max(side.seconds for side in sides) <= QUICK
+        self.directions, self.steps = (DIRECTIONS, STEPS) if is_quick else (FEW, STEPS // 2)
         self.random = np.random.default_rng(2)
         rows = {len(array) if array.ndim else 0 for array in start.arrays}
         self.rows = rows.pop() if len(rows) == 1 else 0
@@ -143,7 +147,7 @@ class _Way:
         """Each step."""
         before, after = self.sides
         case, name = self.start, "ascent" if self.sense > 0 else "descent"
-        for step in range(1, STEPS + 1):
+        for step in range(1, self.steps + 1):
             slopes: Sequence[Array | None] | None = self._wander(case) if self._is_flat(case) else None
             slopes = before.differentiate(after, case, self.objective) if slopes is None else slopes
             slopes = self._estimate(case) if slopes is None else slopes

@@ -171,15 +171,19 @@ def test_the_training_of_another_run_is_left_alone(monkeypatch, capsys) -> None:
     assert not Path("ckpt.pt").with_name("nothing").exists()
 
 
-@pytest.mark.parametrize("fault", ["empty", "cut", "text", "checkpoint", "no net", "other shapes"])
+@pytest.mark.parametrize(
+    "fault", ["empty", "cut", "text", "checkpoint", "no net", "other shapes", "other steps"]
+)
 def test_a_damaged_file_is_one_line_and_exit_code_2(fault, monkeypatch, capsys) -> None:
     train_until(5, monkeypatch, "--save-every", "5")
     path = Path("ckpt.training.pt")
     content = path.read_bytes()
-    if fault in ("no net", "other shapes"):
+    if fault in ("no net", "other shapes", "other steps"):
         state = torch.load(path, weights_only=True)
         if fault == "no net":
             del state["net"]
+        elif fault == "other steps":
+            state["batches"]["since"] = 10**12
         else:
             state["net"] = {name: tensor[..., :1] for name, tensor in state["net"].items() if tensor.ndim}
         torch.save(state, path)
