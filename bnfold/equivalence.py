@@ -307,9 +307,10 @@ def _check_shapes(before: Sequence[Outputs], after: Sequence[Outputs]) -> None:
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         for name in old.keys() & new.keys():
             if np.shape(old[name]) != np.shape(new[name]):
+                shapes = f"shapes {np.shape(old[name])} before, {np.shape(new[name])} after"
+                place = f"input {index}, output {name}: {shapes}"
                 raise NotEquivalent(
-                    f"the models differ at input {index}, output {name}: shapes {np.shape(old[name])} before, "
-                    f"{np.shape(new[name])} after"
+                    f"the models differ at {place}", Worst(np.inf, place, index, name, bound=0.0)
                 )
 
 

@@ -52,7 +52,7 @@ def _lines(record: Record) -> Iterator[str]:
         yield record["failure"]
     divergence = record.get("divergence")
     if divergence:
-        yield f"begins at {divergence['layer']} ({divergence['maker']}), which differs by {divergence['deviation']:.1e}"
+        yield f"begins at {divergence['layer']} ({divergence['maker']})"
     for item in record.get("evidence", ()):
         examples = f"all {item['inputs']:,}" if item["exhaustive"] else f"{item['inputs']:,}"
         yield f"{item['question']}: {item['deviation']:.1e}, bound {item['bound']:.1e}, {examples} examples"

@@ -129,17 +129,21 @@ class Verification:
         worst = None
         if self.worst is not None and self.case is not None:
             worst = {"kind": self.case.label, **asdict(self.worst), "place": self.describe_worst()}
-            worst["bound"] = None if self.worst.bound == np.inf else self.worst.bound
-            worst["deviation"] = None if self.worst.deviation == np.inf else self.worst.deviation
+        divergence = None if self.divergence is None else asdict(self.divergence)
         return {
             "equivalent": self.equivalent,
             "failure": self.failure,
             "evidence": [asdict(item) for item in self.evidence],
             "inputs": list(self.tried),
-            "worst": worst,
-            "divergence": None if self.divergence is None else asdict(self.divergence),
+            "worst": worst and _finite(worst),
+            "divergence": divergence and _finite(divergence),
             "notes": list(self.notes),
         }
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with None for infinite numbers, which JSON has not."""
+    return {name: None if value == np.inf else value for name, value in record.items()}
 
 
 # ---------------------------------------------------------------- what is compared

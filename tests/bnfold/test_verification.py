@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import onnx
@@ -273,6 +274,15 @@ def test_the_worst_input_is_named_and_its_values_are_there_whether_it_is_within_
     row = beyond.case.arrays[0][beyond.worst.element[0]]
     assert before(torch.from_numpy(row)[None])[0, 1].item() == pytest.approx(old)
     assert beyond.to_dict()["worst"]["kind"] == beyond.case.label
+
+
+def test_what_is_no_number_is_different_and_its_record_is_json():
+    after = net()
+    after[0].bias.data[0] = float("nan")
+    found = verify(net(), after, inputs(), locate=True)
+    assert (found.worst.values[1], found.divergence.layer) == ("nan", "0")
+    record = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert (record["worst"]["deviation"], record["divergence"]["deviation"]) == (None, None)
 
 
 def test_verifying_changes_neither_models_nor_inputs_nor_random_states():
