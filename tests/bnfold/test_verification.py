@@ -18,7 +18,7 @@ from bnfold.verification import open_side, verify_sides
 from export.write import write
 from tests.onnx_models import model, random
 
-WIDTH = 16
+WIDTH = 32
 
 
 def net() -> nn.Sequential:
@@ -79,7 +79,7 @@ def test_every_number_of_a_file_that_is_off_by_a_thousandth_is_found():
 
 
 class Rare(nn.Module):
-    """Adds a branch that opens where sixteen inputs conspire: beyond 6 standard deviations."""
+    """Adds a branch that opens where all inputs conspire: 14 standard deviations off, and 4 in random corners."""
 
     def __init__(self, height: float):
         super().__init__()
@@ -87,7 +87,7 @@ class Rare(nn.Module):
         self.first, self.rare, self.height = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 1), height
         with torch.no_grad():
             self.rare.weight.copy_(torch.sign(torch.randn(1, WIDTH)))
-            self.rare.bias.fill_(-6.0 * WIDTH**0.5)
+            self.rare.bias.fill_(-80.0)
 
     def forward(self, x):
         return torch.tanh(self.first(x)) + self.height * torch.relu(self.rare(x))
@@ -106,7 +106,7 @@ def rare_file(height: float) -> onnx.ModelProto:
     tensors = {
         "w": random(3).standard_normal((WIDTH, 3)).astype(np.float32) / 4,
         "d": np.sign(random(4).standard_normal((WIDTH, 1))).astype(np.float32),
-        "t": np.array([-16], np.float32),
+        "t": np.array([-45], np.float32),
         "k": np.array([height], np.float32),
     }
     return model(text, tensors)

@@ -136,6 +136,7 @@ def test_weights_folded_weights_factories_and_files_go_with_each_other(files, ca
     assert re.search(r"output output\[\d, 1\]", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_an_exported_program_is_held_to_what_it_was_made_of(files, capsys):
     torch.export.save(torch.export.export(build(), (torch.randn(2, 3, 8),)), "net.pt2")
