@@ -86,21 +86,31 @@ def calibrate(model: Model, batches: Any, **options: Any) -> Model:
     return cast("Model", import_module("bnfold.calibrate").calibrate(model, batches, **options))
 
 
-def verify(before: Any, after: Any, inputs: Any = None) -> tuple[Evidence, ...]:
-    """Compare two models of one kind on the same inputs, in their own dtype and in float64.
+def verify(
+    before: Any, after: Any, inputs: Any = None, tolerance: float | None = None
+) -> tuple[Evidence, ...]:
+    """Compare two models, in their own dtype and in float64, on inputs that matter; see `bnfold.verification`.
 
     Args:
-        before, after: two modules, or two ONNX models.
-        inputs: as `fold` takes them.
+        before, after: modules, ONNX models, or the files of such (ONNX, a checkpoint, an exported program).
+        inputs: as `fold` takes them for a model of that kind. Arrays by name, several such dicts in a list, and
+            `.npz` files are for any.
+        tolerance: the largest difference, relative to the largest output, instead of the bounds that are derived.
 
     Returns:
         What was compared, with the bounds; see `bnfold.equivalence`.
 
     Raises:
         NotEquivalent: they differ; the message names the worst input and element.
+        InputError: one of them cannot be used, or inputs are missing.
+        UnreadableModel: they could not be compared at all.
     """
-    evidence: tuple[Evidence, ...] = _frontend(before).verify(before, after, inputs)
-    return evidence
+    from bnfold.verification import open_side, verify_sides
+
+    sides = open_side(before, "the first model"), open_side(after, "the second model")
+    found = verify_sides(*sides, inputs, tolerance)
+    found.raise_if_different()
+    return found.evidence
 
 
 def _frontend(model: Any) -> Any:
@@ -113,10 +123,10 @@ def _frontend(model: Any) -> Any:
 
 
 class _Package(ModuleType):
-    """This package, on which importing the module `bnfold.fold` must not hide the function `fold`; so `calibrate`."""
+    """This package, on which importing the module `bnfold.fold` must not hide the function; so the others."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in ("fold", "calibrate") and isinstance(value, ModuleType)):
+        if not (name in ("fold", "calibrate", "verify") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

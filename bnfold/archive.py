@@ -18,10 +18,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from bnfold.errors import InputError
 from bnfold.exclusive import exclusive
 
-__all__ = ["DEEPEST", "check_members", "load_plain", "name_stranger", "open_archive"]
+__all__ = [
+    "DEEPEST",
+    "check_members",
+    "is_onnx",
+    "load_arrays",
+    "load_plain",
+    "name_stranger",
+    "open_archive",
+]
 
 DEEPEST = 100
 """Levels of containers in containers; a checkpoint of an optimiser has about five."""
@@ -47,6 +57,14 @@ def name_stranger(path: Path) -> None:
     for (start, magic), sentence in _STRANGERS.items():
         if head[start:].startswith(magic):
             raise InputError(f"{path} {sentence}")
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a file is to be read as ONNX: by its suffix, else because it is nothing that torch writes."""
+    if path.suffix in (".onnx", ".pt", ".pth", ".pt2", ".ckpt", ".safetensors", ".bin", ".tar"):
+        return path.suffix == ".onnx"
+    with path.open("rb") as file:
+        return file.read(2) not in (b"PK", b"\x80\x02")
 
 
 @contextmanager
@@ -77,6 +95,27 @@ def check_members(members: list[zipfile.ZipInfo], size: int) -> None:
         raise InputError("its members claim more bytes than the file has")
     if len({member.filename for member in members}) < len(members):
         raise InputError("two of its members have one name")
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Load the arrays of an `.npz` file by name; what NumPy warns of (a header as Python 2 wrote it) is not said.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path} is no .npz file: {'it is no regular file' if path.exists() else 'no such file'}"
+        )
+    try:
+        with (
+            exclusive(),
+            warnings.catch_warnings(action="ignore"),
+            np.load(path, allow_pickle=False) as archive,
+        ):
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:
+        raise InputError(f"{path} is no .npz file of arrays: {error}") from error
 
 
 def load_plain(source: Path | bytes) -> Any:

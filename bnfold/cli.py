@@ -1,4 +1,4 @@
-"""The console script: `bnfold fold FILE` is `python -m bnfold.fold FILE`."""
+"""The console script: `bnfold fold FILE` is `python -m bnfold.fold FILE`, and so is `bnfold verify A B`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parser = Parser(prog="bnfold", description="Fold BatchNorms, exactly, and prove it.")
     parser.add_argument("--version", action="version", version=f"bnfold {__version__}")
-    parser.add_argument("command", choices=["fold"], help="`bnfold fold --help` lists its options")
+    parser.add_argument(
+        "command", choices=["fold", "verify"], help="`bnfold COMMAND --help` lists its options"
+    )
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = parser.parse_args(given[:1]).command
     code: int = import_module(f"bnfold.{command}").main(given[1:])

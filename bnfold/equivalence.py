@@ -26,7 +26,7 @@ than those that were tried.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -42,6 +42,7 @@ __all__ = [
     "Outputs",
     "Runs",
     "Unavailable",
+    "Worst",
     "compare",
     "judge",
     "measure",
@@ -61,10 +62,23 @@ _MARGIN = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Worst:
-    """The largest relative difference, and where it is."""
+    """The largest relative difference, and where it is.
+
+    Attributes:
+        place: where, in words.
+        input, output, element: where; -1, "" and () as far as it is no element of one output.
+        values: before and after, as text.
+        question, bound: what was asked, and what the difference was held to; "" and infinity before that is known.
+    """
 
     deviation: float
     place: str = ""
+    input: int = -1
+    output: str = ""
+    element: tuple[int, ...] = ()
+    values: tuple[str, str] = ("", "")
+    question: str = ""
+    bound: float = float("inf")
 
 
 Pair = tuple[Sequence[Outputs], Sequence[Outputs]]
@@ -238,7 +252,8 @@ def compare(
         within = f" in {question}" if question else ""
         raise NotEquivalent(
             f"the models differ{within} by {worst.deviation:.2e} of the largest output at {worst.place}; "
-            f"the bound is {bound:.2e}"
+            f"the bound is {bound:.2e}",
+            replace(worst, question=question, bound=bound),
         )
     return worst
 
@@ -249,11 +264,13 @@ def measure(before: Sequence[Outputs], after: Sequence[Outputs], discrete: bool 
     worst = Worst(0.0)
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         if set(old) != set(new):
-            return Worst(np.inf, f"input {index}: one has outputs {sorted(old)}, the other {sorted(new)}")
+            place = f"input {index}: one has outputs {sorted(old)}, the other {sorted(new)}"
+            return Worst(np.inf, place, index)
         for name in old:
             here = _difference(np.asarray(old[name]), np.asarray(new[name]), largest[name], discrete)
             if here is not None and not here.deviation <= worst.deviation:
-                worst = Worst(here.deviation, f"input {index}, output {name}{here.place}")
+                place = f"input {index}, output {name}{here.place}"
+                worst = replace(here, place=place, input=index, output=name)
     return worst
 
 
@@ -262,7 +279,7 @@ def _difference(old: npt.NDArray[Any], new: npt.NDArray[Any], largest: float, di
     if old.shape != new.shape:
         return Worst(np.inf, f": shapes {old.shape} and {new.shape}") if discrete else None
     if not _is_continuous(old):
-        return Worst(1.0, "") if discrete and not np.array_equal(old, new) else None
+        return _first_unequal(old, new) if discrete and not np.array_equal(old, new) else None
     if not old.size:
         return None
     wide = np.complex128 if np.iscomplexobj(old) else np.float64
@@ -272,17 +289,28 @@ def _difference(old: npt.NDArray[Any], new: npt.NDArray[Any], largest: float, di
         distance = np.where(same, 0.0, np.abs(new - old) / largest)
     distance = np.where(np.isnan(distance), np.inf, distance)
     at = np.unravel_index(int(np.argmax(distance)), distance.shape)
-    place = f"[{', '.join(str(int(i)) for i in at)}]: {old[at]:.9g} before, {new[at]:.9g} after"
-    return Worst(float(distance[at]), place)
+    element, values = tuple(int(i) for i in at), (f"{old[at]:.9g}", f"{new[at]:.9g}")
+    place = f"[{', '.join(map(str, element))}]: {values[0]} before, {values[1]} after"
+    return Worst(float(distance[at]), place, element=element, values=values)
+
+
+def _first_unequal(old: npt.NDArray[Any], new: npt.NDArray[Any]) -> Worst:
+    """Where two outputs of whole numbers first differ."""
+    at = tuple(int(i) for i in np.argwhere(old != new)[0])
+    values = str(old[at]), str(new[at])
+    return Worst(
+        1.0, f"[{', '.join(map(str, at))}]: {values[0]} before, {values[1]} after", element=at, values=values
+    )
 
 
 def _check_shapes(before: Sequence[Outputs], after: Sequence[Outputs]) -> None:
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         for name in old.keys() & new.keys():
             if np.shape(old[name]) != np.shape(new[name]):
+                shapes = f"shapes {np.shape(old[name])} before, {np.shape(new[name])} after"
+                place = f"input {index}, output {name}: {shapes}"
                 raise NotEquivalent(
-                    f"the models differ at input {index}, output {name}: shapes {np.shape(old[name])} before, "
-                    f"{np.shape(new[name])} after"
+                    f"the models differ at {place}", Worst(np.inf, place, index, name, bound=0.0)
                 )
 
 

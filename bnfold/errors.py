@@ -15,7 +15,10 @@ import os
 import sys
 from collections.abc import Callable
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from bnfold.equivalence import Worst
 
 __all__ = ["BnfoldError", "InputError", "NotEquivalent", "Refuse", "UnreadableModel", "run_command"]
 
@@ -47,9 +50,17 @@ class UnreadableModel(BnfoldError):
 
 
 class NotEquivalent(BnfoldError, AssertionError):
-    """Two models that should compute the same and do not; the message names the worst input and element."""
+    """Two models that should compute the same and do not; the message names the worst input and element.
+
+    Attributes:
+        worst: the same as a record; None where the difference has no one place.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", worst: Worst | None = None) -> None:
+        super().__init__(message)
+        self.worst = worst
 
 
 class Refuse(Exception):

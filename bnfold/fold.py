@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnfold import fold
+from bnfold.archive import is_onnx
 from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
 from bnfold.output import check_target, replacing, together
@@ -114,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.output is None:
         options.output = options.file.with_name(f"{options.file.stem}.folded{options.file.suffix}")
     _check_targets(options)
-    onnx = _is_onnx(options.file)
+    onnx = is_onnx(options.file)
     import_module("onnx" if onnx else "torch")  # what is missing is said first of what the file needs most
     console = _console(options)
     with together():
@@ -130,14 +131,6 @@ def _run(options: argparse.Namespace) -> int:
     console.print(Printed(report, options.verbose, "in full: --verbose, --html FILE, --json FILE"))
     print("nothing written (--dry-run)" if options.dry_run else done, file=console.file)
     return 0
-
-
-def _is_onnx(path: Path) -> bool:
-    """Whether a file is to be read as ONNX: by its suffix, else because it is nothing that torch writes."""
-    if path.suffix in (".onnx", ".pt", ".pth", ".pt2", ".ckpt", ".safetensors", ".bin", ".tar"):
-        return path.suffix == ".onnx"
-    with path.open("rb") as file:
-        return file.read(2) not in (b"PK", b"\x80\x02")
 
 
 def _check_targets(options: argparse.Namespace) -> None:

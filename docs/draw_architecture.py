@@ -44,11 +44,12 @@ PLACES: dict[tuple[str, str], str] = {
 """Which modules stand where, by lane and stage."""
 
 BESIDE = {
-    "torch": "archive files program",
-    "": "archive calibrate checkpoint cli command errors exclusive fold layers output page printed shapes wording",
-    "onnx": "files",
+    "torch": "archive files program side",
+    "": "archive ascent calibrate cases checkpoint cli command divergence errors exclusive fold layers output "
+    "page printed pytest_plugin pytest_report shapes verification verify wording",
+    "onnx": "files side",
 }
-"""Modules that are not on the path: files, commands, and what is shared by all."""
+"""Modules that are not on the path of a fold: files, commands, verification, and what is shared by all."""
 
 WIDTH, HEIGHT, GAP, COLUMN, TOP = 132, 24, 8, 176, 58
 INK, QUIET, LINE, FILL = (

@@ -20,6 +20,7 @@ FOLDERS = {
     "data": "names, vocabulary, contexts, splits",
     "train": "the lecture's nets, recipes, diagnostics and laboratory",
     "export": "from a checkpoint to ONNX, and names out of onnxruntime",
+    "examples/ci": "a project that holds its models to each other: tests, a commit hook, a workflow",
     "benchmarks": "everything that is claimed about speed and about other tools, to be run again",
     "docs": "what was decided, measured and drawn",
 }
@@ -29,6 +30,7 @@ ROOT_FILES = {
     "Makefile": "demo, test, test-all, lint, bench, clean: each does its own set-up",
     "pyproject.toml": "the package, its extras, and how strict the linters are",
     "constraints.txt": "every pin",
+    ".pre-commit-hooks.yaml": "`bnfold verify`, for the commit hooks of other projects",
     ".ci/run": "what continuous integration runs",
     "CHANGELOG.md": "what users notice",
     "CONTRIBUTING.md": "four commands",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def test_the_wheel_says_who_may_use_it_and_what_it_needs(wheel):
     needs = [Requirement(line) for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)]
     assert [need.name for need in needs if need.marker is None] == ["numpy"]
     assert "bnfold = bnfold.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
+
+
+def test_pytest_finds_the_plugin_of_the_wheel_by_itself(wheel, tmp_path):
+    (tmp_path / "test_it.py").write_text("def test_it(assert_equivalent):\n    assert_equivalent(1, 2)\n")
+    command = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path]
+    variables = os.environ | {"PYTHONPATH": str(wheel)}
+    ran = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "int is neither an nn.Module nor an ONNX model" in ran.stdout
 
 
 def test_the_wheel_works_without_the_checkout(wheel, run_module, tmp_path):

@@ -8,11 +8,13 @@
     python -m train --plots DIR --tensorboard DIR     what went on inside, as pictures and a page, or for TensorBoard
     python -m train --recipe zeros --explain          which parameters moved, and why the others did not
     python -m train --calibrate                       the statistics of the whole training set in every BatchNorm
+    python -m train --resume                          after a kill: goes on where the same command was
     python -m train --compare a.pt b.pt               two nets side by side; trains nothing
 
 Exit code 0; 2 with one line on stderr where an argument or a list cannot be used; 130 after Ctrl-C, which ends the
 training early and still writes the checkpoint. The same seed on the same machine gives the same tensors, bit for bit,
-watched or not: everything runs on one thread, and all chances come from one generator.
+watched or not, in one go or resumed: everything runs on one thread, and all chances come from one generator. A training
+that takes long is kept beside the checkpoint, in `ckpt.training.pt`, until that is written.
 """
 
 from __future__ import annotations
@@ -43,11 +45,12 @@ from train.diagnostics import Diagnostics, compare_statistics
 from train.evaluate import measure, study_habits
 from train.gradients import Ledger
 from train.layers import to_torch
-from train.loop import descend, postponed_interrupt
+from train.loop import Training, postponed_interrupt
 from train.material import Material, prepare
 from train.net import count_parameters
 from train.recipes import RECIPES, Recipe, make
 from train.report import Bar, open_console, print_losses, print_recipes, print_table
+from train.resume import Keeper, beside
 from train.sample import invent
 
 NOTEBOOK_SEED = 2147483647
@@ -60,8 +63,9 @@ Losses = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a training leaves besides the net: the loss of every step, and what was asked for."""
+    """A training, and what it leaves besides the net: the loss of every step, and what was asked for."""
 
+    training: Training
     history: list[float]
     diagnostics: Diagnostics | None
     ledger: Ledger | None
@@ -92,6 +96,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=NOTEBOOK_SEED,
         metavar="N",
         help=f"({NOTEBOOK_SEED}, the notebook's)",
+    )
+    add("--resume", action="store_true", help="go on with the training that was kept, if there is one")
+    add(
+        "--save-every",
+        type=at_least(1),
+        metavar="N",
+        help="keep the training after every N-th step (about every ten seconds)",
     )
     look = parser.add_argument_group("looking inside").add_argument
     look(
@@ -149,7 +160,8 @@ def _run_recipe(console: Console, options: argparse.Namespace, recipe: Recipe) -
     net = make(recipe, material, generator)
     with postponed_interrupt() as interrupted:
         console.print(_introduce(names, material, recipe, net), soft_wrap=True)
-        seen = _train(net, material, recipe, generator, interrupted, options)
+        seen, keeper = _prepare(net, material, recipe, generator, options, names)
+        _train(seen, keeper, interrupted)
         nets = {"this net": net}
         if options.calibrate:
             nets = {"running statistics": net, **calibration.calibrate(net, material, recipe)}
@@ -159,6 +171,8 @@ def _run_recipe(console: Console, options: argparse.Namespace, recipe: Recipe) -
         domain = InputDomain((recipe.context,), "int64", 0, len(material.vocabulary))
         model = to_torch(nets[kept]).eval()
         save(options.out, Checkpoint(model, domain, material.vocabulary.characters, record))
+        if keeper is not None and len(seen.history) == recipe.steps:
+            keeper.drop()
     print_losses(console, rows | _references(material, recipe))
     console.print(_compare_first(seen.history[0], recipe))
     _show_inside(console, options, nets, material, seen)
@@ -255,35 +269,60 @@ def _introduce(names: Sequence[str], material: Material, recipe: Recipe, net: nn
     )
 
 
-def _train(
+def _prepare(
     net: nn.Sequential,
     material: Material,
     recipe: Recipe,
     generator: Generator,
-    interrupted: Callable[[], bool],
     options: argparse.Namespace,
-) -> Seen:
-    """Train until the end or Ctrl-C; return the loss of every step taken, at least one, and what was watched."""
+    names: Sequence[str],
+) -> tuple[Seen, Keeper | None]:
+    """What a training needs: the one that was kept, or a new one; nobody keeps one that ends in a device."""
+    watched = options.every or max(1, recipe.steps // WATCHED) if options.plots or options.tensorboard else 0
     seen = Seen(
+        Training(net, material, recipe, generator),
         [],
-        Diagnostics(net, options.every or max(1, recipe.steps // WATCHED))
-        if options.plots or options.tensorboard
-        else None,
+        Diagnostics(net, watched) if watched else None,
         Ledger(net) if options.explain or recipe.explain else None,
     )
+    if options.out.exists() and not options.out.is_file() and not options.resume:
+        return seen, None
+    run = _identify(options, names, recipe) | {"watched": watched, "explained": seen.ledger is not None}
+    looking = (seen.diagnostics, seen.ledger)
+    keeper = Keeper(beside(options.out), run, seen.training, seen.history, looking, options.save_every)
+    if not options.resume and keeper.path.exists():
+        print(f"{keeper.path} holds a training that did not end; --resume goes on with it")
+    elif options.resume and keeper.take_up():
+        print(f"resumed after {seen.training.step:,} of {recipe.steps:,} steps")
+    return seen, keeper
+
+
+def _identify(options: argparse.Namespace, names: Sequence[str], recipe: Recipe) -> dict[str, Any]:
+    """What two runs have in common that give the same net, in plain values."""
+    sizes = ("name", "kit", "steps", "batch", "rate", "context", "embedding", "hidden", "layers")
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    own = {"recipe" if name == "name" else name: getattr(recipe, name) for name in sizes}
+    return {"names": digest, "seed": options.seed, "torch": str(torch.__version__), **own}
+
+
+def _train(seen: Seen, keeper: Keeper | None, interrupted: Callable[[], bool]) -> None:
+    """Train until the end or Ctrl-C, at least one step, and let all look on who want to."""
+    training = seen.training
     with ExitStack() as stack:
-        bar = stack.enter_context(Bar(recipe.name, recipe.steps))
+        bar = stack.enter_context(Bar(training.recipe.name, training.recipe.steps, training.step))
         notes: list[Callable[[float], None]] = [seen.history.append, bar.advance]
         if seen.diagnostics is not None:
             notes.append(stack.enter_context(seen.diagnostics).record)
         if seen.ledger is not None:
             notes.append(stack.enter_context(seen.ledger).count)
-        for loss in descend(net, material, recipe, generator):
+        notes += [keeper.step] if keeper is not None else []
+        for loss in training:
             for note in notes:
                 note(loss)
             if interrupted():
                 break
-    return seen
+    if keeper is not None and training.step < training.recipe.steps:
+        keeper.keep()
 
 
 def _compare_first(loss: float, recipe: Recipe) -> str:

@@ -179,7 +179,8 @@ class Diagnostics:
         self._watch: _Watch | None = None
 
     def __enter__(self) -> Diagnostics:
-        self._begin()
+        if len(self.losses) % self._every == 0:
+            self._begin()
         return self
 
     def __exit__(

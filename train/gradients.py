@@ -80,6 +80,17 @@ class Ledger:
             if parameter.grad is not None:
                 self._raise(self._gradients, name, parameter.grad)
 
+    def state(self) -> dict[str, Any]:
+        """What was seen so far, in plain values and tensors."""
+        books = {name: dict(getattr(self, name)) for name in _BOOKS}
+        return {"start": self._start, "steps": self._steps, "books": books}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with what was seen by another ledger of the same net."""
+        self._start, self._steps = state["start"], state["steps"]
+        for name in _BOOKS:
+            getattr(self, name).update(state["books"][name])
+
     def entries(self) -> list[Entry]:
         """Return what was seen, one entry for each parameter, in the order of computation."""
         return [self._enter(name, p.detach()) for name, p in self._net.named_parameters()]
@@ -123,6 +134,7 @@ class Ledger:
         book[name] = max(book[name], float(values.detach().abs().max()))
 
 
+_BOOKS = ("_inputs", "_outputs", "_gradients", "_passes")
 _INPUTS = {"BatchNorm": "the same for all examples"}
 _PASSES = {
     "Linear": "weight is",

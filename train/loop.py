@@ -1,7 +1,8 @@
 """The loop: draw, forward, backward, step. All that differs between runs is in the recipe.
 
-`descend` is a generator that yields the loss of every step after taking it, so that who drives it decides what to
-show, to keep and when to stop; a net is whole between any two steps.
+`Training` yields the loss of every step after taking it, so that who drives it decides what to show, to keep and when
+to stop; a net is whole between any two steps, and a training can be kept there and taken up by another process, bit for
+bit (see `train.resume`). `descend` is the same for who only wants to go down.
 """
 
 from __future__ import annotations
@@ -11,15 +12,96 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-from torch import Generator, nn
+import torch
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from bnfold.errors import InputError
 from train.material import Material
 from train.recipes import Recipe
 
-__all__ = ["descend", "postponed_interrupt"]
+__all__ = ["Training", "descend", "postponed_interrupt"]
+
+
+class Training:
+    """A net on its way down, between two steps.
+
+    Attributes:
+        step: how many steps were taken.
+    """
+
+    def __init__(self, net: nn.Sequential, material: Material, recipe: Recipe, generator: Generator) -> None:
+        self.net, self.recipe, self.step = net.train(), recipe, 0
+        self._optimiser = recipe.optimiser(net)
+        self._batches = _Batches(lambda: recipe.draw(material, recipe.batch, generator), generator)
+
+    def __iter__(self) -> Iterator[float]:
+        """Take the steps that are left, and yield the loss of each batch, as it was before the step.
+
+        Raises:
+            InputError: the loss is no longer finite; the message names the step.
+        """
+        while self.step < self.recipe.steps:
+            value = self._take()
+            self.step += 1
+            if not abs(value) < float("inf"):
+                raise InputError(f"the loss is {value} at step {self.step}; lower the learning rate")
+            yield value
+
+    def _take(self) -> float:
+        x, y = next(self._batches)
+        loss = F.cross_entropy(self.net(x), y, reduction="sum" if y.is_floating_point() else "mean")
+        self._optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimiser.step(self.recipe.rate * self.recipe.schedule(self.step / self.recipe.steps))
+        return loss.item()
+
+    def state(self) -> dict[str, Any]:
+        """All that the next steps depend on, in plain values and tensors of its own."""
+        net = {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
+        optimiser, batches = self._optimiser.state(), self._batches.state()
+        return {"step": self.step, "net": net, "optimiser": optimiser, "batches": batches}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same training."""
+        self.net.load_state_dict(state["net"])
+        self._optimiser.restore(state["optimiser"])
+        self._batches.restore(state["batches"])
+        self.step = state["step"]
+
+
+class _Batches:
+    """Batches that can be drawn again from where they were.
+
+    What is drawn depends on nothing but the generator, so it is known by what the generator was before it last gave
+    numbers, and by how many batches have come since; a draw that gives many batches is made once more, and these are
+    passed over.
+    """
+
+    def __init__(self, draw: Callable[[], Iterator[tuple[Tensor, Tensor]]], generator: Generator) -> None:
+        self._draw, self._generator, self._drawn = draw, generator, draw()
+        self._before = self._now = generator.get_state()
+        self._since = 0
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        batch = next(self._drawn)
+        now = self._generator.get_state()
+        if not torch.equal(now, self._now):
+            self._before, self._now, self._since = self._now, now, 0
+        self._since += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        return {"generator": self._before.clone(), "since": self._since}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(state["generator"])
+        self._drawn, self._before, self._since = self._draw(), state["generator"], state["since"]
+        for _ in range(self._since):
+            next(self._drawn)
+        self._now = self._generator.get_state()
 
 
 def descend(net: nn.Sequential, material: Material, recipe: Recipe, generator: Generator) -> Iterator[float]:
@@ -28,18 +110,7 @@ def descend(net: nn.Sequential, material: Material, recipe: Recipe, generator: G
     Raises:
         InputError: the loss is no longer finite; the message names the step.
     """
-    optimiser = recipe.optimiser(net.train())
-    batches = recipe.draw(material, recipe.batch, generator)
-    for step in range(recipe.steps):
-        x, y = next(batches)
-        loss = F.cross_entropy(net(x), y, reduction="sum" if y.is_floating_point() else "mean")
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step(recipe.rate * recipe.schedule(step / recipe.steps))
-        value = loss.item()
-        if not abs(value) < float("inf"):
-            raise InputError(f"the loss is {value} at step {step + 1}; lower the learning rate")
-        yield value
+    return iter(Training(net, material, recipe, generator))
 
 
 @contextmanager

@@ -5,12 +5,12 @@ step is then a handful of operations however many parameters there are; on nets 
 costs. The rules are those of torch.optim.SGD and torch.optim.Adam (Kingma & Ba 2015), to which the tests hold them;
 torch.optim itself would import the compiler at its first use, which takes longer than the whole of a quick training.
 
-Not covered: weight decay, groups of parameters, state that survives the process.
+Not covered: weight decay, groups of parameters.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,12 @@ class Optimiser(Protocol):
     def step(self, rate: float) -> None:
         """Change the parameters by their gradients."""
 
+    def state(self) -> dict[str, Any]:
+        """What it remembers of the steps before, in tensors of its own and plain values."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Remember that."""
+
 
 class Descent:
     """p <- p - rate * g."""
@@ -41,6 +47,13 @@ class Descent:
     def step(self, rate: float) -> None:
         """Take one step down the gradient."""
         self._values.sub_(self._gradients, alpha=rate)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing."""
 
 
 class Adam:
@@ -63,6 +76,16 @@ class Adam:
         self._second.mul_(second).addcmul_(gradients, gradients, value=1 - second)
         size = self._second.sqrt().div_((1 - second**self._taken) ** 0.5).add_(self._eps)
         self._values.addcdiv_(self._first, size, value=-rate / (1 - first**self._taken))
+
+    def state(self) -> dict[str, Any]:
+        """The running means, and of how many steps."""
+        return {"first": self._first.clone(), "second": self._second.clone(), "taken": self._taken}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with these running means."""
+        self._first.copy_(state["first"])
+        self._second.copy_(state["second"])
+        self._taken = state["taken"]
 
 
 @torch.no_grad()

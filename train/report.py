@@ -30,7 +30,7 @@ def open_console() -> Console:
 class Bar:
     """A progress bar on stderr with the smoothed loss and the steps per second; silent where that is no terminal."""
 
-    def __init__(self, title: str, steps: int) -> None:
+    def __init__(self, title: str, steps: int, done: int = 0) -> None:
         console = Console(stderr=True)
         columns = (
             TextColumn(title),
@@ -44,7 +44,7 @@ class Bar:
         self._progress = Progress(*columns, console=console, auto_refresh=False, disable=silent)
         self._task = self._progress.add_task(title, total=steps, loss="", pace=0.0)
         self._smooth = 0.0
-        self._done = 0
+        self._done = self._before = done
         self._begun = self._drawn = time.monotonic()
 
     def __enter__(self) -> Bar:
@@ -65,8 +65,8 @@ class Bar:
 
     def _draw(self, now: float) -> None:
         self._drawn = now
-        loss = self._smooth / (1 - _SMOOTHING ** max(self._done, 1))
-        pace = self._done / max(now - self._begun, 1e-9)
+        loss = self._smooth / (1 - _SMOOTHING ** max(self._done - self._before, 1))
+        pace = (self._done - self._before) / max(now - self._begun, 1e-9)
         self._progress.update(self._task, completed=self._done, loss=f"{loss:.4f}", pace=pace, refresh=True)
 
 

@@ -37,7 +37,7 @@ from bnfold.onnx.edit import Edit, Store, apply
 from bnfold.onnx.functions import inline
 from bnfold.onnx.merging import merge_imported
 from bnfold.onnx.read import ImportedModel, read
-from bnfold.onnx.run import run, to_float64
+from bnfold.onnx.run import run
 from bnfold.onnx.write import fits, write
 from bnfold.output import replacing
 from bnfold.report import Evidence, Report, Verdict
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from bnfold.equivalence import Comparison
     from bnfold.onnx.certify import Certificate
 
-__all__ = ["apply", "fold", "fold_file", "read", "run", "verify", "write"]
+__all__ = ["apply", "fold", "fold_file", "read", "run", "to_proto", "write"]
 
 Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]] | str | Path | None
 """A feed, several feeds, a `.npz` file with one, or None to make them up."""
@@ -113,7 +113,7 @@ def fold(
         NotEquivalent: the folded model computes something else.
     """
     choices = _Choices(inputs, verify, freeze_initializers, Options(**options))
-    proto, base = _to_proto(model)
+    proto, base = to_proto(model)
     where = Path(folder) if folder is not None else base
     files.check(proto)
     with _within_memory():
@@ -193,25 +193,6 @@ def _seal(
     with replacing(target) as temporary:
         temporary.write_text(whole.to_json() + "\n", encoding="utf-8")
     return replace(report, proof=(*report.proof, *shown[1:]))
-
-
-def verify(before: Any, after: Any, inputs: Inputs = None) -> tuple[Evidence, ...]:
-    """Compare two ONNX models on the same inputs, in their own types and in float64 where that can be run.
-
-    Raises:
-        NotEquivalent: they differ.
-        InputError: one of them cannot be run.
-    """
-    from bnfold.equivalence import Comparison
-    from bnfold.onnx.proof import ModelRuns
-
-    (first, folder), (second, other) = _to_proto(before), _to_proto(after)
-    files.check(first, "the first model")
-    files.check(second, "the second model")
-    imported = read(first, folder)
-    weights = sum(node.linear is not None for node in imported.graph.nodes)
-    runs = ModelRuns(imported, lambda _: to_float64(second, other), inputs, folder=other)
-    return _judge(Comparison(runs, weights, rounded=True), second)
 
 
 # ---------------------------------------------------------------- one fold
@@ -441,7 +422,7 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _to_proto(model: Any) -> tuple[onnx.ModelProto, Path | None]:
+def to_proto(model: Any) -> tuple[onnx.ModelProto, Path | None]:
     """The protobuf of a model, which may be the caller's own, and the folder of external data where it is known."""
     if isinstance(model, onnx.ModelProto):
         return model, None

@@ -8,7 +8,6 @@ out of the evidence, with a note that says why.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,9 +17,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from bnfold.archive import load_arrays
 from bnfold.equivalence import UNIT_ROUNDOFF, Unavailable
 from bnfold.errors import InputError
-from bnfold.exclusive import exclusive
 from bnfold.onnx import inputs as made
 from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.files import stored_tensors
@@ -28,7 +27,7 @@ from bnfold.onnx.inputs import Feed
 from bnfold.onnx.read import ImportedModel
 from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, to_float64
 
-__all__ = ["ModelRuns", "check_runs"]
+__all__ = ["DOUBTFUL", "HEAVY", "SLOW", "ModelRuns", "agree", "check_runs"]
 
 SLOW = 2.0
 """A model whose run takes more seconds than this is not run in float64, which is much slower."""
@@ -131,7 +130,7 @@ class ModelRuns:
         try:
             wide = self._widened()
             before = run_exactly(wide, self.feeds)
-            if not _agree(before, self.before, DOUBTFUL):
+            if not agree(before, self.before, DOUBTFUL):
                 raise InputError("the reference implementation disagrees with onnxruntime here")
             return before, run_exactly(self.edit(wide), self.feeds)
         except InputError as error:
@@ -233,7 +232,7 @@ def check_runs(imported: ImportedModel, inputs: Any = None, once: bool = False) 
         raise failure
 
 
-def _agree(exact: Sequence[Outputs], own: Sequence[Outputs], tolerance: float) -> bool:
+def agree(exact: Sequence[Outputs], own: Sequence[Outputs], tolerance: float) -> bool:
     """Whether outputs agree, relative to the largest of each; what a sigmoid has squashed to nothing is noise."""
     for name in exact[0]:
         pairs = [(np.asarray(a.get(name)), np.asarray(b.get(name))) for a, b in zip(exact, own, strict=True)]
@@ -268,7 +267,7 @@ def _given(inputs: Any) -> list[Feed] | None:
     if inputs is None:
         return None
     if isinstance(inputs, (str, Path)):
-        return [_load(Path(inputs))]
+        return [load_arrays(Path(inputs))]
     if isinstance(inputs, Mapping):
         inputs = [inputs]
     if (
@@ -278,20 +277,3 @@ def _given(inputs: Any) -> list[Feed] | None:
     ):
         raise InputError("inputs are a dict of arrays by input name, a list of those, or an .npz file")
     return [{name: np.asarray(array) for name, array in feed.items()} for feed in inputs]
-
-
-def _load(path: Path) -> Feed:
-    """The arrays of a file; what NumPy warns of (a header as Python 2 wrote it) is no matter of the fold."""
-    if not path.is_file():
-        raise InputError(
-            f"{path} is no .npz file: {'it is no regular file' if path.exists() else 'no such file'}"
-        )
-    try:
-        with (
-            exclusive(),
-            warnings.catch_warnings(action="ignore"),
-            np.load(path, allow_pickle=False) as archive,
-        ):
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:
-        raise InputError(f"{path} is no .npz file of arrays: {error}") from error

@@ -12,7 +12,7 @@
     trials       passes on other inputs, with `alignment`    sizes       what of a pass holds for those too
     idle         BatchNorms that did not run                 determinism code that runs otherwise a second time
     retrace      the folded model's calls, against the plan  fold        read, travel, write, compare
-    modules      what stands where a BatchNorm was
+    modules      what stands where a BatchNorm was           side        a module as one side of a verification
     files        weights of a model that a factory builds    program     exported programs (.pt2)
 
 `example_inputs` is everywhere a tensor, a tuple of positional arguments, a dict of keyword arguments, or a pair of a
@@ -22,7 +22,7 @@ tuple and a dict.
 from __future__ import annotations
 
 from bnfold.torch.files import fold_checkpoint_file, load_factory, load_folded, load_state, make_inputs
-from bnfold.torch.fold import fold, run, verify
+from bnfold.torch.fold import fold, run
 from bnfold.torch.program import fold_program, fold_program_file
 from bnfold.torch.read import Reading, read
 from bnfold.torch.write import write
@@ -39,6 +39,5 @@ __all__ = [
     "make_inputs",
     "read",
     "run",
-    "verify",
     "write",
 ]

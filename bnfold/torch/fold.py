@@ -23,7 +23,7 @@ from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
 from bnfold.ir import Node
 from bnfold.merge import Merged, settle
-from bnfold.report import Evidence, Report
+from bnfold.report import Report
 from bnfold.torch.double import double
 from bnfold.torch.idle import Idle
 from bnfold.torch.merging import merge_read
@@ -43,7 +43,7 @@ from bnfold.torch.tensors import leaves, put_back
 from bnfold.torch.write import check_fit, write
 from bnfold.travel import Options, Plan
 
-__all__ = ["decide", "fold", "run", "verify"]
+__all__ = ["Narrow", "coarsest_dtype", "decide", "fold", "run", "widened"]
 
 
 @exclusive()
@@ -177,22 +177,6 @@ def _is_rehearsed(
     return runs_alike(folded, example_inputs, reading, plan, merged)
 
 
-@exclusive()
-def verify(before: nn.Module, after: nn.Module, inputs: Any) -> tuple[Evidence, ...]:
-    """Compare two modules on the same inputs and on perturbed ones, in float64 and in their own dtype.
-
-    Raises:
-        NotEquivalent: they differ; the message names the worst input and element.
-        UnreadableModel: one of them does not run on these inputs.
-    """
-    weights = sum(isinstance(getattr(module, "weight", None), Tensor) for module in after.modules())
-    comparison = Comparison(ModuleRuns(before, inputs, lambda _: to_float64(after)), weights, rounded=True)
-    evidence = comparison.judge(after)
-    if not evidence:
-        raise UnreadableModel(" ".join(comparison.notes))
-    return evidence
-
-
 def _count(model: nn.Module) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     lazy = nn.parameter.is_lazy
@@ -230,7 +214,7 @@ def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
-class _Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Narrow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches whether a model that should compute in float64 computes in less."""
 
     @classmethod
@@ -274,7 +258,7 @@ class ModuleRuns:
         """
         self.model, self.edit, self.writes, self.inplace = model, edit, writes, inplace
         self.inputs = [example_inputs, *_perturbed(example_inputs)]
-        self.dtype, self.examples = _coarsest(model, dtypes), len(self.inputs)
+        self.dtype, self.examples = coarsest_dtype(model, dtypes), len(self.inputs)
         self.doubt = ""
         tensors = [tensor for _, tensor in leaves(example_inputs)]
         everything = (*model.parameters(), *model.buffers(), *tensors)
@@ -303,8 +287,8 @@ class ModuleRuns:
         self._require_numbers()
         try:
             twin = to_float64(self.model)
-            wide = [torch.utils._pytree.tree_map_only(Tensor, _wide, each) for each in self.inputs]
-            with double(), _Narrow() as watch:
+            wide = [torch.utils._pytree.tree_map_only(Tensor, widened, each) for each in self.inputs]
+            with double(), Narrow() as watch:
                 before: list[Outputs] = [_run(twin, each, self.writes) for each in wide]
         except Exception as error:
             why = f"the model does not run in it: {first_line(error)}"
@@ -364,11 +348,12 @@ def _nudged(example_inputs: Any, unit: float) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, nudge, example_inputs)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in float64 if it holds floats."""
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _coarsest(model: nn.Module, computed: Iterable[torch.dtype] = ()) -> str:
+def coarsest_dtype(model: nn.Module, computed: Iterable[torch.dtype] = ()) -> str:
     """The float dtype of the largest roundoff among those that a module holds and computes in."""
     dtypes = [*computed, *(tensor.dtype for tensor in (*model.parameters(), *model.buffers()))]
     names = {str(dtype).removeprefix("torch.") for dtype in dtypes} & set(UNIT_ROUNDOFF)

@@ -30,20 +30,20 @@ from bnfold.output import replacing
 from bnfold.report import Report
 from bnfold.torch.fold import fold
 
-__all__ = ["fold_program", "fold_program_file"]
+__all__ = ["fold_program", "fold_program_file", "load_module", "without_own_advice"]
 
 aten = torch.ops.aten
 
 
 @contextmanager
-def _without_own_advice() -> Iterator[None]:
+def without_own_advice() -> Iterator[None]:
     """Torch loads and copies programs by what torch itself calls deprecated; that is no news to anybody here."""
     with exclusive(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
         yield
 
 
-@_without_own_advice()
+@without_own_advice()
 def fold_program_file(source: str | Path, target: str | Path | None, **options: Any) -> Report:
     """Fold a `.pt2` file into another one.
 
@@ -71,6 +71,22 @@ def fold_program_file(source: str | Path, target: str | Path | None, **options: 
     if program.example_inputs is None:
         report = replace(report, notes=(*report.notes, _WITHOUT_EXAMPLES))
     return report
+
+
+@without_own_advice()
+def load_module(source: Path) -> tuple[nn.Module, Any]:
+    """The program in a `.pt2` file as a module, and what it was exported with, or random inputs like that.
+
+    Raises:
+        InputError: the file cannot be read as an exported program.
+    """
+    from bnfold.torch.archive import load_program
+
+    program = load_program(source)
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    _drop_guards(module)
+    return module, _examples(program)
 
 
 _WITHOUT_EXAMPLES = (

@@ -1,0 +1,81 @@
+"""The inputs that two models are compared on: arrays in the order of a model's inputs, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bnfold.equivalence import Outputs
+
+__all__ = ["Array", "Case", "Form", "count_examples", "is_float", "nudged", "perturbed", "renamed"]
+
+Array = np.ndarray[Any, Any]
+
+Form = Callable[[tuple[Array, ...]], Any]
+"""From arrays to what a module is called with, where that holds more than arrays."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One input.
+
+    Attributes:
+        label: what kind it is, and which: "given 1", "perturbed 2", "ascent step 4".
+        arrays: one for each tensor, in order.
+        names: the inputs that they are for; empty where only the order is known.
+        form: how a module is called with them; None where they are its arguments.
+    """
+
+    label: str
+    arrays: tuple[Array, ...]
+    names: tuple[str, ...] = ()
+    form: Form | None = None
+
+
+def is_float(array: Array) -> bool:
+    """Whether an array holds floating-point numbers, bfloat16 among them."""
+    return bool(array.dtype.kind == "f" or array.dtype.name == "bfloat16")
+
+
+def count_examples(case: Case) -> int:
+    """How many examples an input holds: the first axis of its arrays where that is one size, else 1."""
+    sizes = {array.shape[0] for array in case.arrays if array.ndim > 1}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def perturbed(case: Case, seed: int = 0) -> Iterator[Case]:
+    """The same with noise of half the spread of each array, if any holds floats."""
+    random = np.random.default_rng(seed)
+
+    def shake(array: Array) -> Array:
+        if not is_float(array):
+            return array
+        wide = array.astype(np.float64)
+        spread = float(np.std(wide)) if array.size > 1 else 1.0
+        return np.asarray((wide + 0.5 * spread * random.standard_normal(array.shape)).astype(array.dtype))
+
+    if any(is_float(array) for array in case.arrays):
+        yield replace(case, label=f"perturbed {case.label}", arrays=tuple(map(shake, case.arrays)))
+
+
+def nudged(case: Case, unit: float) -> Case:
+    """The same, every float moved up or down by two unit roundoffs."""
+    random = np.random.default_rng(1)
+
+    def nudge(array: Array) -> Array:
+        if not is_float(array):
+            return array
+        signs = random.integers(2, size=array.shape) * 2 - 1
+        return np.asarray((array.astype(np.float64) * (1 + 2 * unit * signs)).astype(array.dtype))
+
+    return replace(case, arrays=tuple(map(nudge, case.arrays)))
+
+
+def renamed(outputs: Outputs, like: Outputs) -> Outputs:
+    """Outputs under the names of others, by order, where the names are not the same."""
+    if set(outputs) == set(like) or len(outputs) != len(like):
+        return outputs
+    return dict(zip(like, outputs.values(), strict=True))
