@@ -9,9 +9,10 @@ A and B are each an ONNX file, a self-describing checkpoint, an exported program
 (for B: `--model-b`) builds, folded or not, or what builds a module. Exit code 0: equivalent. 1: not equivalent; one
 line on stderr says where. 2: a file or an argument cannot be used.
 
-The inputs are those of `--inputs`, once for each batch; else made up (see `bnfold.verification`). The worst of them is
-named, and kept with `--worst FILE.npz`, which `--inputs` reads again. The function that does the work is
-`bnfold.verify`, which this module must not be confused with (see the end of `bnfold/__init__.py`).
+What a certificate says of two ONNX files (`--certificate`, or one that B carries) is proved first, for every input.
+Then both are run. The inputs are those of `--inputs`, once for each batch; else made up (see `bnfold.verification`).
+The worst of them is named, and kept with `--worst FILE.npz`, which `--inputs` reads again. The function that does the
+work is `bnfold.verify`, which this module must not be confused with (see the end of `bnfold/__init__.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bnfold.archive import is_onnx
 from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
 from bnfold.output import check_target, replacing, together
@@ -44,6 +46,7 @@ def _parser() -> Parser:
     add("after", metavar="B", help="what should compute the same")
     add("--inputs", type=Path, action="append", metavar="NPZ", help="arrays by input name; once per batch")
     add("--tolerance", type=float, metavar="T", help="allow T of the largest output (default: derived)")
+    add("--certificate", type=Path, metavar="FILE", help="prove what this says of two ONNX files, first")
     add("--json", type=Path, metavar="FILE", help="write the record as JSON, too; - for stdout")
     add("--worst", type=Path, metavar="NPZ", help="keep the input on which they differ most")
     torch = parser.add_argument_group("modules")
@@ -55,17 +58,36 @@ def _parser() -> Parser:
 
 def _run(options: argparse.Namespace) -> int:
     _check_targets(options)
+    out = sys.stderr if options.json == STDOUT else sys.stdout
+    for shown in _prove(options):
+        print(f"proved: {shown}", file=out)
     before = open_file(options.before, options.model, options.input)
     after = open_file(options.after, options.model_b or options.model, options.input)
     found = verify_sides(before, after, options.inputs, options.tolerance, locate=True)
     with together():
         _keep(options, found)
-    out = sys.stderr if options.json == STDOUT else sys.stdout
     for line in _describe(found):
         print(line, file=out)
     found.raise_if_different()
     print("equivalent", file=out)
     return 0
+
+
+def _prove(options: argparse.Namespace) -> Sequence[str]:
+    """What a certificate proves: the one that was given, else the one that B carries, if it is of these two files."""
+    before, after = Path(options.before), Path(options.after)
+    both = all(path.is_file() and is_onnx(path) for path in (before, after))
+    if options.certificate is not None:
+        if not both:
+            raise InputError(f"{options.certificate}: a certificate is of two ONNX files; leave it out")
+        from bnfold.onnx import certify
+
+        return certify.check_files(before, after, options.certificate)
+    if not both:
+        return ()
+    from bnfold.onnx import certify
+
+    return certify.carried(before, after)
 
 
 def _check_targets(options: argparse.Namespace) -> None:

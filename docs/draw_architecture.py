@@ -39,7 +39,7 @@ PLACES: dict[tuple[str, str], str] = {
     ("onnx", "lower"): "lower context",
     ("onnx", "import"): "read",
     ("onnx", "write"): "write merging slots edit",
-    ("onnx", "run and compare"): "proof run reference inputs certify",
+    ("onnx", "run and compare"): "runs run reference inputs certify",
 }
 """Which modules stand where, by lane and stage."""
 

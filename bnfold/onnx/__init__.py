@@ -315,7 +315,7 @@ def _compare(
     decision: _Decision, edits: tuple[Edit, ...], choices: _Choices, original: onnx.ModelProto
 ) -> Comparison:
     from bnfold.equivalence import Comparison
-    from bnfold.onnx.proof import ModelRuns
+    from bnfold.onnx.runs import ModelRuns
 
     imported, edit = decision.imported, partial(apply, edits, exact=True)
     return Comparison(ModelRuns(imported, edit, choices.inputs, original, imported.folder), decision.changed)
@@ -338,7 +338,7 @@ def _check_unchanged(imported: ImportedModel, choices: _Choices) -> list[str]:
     if not choices.verify:
         _refuse(complaint)
         return []
-    from bnfold.onnx.proof import check_runs
+    from bnfold.onnx.runs import check_runs
 
     try:
         check_runs(imported, choices.inputs, once=bool(complaint))

@@ -37,6 +37,7 @@ from bnfold.errors import InputError, Refuse
 from bnfold.ir import Graph, Node
 from bnfold.onnx.constant_folding import Unworkable
 from bnfold.onnx.constant_folding import load as load_tensor
+from bnfold.onnx.files import load_file
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.functions import inline
 from bnfold.onnx.read import ImportedModel, read
@@ -47,7 +48,7 @@ from bnfold.simulation import NotProved
 from bnfold.simulation import check as check_algebra
 from bnfold.weights import measure_bias, measure_weight, smallest
 
-__all__ = ["KEY", "Certificate", "check", "digest", "load", "make"]
+__all__ = ["KEY", "Certificate", "carried", "check", "check_files", "digest", "load", "make"]
 
 FORMAT, VERSION = "bnfold certificate", 1
 KEY = "bnfold.certificate"
@@ -174,6 +175,34 @@ def _feed(found: Any, piece: bytes) -> None:
 # ---------------------------------------------------------------- checking
 
 
+def check_files(source: Path, result: Path, certificate: Path) -> list[str]:
+    """Check a certificate on two files; see `check`.
+
+    Raises:
+        NotProved: it does not follow, and why.
+        InputError: a file cannot be read.
+    """
+    told = load(certificate)
+    return check(load_file(source), load_file(result), told, source.parent, result.parent)
+
+
+def carried(source: Path, result: Path) -> list[str]:
+    """Check the certificate that a folded file carries, if it is of these two files; nothing if it carries none.
+
+    Raises:
+        NotProved: it does not follow, and why.
+    """
+    before, after = load_file(source), load_file(result)
+    found = [item.value for item in after.metadata_props if item.key == KEY]
+    if not found:
+        return []
+    told = Certificate.from_json(found[0], f"the certificate that {result} carries")
+    pairs = ((before, source, told.source), (after, result, told.result))
+    if any(digest(model, path.parent) != wanted for model, path, wanted in pairs):
+        return []
+    return check(before, after, told, source.parent, result.parent)
+
+
 def check(
     source: onnx.ModelProto,
     result: onnx.ModelProto,
@@ -244,9 +273,8 @@ class _Check:
         worst = self._check_numbers(found)
         self._check_merges(found.nodes)
         return [
-            f"algebra: equal for every input, by {len(before.nodes)} steps",
-            f"weights: each of {len(found.nodes)} operators holds what it should, the worst number within "
-            f"{worst / 2:.3f} units in its last place",
+            f"equal for every input over the real numbers, by {len(before.nodes):,} steps",
+            f"each weight is what it should be, the worst number within {worst / 2:.3f} units in its last place",
         ]
 
     # -- the files

@@ -23,9 +23,9 @@ from bnfold.onnx import files, to_proto
 from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.inputs import Feed
-from bnfold.onnx.proof import DOUBTFUL, HEAVY, SLOW, ModelRuns, agree
 from bnfold.onnx.read import read
 from bnfold.onnx.run import Runner, run_exactly, to_float64
+from bnfold.onnx.runs import DOUBTFUL, HEAVY, SLOW, ModelRuns, agree
 
 __all__ = ["ModelSide", "open_file", "open_model"]
 
