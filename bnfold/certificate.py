@@ -109,11 +109,13 @@ class Applied:
         folded: with what was absorbed.
         absorbed: for `simulation.check`.
         merged: the same with what was merged; merged nodes have no numbers yet, nor a form.
+        alias: the values that others stand for, since what computed them is gone.
     """
 
     folded: Graph
     absorbed: Mapping[str, Affine]
     merged: Graph
+    alias: Mapping[str, str]
 
 
 def apply(graph: Graph, done: Record) -> Applied:
@@ -137,7 +139,8 @@ def apply(graph: Graph, done: Record) -> Applied:
             raise Refuse(f"`{name}` cannot be gone")
     folded = graph.replace(nodes).bypass(frozenset(done.erased))
     absorbed = {name: _affine(numbers) for name, numbers in done.absorbed.items()}
-    return Applied(folded, absorbed, _merged(folded, done))
+    alias = {graph[name].outputs[0]: graph[name].inputs[0] for name in done.erased}
+    return Applied(folded, absorbed, *_merged(folded, done, alias))
 
 
 def _affine(numbers: Mapping[str, Any]) -> Affine:
@@ -184,17 +187,17 @@ def _copied(graph: Graph, copies: Sequence[Any]) -> Graph:
     return replace(graph, nodes=nodes, shapes=shapes).replace(readers)
 
 
-def _merged(graph: Graph, done: Record) -> Graph:
-    """The graph with one node in the place of each block that was merged."""
+def _merged(graph: Graph, done: Record, gone: Mapping[str, str]) -> tuple[Graph, Mapping[str, str]]:
+    """The graph with one node in the place of each block that was merged, and the values that others stand for."""
     made = {one["result"]: one for one in done.merges}
-    gone = {name for one in done.merges for name in one["nodes"]}
+    within = {name for one in done.merges for name in one["nodes"]}
     alias: dict[str, str] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
         one = made.get(node.outputs[0]) if node.outputs else None
         if one is not None:
             nodes.append(Node(one["into"], "", (alias.get(one["source"], one["source"]),), (one["result"],)))
-        elif node.name not in gone and done.left.get(node.name) != []:
+        elif node.name not in within and done.left.get(node.name) != []:
             places = done.left.get(node.name, range(len(node.inputs)))
             inputs = tuple(alias.get(node.inputs[place], node.inputs[place]) for place in places)
             if node.name in done.left and len(inputs) == 1:
@@ -202,7 +205,7 @@ def _merged(graph: Graph, done: Record) -> Graph:
             else:
                 nodes.append(replace(node, inputs=inputs))
     outputs = tuple(alias.get(value, value) for value in graph.outputs)
-    return replace(graph, nodes=tuple(nodes), outputs=outputs)
+    return replace(graph, nodes=tuple(nodes), outputs=outputs), {**gone, **alias}
 
 
 def claims(done: Record, numbers: Callable[[str], Any]) -> list[Claim]:
@@ -231,9 +234,11 @@ class Matched:
         nodes: for each node that there should be, the one that there is; affine maps apart.
         affines: the maps between two other nodes: the value, as the second graph names it, what the map should be, and
             what it is.
+        values: each value that is read somewhere, with the one that stands for it.
     """
 
     nodes: dict[str, Node] = field(default_factory=dict)
+    values: set[tuple[str, str]] = field(default_factory=set)
     affines: list[tuple[str, Affine, Affine]] = field(default_factory=list)
 
 
@@ -249,17 +254,17 @@ def match(should: Graph, does: Graph) -> Matched:
     """
     found, values = Matched(), dict[str, str]()
     waiting = list(zip(should.outputs, does.outputs, strict=True))
-    seen: set[tuple[str, str]] = set()
     while waiting:
         pair = waiting.pop()
-        if pair in seen:
+        if pair in found.values:
             continue
-        seen.add(pair)
+        found.values.add(pair)
         (value, mine), (stands_for, theirs) = _climb(should, pair[0]), _climb(does, pair[1])
         if mine is not None or theirs is not None:
             found.affines.append((pair[1], mine or Affine.identity(0), theirs or Affine.identity(0)))
         if values.setdefault(value, stands_for) != stands_for:
             raise Refuse(f"`{stands_for}` stands where `{values[value]}` should")
+        found.values.add((value, stands_for))
         node, twin = should.producer(value), does.producer(stands_for)
         if node is None or twin is None:
             if node is not twin or not _is_given_alike(should, does, value, stands_for):

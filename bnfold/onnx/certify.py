@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from itertools import zip_longest
@@ -269,7 +269,7 @@ class _Check:
         before, applied = self.before.graph, self.applied
         check_algebra(before, applied.folded, applied.absorbed)
         found = match(applied.merged, self.after.graph)
-        self._check_files(found.nodes)
+        self._check_files(found)
         worst = self._check_numbers(found)
         self._check_merges(found.nodes)
         return [
@@ -279,7 +279,7 @@ class _Check:
 
     # -- the files
 
-    def _check_files(self, found: Mapping[str, Node]) -> None:
+    def _check_files(self, found: Matched) -> None:
         """What the graphs do not show."""
         first, second = self.before, self.after
         if _inputs(first) != _inputs(second):
@@ -287,33 +287,22 @@ class _Check:
         outputs = [[item.name for item in each.model.graph.output] for each in (first, second)]
         if outputs[0] != outputs[1]:
             raise Refuse("the models have other outputs")
-        if first.context.opset != second.context.opset:
-            raise Refuse("the models are of different operator sets")
+        kept = [_surroundings(each.model) for each in (first, second)]
+        if not kept[1].items() <= kept[0].items():
+            raise Refuse("the models are of different operator sets, or call other functions")
         for value in (*first.context.overridable, *self.applied.merged.outputs):
             if not _are_equal(_constant(first, value), _constant(second, value)):
                 raise Refuse(f"`{value}` is another constant")
         merged = {one["into"] for one in self.done.merges}
-        for name, twin in found.items():
+        values = _Values(first, second, self.applied.alias, set(found.values))
+        for name, twin in found.nodes.items():
             node = self.applied.merged[name]
             if name not in merged:
-                mine = first.refs[node.copied[0] if node.copied else name]
-                self._check_settings(node, mine, second.refs[twin.name])
-
-    def _check_settings(self, node: Node, mine: list[NodeRef], theirs: list[NodeRef]) -> None:
-        linear = node.linear is not None
-        pairs = list(zip(mine, theirs, strict=not linear))[: 1 if linear else None]
-        for ref, twin in pairs:
-            same = (ref.op, ref.node.domain) == (twin.op, twin.node.domain)
-            if not same or list(_settings(ref.node, linear)) != list(_settings(twin.node, linear)):
-                raise Refuse(f"`{node.name}` ({node.op}) has other settings")
-            if not linear:
-                self._check_constants(node, ref, twin)
-
-    def _check_constants(self, node: Node, ref: NodeRef, twin: NodeRef) -> None:
-        inputs = zip_longest(ref.inputs, twin.inputs, fillvalue="")
-        for value, other in (*inputs, *zip(ref.results, twin.results, strict=True)):
-            if not _are_equal(_constant(self.before, value), _constant(self.after, other)):
-                raise Refuse(f"`{node.name}` ({node.op}) reads another constant")
+                mine, linear = first.refs[node.copied[0] if node.copied else name], node.linear is not None
+                for ref, other in list(zip(mine, second.refs[twin.name], strict=not linear))[
+                    : 1 if linear else None
+                ]:
+                    values.check_node(ref, other, linear)
 
     # -- the numbers
 
@@ -391,18 +380,87 @@ class _Check:
         return Node(node.name, twin.op, node.inputs, node.outputs, linear=twin.linear)
 
 
+@dataclass(frozen=True)
+class _Values:
+    """Which values of one file stand for which of another one, sizes and whatever else the graphs do not show.
+
+    Attributes:
+        before, after: the files.
+        alias: values of the first one for which others stand, since what computed them is gone.
+        known: pairs of values that were compared.
+    """
+
+    before: ImportedModel
+    after: ImportedModel
+    alias: Mapping[str, str]
+    known: set[tuple[str, str]]
+
+    def check_node(self, ref: NodeRef, twin: NodeRef, linear: bool = False) -> None:
+        """Refuse a node of another operator, setting or operand; those of a linear operator are looked at elsewhere."""
+        same = (ref.op, ref.node.domain) == (twin.op, twin.node.domain)
+        if not same or list(_settings(ref.node, linear)) != list(_settings(twin.node, linear)):
+            raise Refuse(f"`{twin.name}` ({twin.op}) has other settings than `{ref.name}`")
+        inputs = zip_longest(ref.inputs, twin.inputs, fillvalue="")
+        pairs = () if linear else (*inputs, *zip(ref.results, twin.results, strict=True))
+        waiting = list(pairs)
+        while waiting:
+            pair = self._resolve(*waiting.pop())
+            if pair not in self.known:
+                self.known.add(pair)
+                waiting += self._makings(*pair)
+
+    def _resolve(self, value: str, other: str) -> tuple[str, str]:
+        """The values that two stand for."""
+        copies = self.before.context.copies
+        while (source := copies.get(value, self.alias.get(value, value))) != value:
+            value = source
+        return value, self.after.context.copies.get(other, other)
+
+    def _makings(self, value: str, other: str) -> Sequence[tuple[str, str]]:
+        """What must be equal for two values to be equal."""
+        one, two = _constant(self.before, value), _constant(self.after, other)
+        if one is not None or two is not None:
+            if not _are_equal(one, two):
+                raise Refuse(f"`{other}` is another constant than `{value}`")
+            return ()
+        node, twin = (
+            each.context.whole.makers.get(v) for each, v in ((self.before, value), (self.after, other))
+        )
+        if node is None or twin is None:
+            if node is not twin or value != other:
+                raise Refuse(f"`{other}` is not `{value}`")
+            return ()
+        if node.outputs.index(value) != twin.outputs.index(other):
+            raise Refuse(f"`{other}` is another output than `{value}`")
+        same = (node.op, node.node.domain) == (twin.op, twin.node.domain)
+        if not same or list(_settings(node.node, False)) != list(_settings(twin.node, False)):
+            raise Refuse(f"`{twin.name}` ({twin.op}) has other settings than `{node.name}`")
+        inputs = zip_longest(node.inputs, twin.inputs, fillvalue="")
+        return [*inputs, *zip(node.results, twin.results, strict=True)]
+
+
 def _settings(node: onnx.NodeProto, linear: bool) -> Iterator[bytes]:
-    """The attributes of a node, without bodies, and without what is in the numbers of a linear operator."""
+    """The attributes of a node; of a body its inputs, and without what is in the numbers of a linear operator."""
     for item in sorted(node.attribute, key=lambda item: item.name):
-        inner = item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-        if not inner and not (linear and item.name in ("alpha", "beta")):
+        if item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+            names = [[given.name for given in body.input] for body in (*item.graphs, item.g)]
+            yield repr((item.name, names)).encode()
+        elif not (linear and item.name in ("alpha", "beta")):
             yield item.SerializeToString(deterministic=True)
 
 
-def _inputs(imported: ImportedModel) -> list[str]:
-    """What a caller may give a model: its inputs, and the initializers that may be overridden."""
+def _inputs(imported: ImportedModel) -> list[tuple[str, int]]:
+    """What a caller may give a model, by name and type: its inputs, and the initializers that may be overridden."""
     stored = {tensor.name for tensor in imported.model.graph.initializer} - imported.context.overridable
-    return [item.name for item in imported.model.graph.input if item.name not in stored]
+    given = (item for item in imported.model.graph.input if item.name not in stored)
+    return [(item.name, item.type.tensor_type.elem_type) for item in given]
+
+
+def _surroundings(model: onnx.ModelProto) -> dict[tuple[str, ...], Any]:
+    """What the nodes of a model mean: the operator sets, and the functions that it brings along."""
+    sets: dict[tuple[str, ...], Any] = {(each.domain,): each.version for each in model.opset_import}
+    functions = {(f.domain, f.name): f.SerializeToString(deterministic=True) for f in model.functions}
+    return sets | functions
 
 
 def _are_equal(first: Any, second: Any) -> bool:
