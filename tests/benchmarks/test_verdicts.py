@@ -107,8 +107,7 @@ def test_any_number(number):
 def test_tests_are_run_where_a_warning_is_an_error(tmp_path):
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
     (tmp_path / "test_one.py").write_text(
-        "from bnfold.report import Report, Verdict\n\n"
-        "def test_one():\n    Report((Verdict('bn', 'kept'),))\n"
+        "from bnfold.report import Report, Verdict\n\ndef test_one():\n    Report((Verdict('bn', 'kept'),))\n"
     )
     code = (
         "import sys; from pathlib import Path; from benchmarks import verdicts; verdicts.CHECKOUT = Path.cwd();"
