@@ -7,6 +7,7 @@ WORKERS ?= auto
 DEMO ?= runs/demo
 
 BIN := .venv/bin
+SPREAD = -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := .venv/ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -28,10 +29,10 @@ demo: $(READY)
 	$(call road,export.sample ckpt.onnx --count 20 --seed 1)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 $(TESTS)
+	$(BIN)/python -m pytest -q $(SPREAD) $(TESTS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 -m '' $(TESTS)
+	$(BIN)/python -m pytest -q $(SPREAD) -m '' $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

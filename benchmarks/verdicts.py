@@ -12,7 +12,8 @@ The sources: `tests` (every report that a test makes, and every graph that one s
 `benchmarks.onnx_folders`), `files` (ONNX files in installed packages, or in the folders given) and the zoos of
 `benchmarks.zoo_torch` that are installed.
 Everything runs in a process of its own, one at a time, with fixed seeds and a time limit. Nothing is compared in
-numbers unless `--verify` is given; the tests do that by themselves.
+numbers unless `--verify` is given; the tests do that by themselves. What merging takes away counts as folded, so a tree
+that merges is held to one that does not with `--no-merge`.
 """
 
 from __future__ import annotations
@@ -98,6 +99,15 @@ class Recorder:
         self.calls += 1
         self.found[f"{self.test}#{self.calls}"] = records(verdicts)
 
+    def pytest_sessionstart(self) -> None:
+        """Let Hypothesis draw the same examples in every run: not from the numbers in the code, which change with it.
+
+        pytest rewrites Hypothesis first, and warns where it is too late.
+        """
+        from hypothesis.internal.conjecture import providers
+
+        providers._get_local_constants = lambda: providers._local_constants
+
     def pytest_runtest_setup(self, item: Any) -> None:
         import torch
 
@@ -106,15 +116,10 @@ class Recorder:
 
 
 def run_tests(file: Path) -> Verdicts:
-    """Run the tests of a file, and record; whether they pass is not asked.
-
-    Hypothesis draws the same examples in every run: not from the numbers that stand in the code, which change with it.
-    """
+    """Run the tests of a file, and record; whether they pass is not asked."""
     import pytest
-    from hypothesis.internal.conjecture import providers
 
     os.environ["CI"] = "1"
-    providers._get_local_constants = lambda: providers._local_constants
     os.chdir(CHECKOUT)
     recorder = Recorder()
     pytest.main([str(file), "-q", "-p", "no:cacheprovider"], plugins=[recorder])
@@ -127,31 +132,36 @@ def tests(options: argparse.Namespace) -> Iterator[Job]:
             yield str(file.relative_to(CHECKOUT)), partial(run_tests, file)
 
 
-def fold_model(name: str, verify: bool, model: Any, inputs: Any = None) -> Verdicts:
+def choices(options: argparse.Namespace) -> dict[str, bool]:
+    """How everything is folded; a tree older than merging knows no `merge`."""
+    return {"verify": options.verify} | ({"merge": False} if options.no_merge else {})
+
+
+def fold_model(name: str, how: dict[str, bool], model: Any, inputs: Any = None) -> Verdicts:
     import bnfold
 
-    _, report = bnfold.fold(model, inputs, verify=verify)
+    _, report = bnfold.fold(model, inputs, **how)
     return {name: records(report.verdicts)}
 
 
-def fold_file(name: str, verify: bool, path: Path) -> Verdicts:
+def fold_file(name: str, how: dict[str, bool], path: Path) -> Verdicts:
     import bnfold
 
-    return {name: records(bnfold.fold_file(path, None, verify=verify).verdicts)}
+    return {name: records(bnfold.fold_file(path, None, **how).verdicts)}
 
 
-def fold_net(name: str, verify: bool, net: str, gammas: str, small: bool, way: str) -> Verdicts:
+def fold_net(name: str, how: dict[str, bool], net: str, gammas: str, small: bool, way: str) -> Verdicts:
     """Fold a net of `NETS` or `BRANCHES` as a module, or as a file that one of torch's exporters wrote."""
     from benchmarks import branches, nets
     from benchmarks.onnx_folders import WAYS, export
 
     model, inputs = (branches if net in branches.BRANCHES else nets).build(net, gammas, small)
     if way not in WAYS:
-        return fold_model(name, verify, model, inputs)
+        return fold_model(name, how, model, inputs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
         export(model, inputs, path, way)
-        return fold_file(name, verify, path)
+        return fold_file(name, how, path)
 
 
 def nets(options: argparse.Namespace) -> Iterator[Job]:
@@ -165,24 +175,24 @@ def nets(options: argparse.Namespace) -> Iterator[Job]:
         for gammas in ("positive", "mixed"):
             for small, way in kinds:
                 name = f"nets/{net}, {gammas}, {'small' if small else 'whole'}, {way}"
-                yield name, partial(fold_net, name, options.verify, net, gammas, small, way)
+                yield name, partial(fold_net, name, choices(options), net, gammas, small, way)
 
 
 def graphs(options: argparse.Namespace) -> Iterator[Job]:
     from benchmarks.onnx_folders import TRAPS, trap
 
     for label in TRAPS:
-        yield f"graphs/{label}", partial(fold_model, f"graphs/{label}", options.verify, trap(label))
+        yield f"graphs/{label}", partial(fold_model, f"graphs/{label}", choices(options), trap(label))
 
 
 def files(options: argparse.Namespace) -> Iterator[Job]:
     for place in options.files or [Path(sysconfig.get_path("purelib"))]:
         for path in sorted(place.rglob("*.onnx")):
             name = f"files/{path.relative_to(place)}"
-            yield name, partial(fold_file, name, options.verify, path)
+            yield name, partial(fold_file, name, choices(options), path)
 
 
-def fold_zoo(name: str, verify: bool, build: Callable[[], Any], kind: Any, limit: float) -> Verdicts:
+def fold_zoo(name: str, how: dict[str, bool], build: Callable[[], Any], kind: Any, limit: float) -> Verdicts:
     """Fold a model of a zoo, unless it is too large or has no BatchNorm."""
     import torch
 
@@ -193,7 +203,7 @@ def fold_zoo(name: str, verify: bool, build: Callable[[], Any], kind: Any, limit
     torch.manual_seed(0)
     model = build()
     inputs = calibrate(model, inputs_for(model, kind, name.partition("/")[2]))
-    return fold_model(name, verify, model, inputs)
+    return fold_model(name, how, model, inputs)
 
 
 def zoo(source: str, options: argparse.Namespace) -> Iterator[Job]:
@@ -206,7 +216,7 @@ def zoo(source: str, options: argparse.Namespace) -> Iterator[Job]:
         return
     for label, build, kind in first_of_families(cases, options.per_family):
         name = f"{source}/{label}"
-        yield name, partial(fold_zoo, name, options.verify, build, kind, options.limit)
+        yield name, partial(fold_zoo, name, choices(options), build, kind, options.limit)
 
 
 def first_of_families(cases: list[Any], count: int) -> list[Any]:
@@ -365,6 +375,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="seconds for one model; a file of tests has ten times as many",
     )
     add("--verify", action="store_true", help="compare the numbers of every fold, too")
+    add("--no-merge", action="store_true", help="fold alone, merge nothing; not in tests")
     add("--resume", action="store_true", help="leave out what OUT holds already")
     options = parser.parse_args(arguments)
     if options.resume and not (options.out and options.out.is_file()):

@@ -6,7 +6,8 @@ two Linears in a row), and such a block is one operator. Three rules, whose alge
 
 1. Side by side: a sum of linear operators on one value, the value itself and affine maps of it among them.
 2. One after another, where nobody else reads what lies between.
-3. Never dearer: the multiply-adds of one pass plus the bytes of the weights must not grow.
+3. Never dearer: the multiply-adds of one pass plus the bytes of the weights must not grow. A mean takes the additions
+   that sums along one axis after another take, each as half a multiply-add; and where no weight is, none comes to be.
 
 **How it is decided.** Going down the graph, each value is written in every way as one operator on an earlier value
 (`Candidate`): through its own node alone, through that and the one above, and so on, as long as what lies between is
@@ -405,8 +406,9 @@ class _Ways:
         """What one node costs for each position of its output, or for each element."""
         if isinstance(own, Affine):
             return Cost(int(node.op != "Identity"), 0)
-        held = own.weights + own.outputs if node.linear is not None else 0
-        return Cost(own.multiply_adds, held * self.host.itemsize(node) if held else 0)
+        if node.linear is None:
+            return Cost(Fraction(own.outputs * sum(own.kernel), 2), 0)
+        return Cost(own.multiply_adds, (own.weights + own.outputs) * self.host.itemsize(node))
 
     def _ratio(self, way: Candidate) -> Fraction:
         """How many positions of its source there are for one of its result; for one of many, if sizes are unknown."""
@@ -576,8 +578,12 @@ class _Choice:
         return way.before.times(positions), after.times(positions)
 
     def _itemsize(self, way: Candidate) -> int:
-        linears = [node for name in way.nodes if (node := self.graph[name]).linear is not None]
+        linears = self._linears(way)
         return self.host.itemsize(linears[0]) if linears else 4
+
+    def _linears(self, way: Candidate) -> list[Node]:
+        """The nodes that have a weight, among those that become one."""
+        return [node for name in way.nodes if (node := self.graph[name]).linear is not None]
 
     def _saving(self, way: Candidate) -> int:
         before, after = self._costs(way)
@@ -586,8 +592,10 @@ class _Choice:
     # -- taking one
 
     def _take(self, way: Candidate) -> bool:
-        """Take a candidate, unless it is dearer or cannot be written."""
+        """Take a candidate, unless it is dearer, has no weight so far, or cannot be written."""
         if not isinstance(way.operator, Operator) or any(self._is_used(name) for name in way.nodes):
+            return False
+        if not (self._linears(way) or self.at_any_cost):
             return False
         before, after = self._costs(way)
         try:

@@ -537,12 +537,13 @@ def _computed_weights(model: nn.Module) -> Iterator[int]:
 def _add_survivors(memory: Memory, outputs: dict[str, Value], ignored: set[int]) -> None:
     """Whatever is still alive when the pass is over may be read: in a cache, in an object that was returned."""
     known = {id(value) for value in outputs.values()}
+    held = memory.slots.keys() | {id(tensor) for tensor in memory.given.values()}
 
     def alive() -> list[tuple[Tensor, Value]]:
         made = ((tensor, value) for tensor, value in memory.alive() if value.call is not None)
         return [pair for pair in made if id(pair[0]) not in ignored and id(pair[1]) not in known]
 
-    if alive():
+    if any(id(tensor) not in held for tensor, _ in alive()):
         gc.collect()
     unheld = _unheld([tensor for tensor, _ in alive()], [tensor for tensor, _ in memory.alive()])
     kept = [value for tensor, value in alive() if id(tensor) not in unheld]

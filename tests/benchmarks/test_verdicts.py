@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from benchmarks import verdicts
 from benchmarks.verdicts import differences, first_of_families, isolated, main, records
 from bnfold.report import Verdict
+from tests.conftest import CHECKOUT
 
 OLD = {
     "nets/a": {"bn1": ["folded", ["conv"], ""], "bn2": ["kept", [], "a Tanh is in the way"]},
@@ -99,6 +102,19 @@ def test_any_number(number):
     (tmp_path / "numbers_of_its_own.py").write_text(f"NUMBERS = {list(range(10**6, 10**6 + 500))}")
     monkeypatch.syspath_prepend(tmp_path)
     assert record(tmp_path, monkeypatch, f"import numbers_of_its_own\n{text}") == first
+
+
+def test_tests_are_run_where_a_warning_is_an_error(tmp_path):
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
+    (tmp_path / "test_one.py").write_text(
+        "from bnfold.report import Report, Verdict\n\ndef test_one():\n    Report((Verdict('bn', 'kept'),))\n"
+    )
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import verdicts; verdicts.CHECKOUT = Path.cwd();"
+        "sys.exit(not verdicts.run_tests(Path('test_one.py')))"
+    )
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=True)
 
 
 def test_every_report_that_a_test_makes_and_every_graph_that_it_sends_travelling_is_recorded(

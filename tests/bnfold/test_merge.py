@@ -20,6 +20,7 @@ SHAPE = (2, 4, 8, 8)
 POINT = Window.point(2)
 SAME = Window((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
 VALID = Window((3, 3), (1, 1), (1, 1), ((0, 0), (0, 0)))
+HALVING = Window((2, 2), (2, 2), (1, 1), ((0, 0), (0, 0)))
 ROW = Window((1, 3), (1, 1), (1, 1), ((0, 0), (1, 1)))
 COLUMN = Window((3, 1), (1, 1), (1, 1), ((1, 1), (0, 0)))
 
@@ -182,6 +183,30 @@ def test_a_pool_beside_a_convolution_goes_into_it() -> None:
     block = Block()
     merged = block.merge(block.add("Add", block.pool("x", SAME), block.conv("x", "conv", SAME)))
     assert names(merged) == ["conv"]
+
+
+@pytest.mark.parametrize("order", [("pool", "affine"), ("affine", "pool")])
+@pytest.mark.parametrize("window", [SAME, HALVING, POINT])
+def test_no_weight_comes_to_be_where_none_was(order: tuple[str, str], window: Window) -> None:
+    """Of three channels, a depthwise convolution takes longer than an affine map and a mean."""
+    block = Block()
+    last = "x"
+    for kind in order:
+        last = block.pool(last, window) if kind == "pool" else block.affine(last)
+    beside = block.add("Sub", block.pool("x", SAME), "x")
+    assert not block.merge(last, beside).merges
+
+
+def test_a_mean_costs_the_additions_of_sums_along_one_axis_after_another() -> None:
+    """A wide pool is cheap beside a small depthwise convolution, and dear as a depthwise convolution."""
+    block, after = Block(), Block()
+    wide = Window((5, 5), (1, 1), (1, 1), ((2, 2), (2, 2)))
+    narrow = block.add("Add", block.conv("x", "a", SAME, groups=4), block.pool("x", SAME))
+    broad = block.add("Add", block.conv("z", "b", SAME, groups=4), block.pool("z", wide, "wide"))
+    merged = block.merge(narrow, broad)
+    assert made_of(merged).keys() == {"a"}
+    assert merged.merges[0].record.multiply_adds == (4 * 64 * (9 + 3 + 1), 4 * 64 * 9)
+    assert not after.merge(after.pool(after.conv("x", "c", POINT, groups=4, bias=False), SAME)).merges
 
 
 def test_operators_on_different_values_stay() -> None:
@@ -654,7 +679,7 @@ def test_the_report_counts_operators_and_their_work_before_and_after() -> None:
     told = merged.tell(report.Report(()), block.graph(total, apart))
     positions, rest = 64, 64 * 16
     assert told.operators == (3, 2)
-    assert told.multiply_adds == (rest + positions * (144 + 36 + 4), rest + positions * 144)
+    assert told.multiply_adds == (rest + positions * (144 + 12 + 4), rest + positions * 144)
     assert told.merges == (*(one.record for one in merged.merges), *merged.refused)
 
 

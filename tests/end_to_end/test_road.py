@@ -36,6 +36,9 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_of_the_readme_work_in_an_empty_folder(road):
     assert {"ckpt.pt", "ckpt.folded.pt", "ckpt.onnx"} <= {path.name for path in road.iterdir()}
     assert "all 19,683" in (road / "said1.txt").read_text()
+    assert "3 of 3 BatchNorms folded, verified" in (road / "said1.txt").read_text()
+    assert "nodes: Gather, Flatten, 3 Gemm, 2 Tanh" in (road / "said2.txt").read_text()
+    assert "wrote ckpt.onnx" in (road / "said2.txt").read_text()
     assert len((road / "said3.txt").read_text().split()) == 20
 
 

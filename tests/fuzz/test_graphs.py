@@ -14,10 +14,10 @@ from bnfold import operators as kernels
 from bnfold import rules as operators
 from bnfold.algebra import Affine, Linear
 from bnfold.ir import Node
-from tests.fuzz.drawing import Finding, complaint, findings
+from tests.fuzz.drawing import Finding, complaint, draw, findings
 from tests.fuzz.graphs import FEATURES, judge
 
-FEW, MANY, SHARDS = range(300), range(1_000, 41_000), 40
+FEW, MANY, SHARDS = range(150), range(150, 41_000), 40
 LINEAR = operators._linear
 HOST = import_module("bnfold.onnx.merging")._Host
 WRITER = import_module("bnfold.onnx.write")._Writer
@@ -27,7 +27,7 @@ def search(seeds: range, enough: int = 5) -> list[Finding]:
     return findings(FEATURES, judge, seeds, enough)
 
 
-def test_hundreds_of_random_models_compute_the_same_folded() -> None:
+def test_a_hundred_random_models_and_more_compute_the_same_folded() -> None:
     found = search(FEW)
     assert not found, "\n".join(map(str, found))
 
@@ -70,7 +70,6 @@ def test_a_fold_that_is_wrong_is_found(lie: str, monkeypatch: pytest.MonkeyPatch
     for proof in ("check", "check_merges"):  # which would not let it be wrong
         monkeypatch.setattr(decide, proof, lambda *given: None)
     monkeypatch.setattr(*LIES[lie])
-    found = search(range(600), enough=1)
+    found = next(one for seed in range(600) if complaint(judge, one := draw(FEATURES, seed)))
     monkeypatch.undo()
-    assert found
-    assert not complaint(judge, found[0].draw), "it is wrong without the lie, too"
+    assert not complaint(judge, found), "it is wrong without the lie, too"

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from bnfold import decide
-from tests.fuzz.drawing import Draw, Finding, complaint, findings
+from tests.fuzz.drawing import Draw, Finding, complaint, draw, findings
 from tests.fuzz.modules import FEATURES, build, distance, example, judge, other, outputs
 from tests.fuzz.test_graphs import LIES
 
-FEW, MANY, SHARDS = range(40), range(1_000, 11_000), 40
+FEW, MANY, SHARDS = range(20), range(20, 11_000), 40
 
 
 def search(seeds: range, *only: str, enough: int = 5) -> list[Finding]:
     return findings({name: FEATURES[name] for name in only} or FEATURES, judge, seeds, enough)
 
 
-def test_dozens_of_random_modules_compute_the_same_folded() -> None:
+def test_twenty_random_modules_compute_the_same_folded() -> None:
     found = search(FEW)
     assert not found, "\n".join(map(str, found))
 
@@ -76,7 +76,7 @@ def test_a_fold_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for proof in ("check", "check_merges"):  # which would not let it be wrong
         monkeypatch.setattr(decide, proof, lambda *given: None)
     monkeypatch.setattr(*LIES["a zero border takes a shift"])
-    found = search(range(200), "chain", enough=1)
+    draws = (draw({"chain": FEATURES["chain"]}, seed) for seed in range(200))
+    found = next(one for one in draws if complaint(judge, one))
     monkeypatch.undo()
-    assert found
-    assert not complaint(judge, found[0].draw), "it is wrong without the lie, too"
+    assert not complaint(judge, found), "it is wrong without the lie, too"

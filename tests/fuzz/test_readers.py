@@ -15,7 +15,7 @@ import torch
 from tests.fuzz import mutants
 from tests.fuzz.readers import TARGETS, damage, share, survive
 
-FEW, MANY, SHARD = 1_000, 100_000, 500
+FEW, MANY, SHARD = 400, 100_000, 500
 SHARDS = [
     (target, range(start, min(start + SHARD, share(target, MANY).stop)))
     for target in TARGETS

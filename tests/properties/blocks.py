@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import reduce
 from itertools import product
 from math import gcd, prod
@@ -196,8 +197,8 @@ class Model:
 # ---------------------------------------------------------------- what a graph costs, at one size
 
 
-def cost(node: Node, values: Arrays, itemsize: int = 4) -> tuple[int, int]:
-    """The multiply-adds that one node takes, and the bytes of its weights."""
+def cost(node: Node, values: Arrays, itemsize: int = 4) -> tuple[int | Fraction, int]:
+    """The multiply-adds that one node takes, an addition of a mean being half of one, and the bytes of its weights."""
     elements = values[node.outputs[0]].size
     if node.linear is not None:
         linear, window = node.linear, node.linear.window or node.attributes.get("window")
@@ -205,7 +206,7 @@ def cost(node: Node, values: Arrays, itemsize: int = 4) -> tuple[int, int]:
         stored = (linear.outputs * inputs + linear.outputs) * itemsize
         return (0 if node.op == "Embedding" else elements * inputs), stored
     if node.op == "AveragePool":
-        return elements * prod(node.attributes["window"].kernel), 0
+        return elements * Fraction(sum(node.attributes["window"].kernel), 2), 0
     if node.op in ("Affine", "BatchNormalization"):
         return elements, 0
     return (elements * (len(node.inputs) - 1) if node.op in ("Add", "Sub", "Sum") else 0), 0

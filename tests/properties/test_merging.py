@@ -156,11 +156,12 @@ def test_no_merge_is_dearer_and_the_record_says_what_it_was_and_is_for_one_examp
             examples = len(made) if one.operator.out_axis else 1
             nodes = [blocks.cost(graph[name], draw.before[0]) for name in one.candidate.nodes]
             sums = len(one.candidate.dropped) * made.size
-            was = (sum(count for count, _ in nodes) + sums) // examples, sum(held for _, held in nodes)
+            was = int(sum(count for count, _ in nodes) + sums) // examples, sum(held for _, held in nodes)
             count, held = blocks.cost(merged.graph[one.into], after)
             assert one.record.multiply_adds == (was[0], count // examples), seed
             assert one.record.bytes == (was[1], held), seed
             assert count // examples + held <= sum(was), seed
+            assert any(graph[name].linear is not None for name in one.candidate.nodes), seed
             merges += 1
     assert merges > 150
 

@@ -306,7 +306,7 @@ def assert_close(found, wanted):
         np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-3 * scale)
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(st.data())
 def test_a_random_graph_computes_the_same_folded(data):
     check(data)

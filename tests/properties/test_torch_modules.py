@@ -124,7 +124,7 @@ ARGUMENTS = {
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=60, suppress_health_check=QUIET)
+@settings(max_examples=20, suppress_health_check=QUIET)
 @given(**ARGUMENTS)
 def test_random_modules(steps, convs, outputs, seed, positive):
     examine(steps, convs, outputs, seed, positive)

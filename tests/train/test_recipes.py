@@ -175,7 +175,10 @@ def test_a_dead_relu_stays_dead_for_good_while_what_it_reads_stands_still(
     assert moved[~gone].any()
 
 
-@pytest.mark.parametrize(("name", "mover"), [("zeros", "linear3.bias"), ("zeros-batchnorm", "bn3.bias")])
+@pytest.mark.parametrize(
+    ("name", "mover"),
+    [pytest.param("zeros", "linear3.bias", marks=pytest.mark.slow), ("zeros-batchnorm", "bn3.bias")],
+)
 def test_from_zeros_one_bias_moves_and_learns_the_letters_frequencies(
     name: str, mover: str, material: Material
 ) -> None:

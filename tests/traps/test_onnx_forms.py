@@ -185,8 +185,7 @@ def test_average_pooling_that_counts_padding(counted):
         h = Conv(x, w) p = AveragePool<kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad={counted}>(h)
         y = BatchNormalization(p, s, b, m, v) }}"""
     some = model(text, {"w": weights(4, 3, 1, 1), **norm(4)})
-    fold(some, 1 - counted, counted, merge=False)
-    fold(some, 1)
+    fold(some, 1 - counted, counted)
 
 
 def test_conv_transpose_with_output_padding_below_a_batchnorm():

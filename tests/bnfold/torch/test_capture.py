@@ -178,6 +178,17 @@ def test_what_stays_alive_is_an_output():
     assert list(trace.outputs) == ["", f"kept alive {trace.calls[0].made[0].name}"]
 
 
+def test_memory_is_searched_for_garbage_only_where_something_else_than_the_models_own_is_alive(monkeypatch):
+    """A search takes as long as there are objects in the process."""
+    searches, kept = [], []
+    monkeypatch.setattr("bnfold.torch.capture.gc.collect", lambda: searches.append(True))
+    trace = traced(lambda net, x: x.add_(net.scale.mul_(3)), ROWS.clone())
+    assert any(name.startswith("kept alive") for name in trace.outputs)
+    assert not searches
+    traced(lambda net, x: kept.append(x * 2) or x + 1)
+    assert searches
+
+
 # ---------------------------------------------------------------- constants
 
 

@@ -30,9 +30,11 @@ def model():
     return randomise(ResNet())
 
 
-@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+PREFIXES = ("", "module.", "model.", "_orig_mod.", "module._orig_mod.", "model._orig_mod.")
+
+
 @pytest.mark.parametrize(
-    "prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod.", "model._orig_mod."]
+    ("prefix", "key"), list(zip(PREFIXES, [None, "state_dict", "model"] * 2, strict=True))
 )
 def test_a_state_dict_is_folded_in_the_form_that_it_has(model, tmp_path, key, prefix):
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}

@@ -21,7 +21,7 @@ import bnfold
 from bnfold.torch import sandbox
 from bnfold.torch.double import double
 
-PAIRS = 50
+FEW, MANY = 10, 200
 
 
 class Noisy(nn.Module):
@@ -147,9 +147,10 @@ def together(*works):
     return [result for result, _ in results]
 
 
-def test_two_folds_at_once_give_what_each_gives_alone():
+@pytest.mark.parametrize("pairs", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_two_folds_at_once_give_what_each_gives_alone(pairs):
     alone = [fold(seed) for seed in range(6)]
-    for pair in range(PAIRS):
+    for pair in range(pairs):
         first, second = pair % 6, (pair * 5 + 1) % 6
         assert together(lambda: fold(first), lambda: fold(second)) == [alone[first], alone[second]]  # noqa: B023
 
@@ -163,7 +164,7 @@ def test_two_folds_of_one_model_give_what_each_gives_alone():
         return [tensor.tolist() for tensor in folded.state_dict().values()], str(report)
 
     alone = again()
-    for _ in range(10):
+    for _ in range(4):
         assert together(again, again) == [alone, alone]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
