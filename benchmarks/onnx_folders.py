@@ -97,7 +97,7 @@ def fold(tool: str, source: Path, target: Path) -> None:
     if tool == "bnfold":
         import bnfold
 
-        bnfold.fold_file(source, target)
+        bnfold.fold_file(source, target, runtime="any")
     elif tool == "onnxruntime":
         import onnxruntime
 

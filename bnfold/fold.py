@@ -29,6 +29,7 @@ from bnfold.command import Parser
 from bnfold.errors import InputError, run_command
 from bnfold.output import check_target, replacing, together
 from bnfold.printed import Printed
+from bnfold.travel import HALVES
 from bnfold.wording import enumerate_some
 
 if TYPE_CHECKING:
@@ -77,10 +78,16 @@ def _parser() -> Parser:
         "--lower", action="store_true", help="turn every BatchNorm that is kept into one multiply and one add"
     )
     add(
+        "--for",
+        dest="runtime",
+        choices=sorted(HALVES),
+        help="where it will run; decides whether an Add may be left (default: onnxruntime for ONNX files, else torch)",
+    )
+    add(
         "--whole",
         dest="halves",
         action="store_false",
-        help="leave BatchNorms alone of which only the scale can go",
+        help="leave BatchNorms alone of which only the scale can go, wherever it will run",
     )
     add(
         "--no-merge",
@@ -170,10 +177,11 @@ def _console(options: argparse.Namespace) -> Console:
     return Console(highlight=False, file=out, width=None if out.isatty() else 110)
 
 
-def _choices(options: argparse.Namespace) -> dict[str, bool]:
+def _choices(options: argparse.Namespace) -> dict[str, Any]:
     """What every frontend can be told."""
     names = ("verify", "lower", "halves", "merge")
-    return {name: getattr(options, name) for name in names}
+    runtime = {} if options.runtime is None else {"runtime": options.runtime}
+    return {name: getattr(options, name) for name in names} | runtime
 
 
 def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:

@@ -32,12 +32,16 @@ import numpy as np
 
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.duplicate import copy_producers, original
-from bnfold.errors import Refuse
+from bnfold.errors import InputError, Refuse
 from bnfold.ir import Graph, Node, Shape
 from bnfold.report import Outcome, Verdict
 from bnfold.rules import TABLE, find, sign_of
 
-__all__ = ["Options", "Plan", "travel"]
+__all__ = ["HALVES", "Options", "Plan", "travel"]
+
+
+HALVES = {"any": 99, "torch": 99, "onnxruntime": 2}
+"""By runtime, up to which rank of a value an Add is not slower than the BatchNorm (measured: `docs/leftover.md`)."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,21 @@ class Options:
 
     Attributes:
         halves: move a scale where the shift must stay; a per-channel Add is left.
+        runtime: where the model will run (a key of `HALVES`), which says whether that Add pays.
         lower: leave one multiply and one add in the place of every BatchNorm that is kept.
         duplicate: copy a linear operator that somebody else reads as well (`duplicate`); for files only.
         merge: let linear operators side by side, or one after another, become one afterwards (`merge`).
     """
 
     halves: bool = True
+    runtime: str = "any"
     lower: bool = False
     duplicate: bool = False
     merge: bool = True
+
+    def __post_init__(self) -> None:
+        if self.runtime not in HALVES:
+            raise InputError(f"runtime {self.runtime!r} is not known; choose one of {', '.join(HALVES)}")
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,7 @@ class _Driver:
             if node.linear is not None and node.linear.centre is not None:
                 self._mark(node.inputs[0])
         self.verdicts: dict[str, Verdict] = {}
+        self.spared: set[str] = set()
 
     @cached_property
     def dead_ends(self) -> dict[str, str]:
@@ -289,12 +300,23 @@ class _Driver:
                 attempt.make(direction)
             except Refuse:
                 continue
-            attempt.commit(self._reason(unit))
-            return True
+            if self._pays(unit):
+                attempt.commit(self._reason(unit))
+                return True
+            self.spared.add(unit)
+            return False
         return False
 
+    def _pays(self, unit: str) -> bool:
+        """Whether an Add in the place of a unit is not slower where the model will run."""
+        nodes = (self.nodes[name] for name in self.places[unit])
+        return all(node.affine is None or node.affine.rank <= HALVES[self.options.runtime] for node in nodes)
+
     def _keep(self, unit: str) -> None:
-        self.verdicts[unit] = Verdict(unit, "kept", (), self._reason(unit))
+        reason = self._reason(unit)
+        if unit in self.spared:
+            reason += f"; its scale could go, but the Add that is left is slower in {self.options.runtime} (--for any)"
+        self.verdicts[unit] = Verdict(unit, "kept", (), reason)
         for name in self.places[unit]:
             node = self.nodes[name]
             if self.options.lower and node.affine is not None:

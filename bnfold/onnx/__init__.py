@@ -103,7 +103,7 @@ def fold(
         verify: run both models and compare; the report says unverified without.
         freeze_initializers: take initializers that are also inputs for constants, and take them off the inputs.
         folder: where external data lies, if the model refers to any.
-        **options: see `bnfold.travel.Options` (`halves`, `lower`, `merge`, ...).
+        **options: see `bnfold.travel.Options` (`halves`, `lower`, `merge`, ...); `runtime` is onnxruntime by default.
 
     Returns:
         The folded model, of the caller's own class, and the report.
@@ -112,7 +112,7 @@ def fold(
         InputError: the model cannot be used as it is, or cannot be run and `verify` is set.
         NotEquivalent: the folded model computes something else.
     """
-    choices = _Choices(inputs, verify, freeze_initializers, Options(**options))
+    choices = _Choices(inputs, verify, freeze_initializers, Options(**{"runtime": "onnxruntime", **options}))
     proto, base = to_proto(model)
     where = Path(folder) if folder is not None else base
     files.check(proto)
@@ -146,7 +146,7 @@ def fold_file(
         NotEquivalent: the folded model computes something else.
     """
     source = Path(source)
-    choices = _Choices(inputs, verify, freeze_initializers, Options(**options))
+    choices = _Choices(inputs, verify, freeze_initializers, Options(**{"runtime": "onnxruntime", **options}))
     proto = files.load_file(source)
     with _within_memory():
         if target is None:

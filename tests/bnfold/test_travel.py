@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bnfold.algebra import Affine, Linear
+from bnfold.errors import InputError
 from bnfold.ir import Graph, Node
 from bnfold.travel import Options, Plan, travel
 from tests.properties import machine
@@ -386,6 +387,17 @@ def test_a_scale_goes_before_zero_padding_and_its_shift_stays_as_one_addition(mo
     assert left.op == "Affine"
     assert np.all(left.affine.scale == 1)
     assert plan.kept == 1
+
+
+def test_a_scale_goes_alone_only_where_the_add_that_is_left_is_not_slower(model: Model) -> None:
+    value = model.conv(model.norm("x", "bn"), "conv", pad=1, kernel=3)
+    slower = model.fold(value, options=Options(runtime="onnxruntime")).verdicts[0]
+    assert slower.outcome == "kept"
+    assert slower.reason.endswith("the Add that is left is slower in onnxruntime (--for any)")
+    for runtime in ("torch", "any"):
+        assert model.fold(value, options=Options(runtime=runtime)).verdicts[0].outcome == "scale folded"
+    with pytest.raises(InputError, match="'tflite' is not known"):
+        Options(runtime="tflite")
 
 
 def test_a_scale_goes_up_through_relu_where_it_is_nowhere_negative(model: Model) -> None:

@@ -115,7 +115,7 @@ def test_folding_and_exporting_commute(name, dynamo):
     exported = export(module, example, dynamo)
     assert count(exported) > 0, "the exporter folded by itself"
 
-    folded_file, report = bnfold.fold(exported)
+    folded_file, report = bnfold.fold(exported, runtime="any")
     folded_module, module_report = bnfold.fold(module, example)
     exported_fold = export(folded_module, example, dynamo)
 

@@ -812,9 +812,10 @@ def build(one: Draw, dtype: Any = np.float32) -> onnx.ModelProto:
     return sketch.model()
 
 
-def options(one: Draw) -> dict[str, bool]:
+def options(one: Draw) -> dict[str, Any]:
     random = Random(f"options {one.seed}")
     return {
+        "runtime": "any",
         "duplicate": random.random() < 0.4,
         "halves": random.random() < 0.8,
         "lower": random.random() < 0.2,

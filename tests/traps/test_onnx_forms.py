@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -9,7 +12,8 @@ import pytest
 
 import bnfold.onnx
 from bnfold.errors import InputError
-from tests.onnx_models import count, fold, kept, model, norm, random, run, weights
+from bnfold.fold import main
+from tests.onnx_models import count, fold, kept, model, norm, random, run, weights, write
 
 BN = "y = BatchNormalization(h, s, b, m, v)"
 
@@ -348,3 +352,34 @@ def test_a_bias_that_is_no_vector_of_the_outputs_is_no_crash(shape):
     some = model(text, {"w": weights(8, 3, 3, 3), "c": np.ones(shape, np.float32), **norm(8)})
     with pytest.raises(InputError):
         bnfold.onnx.fold(some, verify=False)
+
+
+def test_a_file_is_folded_for_onnxruntime_unless_it_is_said_where_it_will_run(tmp_path: Path) -> None:
+    """An Add is slower there than a BatchNormalization, on images; on matrices it is not."""
+    images = model(
+        """net (float[N,3,6,6] x) => (float[N,4,6,6] y) {
+            n = BatchNormalization(x, s, b, m, v)
+            y = Conv<pads=[1,1,1,1]>(n, W)
+        }""",
+        {"W": weights(4, 3, 3, 3), **norm(3)},
+    )
+    rows = model(
+        """net (float[N,4] x) => (float[N,4] y) {
+            r = Gemm<transB=1>(x, W)
+            q = Relu(r)
+            n = BatchNormalization(q, s, b, m, v)
+            y = Relu(n)
+        }""",
+        {"W": weights(4, 4), **(norm(4) | {"s": np.ones(4, np.float32)})},
+    )
+    for some, runtime, outcome in (
+        (images, {}, "kept"),
+        (images, {"runtime": "any"}, "scale folded"),
+        (rows, {}, "scale folded"),
+    ):
+        assert bnfold.onnx.fold(some, **runtime)[1].verdicts[0].outcome == outcome
+    source = write(tmp_path / "net.onnx", images)
+    for arguments, halves in (([], 0), (["--for", "torch"], 1), (["--for", "torch", "--whole"], 0)):
+        record = tmp_path / "report.json"
+        assert main([str(source), "--json", str(record), *arguments]) == 0
+        assert json.loads(record.read_text())["counts"]["scale folded"] == halves
