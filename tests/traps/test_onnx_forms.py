@@ -226,7 +226,7 @@ def test_bfloat16_is_folded_and_compared_as_far_as_it_can_be_run():
     dtype = ml_dtypes.bfloat16
     text = f"g (bfloat16[4, 3] x) => (bfloat16[4, 5] y) {{ h = MatMul(x, w) {BN} }}"
     some = model(text, {"w": weights(3, 5, dtype=dtype), **norm(5, dtype=dtype)})
-    folded, report = bnfold.onnx.fold(some)
+    folded, report = bnfold.onnx.fold(some, runtime="any")
     onnx.checker.check_model(folded, full_check=True)
     assert report.count("folded") == 1
     assert report.verified
@@ -310,7 +310,7 @@ def test_a_crop_that_fills_in_a_constant_takes_the_scale_only_where_that_is_zero
         "scales": np.array([1, 1, 2, 2], np.float32),
         **norm(4),
     }
-    _, report = bnfold.onnx.fold(model(text, held))
+    _, report = bnfold.onnx.fold(model(text, held), runtime="any")
     assert [verdict.outcome for verdict in report.verdicts] == [outcome], report
 
 
@@ -341,7 +341,7 @@ def test_a_scale_goes_up_through_a_norm_and_its_shift_stays(norm_):
     used = {
         name: array for name, array in numbers.items() if name in ("w", "s", "b", "m", "v") or name in norm_
     }
-    _, report = bnfold.onnx.fold(model(text, used, opset=18))
+    _, report = bnfold.onnx.fold(model(text, used, opset=18), runtime="any")
     assert [(v.outcome, v.into) for v in report.verdicts] == [("scale folded", ("h",))]
     assert report.verified
 
@@ -351,7 +351,7 @@ def test_a_bias_that_is_no_vector_of_the_outputs_is_no_crash(shape):
     text = f"g (float[2, 3, 6, 6] x) => (float[2, 8, 4, 4] y) {{ h = Conv(x, w, c) {BN} }}"
     some = model(text, {"w": weights(8, 3, 3, 3), "c": np.ones(shape, np.float32), **norm(8)})
     with pytest.raises(InputError):
-        bnfold.onnx.fold(some, verify=False)
+        bnfold.onnx.fold(some, verify=False, runtime="any")
 
 
 def test_a_file_is_folded_for_onnxruntime_unless_it_is_said_where_it_will_run(tmp_path: Path) -> None:
