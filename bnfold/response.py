@@ -2,10 +2,10 @@
 
 `merge` multiplies and adds up weights; this neither does nor knows how. A block of linear operators is, away from its
 bias, one map from offsets to matrices, and a matrix is known by what it makes of a random vector, but for an accident
-of probability zero (Freivalds 1979, "Fast probabilistic algorithms"), if nobody knew the vector before: each check draws
-another one. So a vector of random numbers goes in at one position, and what comes out at each position, one operator
-after another, must be what the merged operator makes of it;
-with strides, one goes in at each position that they tell apart. What comes out for nothing is the bias.
+of probability zero (Freivalds 1979, "Fast probabilistic algorithms"), if nobody knew the vector before: each check
+draws another one. So a vector of random numbers goes in at one position, and what comes out at each position, one
+operator after another, must be what the merged operator makes of it; with strides, one goes in at each position that
+they tell apart. What comes out for nothing is the bias.
 
 That is the block in the middle of a value. At its border nothing more is needed, if
 
