@@ -40,6 +40,8 @@ from bnfold.rules import TABLE, Row, sign_of
 __all__ = ["NotProved", "check"]
 
 _ROUNDING = 2.0**-40
+_LOUDEST = 2.0**-30
+"""What rounding left of terms that cancel in one channel excuses no more than this part of a number of another one."""
 _IDENTITY = Affine.identity(0)
 
 
@@ -393,6 +395,8 @@ def _total(terms: Sequence[Array]) -> tuple[Array, float]:
     """A sum, and how far rounding may have moved it where its terms cancel; what rounding alone leaves is zero."""
     total = sum(terms[1:], terms[0])
     size = sum((np.abs(term) for term in terms[1:]), np.abs(terms[0]))
+    if not np.isfinite(size).all():
+        raise Refuse("a number overflows")
     cancelled = np.where(np.abs(total) < size * 2.0**-10, size, 0.0)
     return np.where(np.abs(total) <= size * 2.0**-46, 0.0, total), float(
         cancelled.max(initial=0.0)
@@ -403,7 +407,8 @@ def _leaning(relation: _Relation, sign: float, beside: Array | None) -> _Relatio
     """What is known of an operand, once what a linear operator beside it took in of it is added to it."""
     if beside is None:
         return replace(relation, beside={})
-    folded, noise = _compose(Affine.of(1.0 + sign * beside, 0.0), relation.folded, relation.noise)
+    scale, _ = _total([np.ones(()), sign * beside])
+    folded, noise = _compose(Affine.of(scale, 0.0), relation.folded, relation.noise)
     return _reduced(replace(relation, folded=folded, beside={}, noise=noise + _ROUNDING))
 
 
@@ -425,15 +430,17 @@ def _widened(affine: Affine | None, rank: int) -> Affine:
     return Affine(affine.scale.reshape(shape), affine.shift.reshape(shape))
 
 
-def _are_close(first: Array, second: Array, noise: float) -> bool:
+def _are_close(first: Array, second: Array, noise: float, scale: Array | float = 0.0) -> bool:
+    """Whether numbers are equal but for rounding; those of a shift may be off by a part of the scale, too."""
     size = np.maximum(np.abs(first), np.abs(second))
-    return bool(np.all(np.abs(first - second) <= _ROUNDING * size + noise))
+    excused = np.minimum(noise, _LOUDEST * np.maximum(size, np.abs(scale)))
+    return bool(np.all(np.abs(first - second) <= _ROUNDING * size + excused))
 
 
 def _agree(first: Affine | None, second: Affine | None, noise: float) -> bool:
     """Whether two maps are one, but for rounding."""
     one, other = first or _IDENTITY, second or _IDENTITY
-    return _are_close(one.scale, other.scale, noise) and _are_close(one.shift, other.shift, noise)
+    return _are_close(one.scale, other.scale, noise) and _are_close(one.shift, other.shift, noise, one.scale)
 
 
 def _reduced(relation: _Relation) -> _Relation:
@@ -463,6 +470,6 @@ def _evened(affine: Affine, noise: float) -> Affine:
     scale, shift = affine.scale, affine.shift
     for axis in affine.axes:
         first = (slice(None),) * axis + (slice(0, 1),)
-        if _are_close(scale, scale[first], noise) and _are_close(shift, shift[first], noise):
+        if _are_close(scale, scale[first], noise) and _are_close(shift, shift[first], noise, scale):
             scale, shift = scale[first], shift[first]
     return Affine(scale, shift)

@@ -232,3 +232,16 @@ def test_a_map_of_a_value_whose_rank_is_not_known_is_not_passed_on() -> None:
     after = changed(before.bypass({"b"}), "f", affine=own)
     with pytest.raises(NotProved, match="not known"):
         check(before, after)
+
+
+@pytest.mark.parametrize("size", [1e13, 1.5e308])
+def test_numbers_that_cancel_in_one_channel_excuse_nothing_in_another_one(size: float) -> None:
+    large, scale = np.array([size, 0, 0, 0]), np.array([1.0, 3, 1, 1])
+    before = graph(conv("c", "x"), conv("d", "c"))
+    above, below = (before[name].linear for name in "cd")
+    assert above is not None
+    assert below is not None
+    after = changed(before, "c", linear=above.absorb_after(np.ones(CHANNELS), large))
+    after = changed(after, "d", linear=below.absorb_before(scale, -large))
+    with pytest.raises(NotProved):
+        check(before, after)

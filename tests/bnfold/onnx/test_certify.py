@@ -484,16 +484,17 @@ FORGERIES: dict[str, tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Any]]] = 
     ),
     "a size that is computed": (
         small(
-            "c = MatMul(z, W) b = BatchNormalization<epsilon=0.0>(c, s, t, m, s) i = Cast<to=7>(b) y = Reshape(x, i)",
-            "(float[4,4] x, float[4] z) => (float[A,B,C,D] y)",
+            "c = MatMul(z, W) b = BatchNormalization<epsilon=0.0>(c, s, t, m, s) "
+            "i = Cast<to=7>(b) h = Squeeze(i) y = Reshape(x, h)",
+            "(float[4,4] x, float[1,4] z) => (float[A,B,C,D] y)",
             W=W,
             s=ONES,
             t=ONES,
             m=0 * ONES,
         ),
         small(
-            "c = MatMul(z, W) i = Cast<to=7>(c) y = Reshape(x, i)",
-            "(float[4,4] x, float[4] z) => (float[A,B,C,D] y)",
+            "c = MatMul(z, W) i = Cast<to=7>(c) h = Squeeze(i) y = Reshape(x, h)",
+            "(float[4,4] x, float[1,4] z) => (float[A,B,C,D] y)",
             W=W,
         ),
         {"erased": ["b"], "linears": {"c": {"after": {"scale": [1] * 4, "shift": [1] * 4}}}},
