@@ -144,7 +144,10 @@ def apply(graph: Graph, done: Record) -> Applied:
 
 
 def _affine(numbers: Mapping[str, Any]) -> Affine:
-    return Affine.of(_array(numbers["scale"]), _array(numbers["shift"]))
+    scale, shift = _array(numbers["scale"]), _array(numbers["shift"])
+    if scale.shape != shift.shape:
+        raise Refuse("a scale and its shift are of different shapes")
+    return Affine(scale, shift)
 
 
 def _array(numbers: Any) -> Array:
@@ -178,6 +181,8 @@ def _copied(graph: Graph, copies: Sequence[Any]) -> Graph:
     shapes = dict(graph.shapes)
     for name, of, reader, value in copies:
         node = graph[of]
+        if graph[reader].affine is None:
+            raise Refuse(f"`{reader}` cannot read a copy")
         copy = replace(node, name=name, outputs=(value,), site="", copied=(of, reader))
         behind.setdefault(of, []).append(copy)
         readers[reader] = replace(graph[reader], inputs=(value,))
@@ -232,14 +237,14 @@ class Matched:
 
     Attributes:
         nodes: for each node that there should be, the one that there is; affine maps apart.
-        affines: the maps between two other nodes: the value, as the second graph names it, what the map should be, and
-            what it is.
+        affines: the maps between two other nodes: the value, as the second graph names it, what the map should be,
+            what it is, and the size of what that is a sum of.
         values: each value that is read somewhere, with the one that stands for it.
     """
 
     nodes: dict[str, Node] = field(default_factory=dict)
     values: set[tuple[str, str]] = field(default_factory=set)
-    affines: list[tuple[str, Affine, Affine]] = field(default_factory=list)
+    affines: list[tuple[str, Affine, Affine, Affine]] = field(default_factory=list)
 
 
 def match(should: Graph, does: Graph) -> Matched:
@@ -259,9 +264,10 @@ def match(should: Graph, does: Graph) -> Matched:
         if pair in found.values:
             continue
         found.values.add(pair)
-        (value, mine), (stands_for, theirs) = _climb(should, pair[0]), _climb(does, pair[1])
+        (value, mine, _), (stands_for, theirs, size) = _climb(should, pair[0]), _climb(does, pair[1])
         if mine is not None or theirs is not None:
-            found.affines.append((pair[1], mine or Affine.identity(0), theirs or Affine.identity(0)))
+            one = Affine.identity(0)
+            found.affines.append((pair[1], mine or one, theirs or one, size or one))
         if values.setdefault(value, stands_for) != stands_for:
             raise Refuse(f"`{stands_for}` stands where `{values[value]}` should")
         found.values.add((value, stands_for))
@@ -279,13 +285,19 @@ def match(should: Graph, does: Graph) -> Matched:
     return found
 
 
-def _climb(graph: Graph, value: str) -> tuple[str, Affine | None]:
-    """The value that this one is an affine map of, through as many as there are in a row; None where through none."""
+def _climb(graph: Graph, value: str) -> tuple[str, Affine | None, Affine | None]:
+    """The value that this one is an affine map of, through as many as there are in a row, and the size of its terms.
+
+    None for a map through none.
+    """
     whole: Affine | None = None
+    size: Affine | None = None
     while (node := graph.producer(value)) is not None and node.affine is not None and len(node.inputs) == 1:
+        own = Affine(np.abs(node.affine.scale), np.abs(node.affine.shift))
         whole = node.affine if whole is None else whole.after(node.affine)
+        size = own if size is None else size.after(own)
         value = node.inputs[0]
-    return value, whole
+    return value, whole, size
 
 
 def _is_given_alike(should: Graph, does: Graph, value: str, stands_for: str) -> bool:

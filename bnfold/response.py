@@ -2,9 +2,10 @@
 
 `merge` multiplies and adds up weights; this neither does nor knows how. A block of linear operators is, away from its
 bias, one map from offsets to matrices, and a matrix is known by what it makes of a random vector, but for an accident
-of probability zero (Freivalds 1979, "Fast probabilistic algorithms"). So a vector of random numbers goes in at one
-position, and what comes out at each position, one operator after another, must be what the merged operator makes of it;
-with strides, one goes in at each position that they tell apart. What comes out for nothing is the bias.
+of probability zero (Freivalds 1979, "Fast probabilistic algorithms"), if nobody knew the vector before: each check
+draws another one. So a vector of random numbers goes in at one position, and what comes out at each position, one
+operator after another, must be what the merged operator makes of it; with strides, one goes in at each position that
+they tell apart. What comes out for nothing is the bias.
 
 That is the block in the middle of a value. At its border nothing more is needed, if
 
@@ -122,7 +123,7 @@ def check_merges(
     Raises:
         NotProved: that does not follow.
     """
-    if not claims:
+    if not claims and not left:
         return
     with np.errstate(all="ignore"):
         try:
@@ -158,6 +159,8 @@ class _Walk:
         self.known: dict[str, _Known] = {}
 
     def run(self) -> None:
+        for name, places in self.left.items():
+            self._check_left(self.graph[name], list(places))
         for node in self.graph.nodes:
             claim = self.results.get(node.outputs[0]) if node.outputs else None
             if claim is not None:
@@ -168,6 +171,11 @@ class _Walk:
                 self._keep(node, self.after[node.name])
         for value, stands_for in zip(self.graph.outputs, self.after.outputs, strict=True):
             self._check(value, stands_for)
+
+    def _check_left(self, node: Node, places: list[int]) -> None:
+        """Operands that are left are some of those of a sum, each once and in their order."""
+        if not is_sum(node) or places != [place for place in range(len(node.inputs)) if place in places]:
+            raise Refuse(f"`{node.name}` ({node.op}) does not lose operands like this")
 
     def _find(self, value: str) -> _Known:
         if value in self.known:
@@ -227,6 +235,7 @@ class _Walk:
 
     def _merge(self, one: Claim, twin: Node) -> None:
         """A merged operator: its result, and the operands of sums that it took in."""
+        _check_window(twin)
         if twin.linear is None or twin.outputs != (one.result,) or len(twin.inputs) != 1:
             raise Refuse(f"`{one.into}` does not compute `{one.result}`")
         self._check(one.source, twin.inputs[0])
@@ -253,7 +262,7 @@ class _Walk:
 
 def _impulses(linear: Linear) -> _Response:
     """A random vector at each of the positions that the strides of a merged operator tell apart."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng()
     strides = linear.window.strides if linear.window is not None else ()
     taps: dict[Position, Array] = {}
     for at in product(*(range(stride) for stride in strides)):
@@ -296,6 +305,7 @@ class _Block:
     def _through(self, node: Node, given: list[_Response]) -> _Response:
         row = TABLE.get(node.op)
         if node.linear is not None:
+            _check_window(node)
             return _apply(node.linear, *self.stored(node), given[0])
         if node.affine is not None:
             return _scale(node.affine, given[0])
@@ -309,6 +319,14 @@ class _Block:
         for place, operand in enumerate(given[1:], 1):
             total = _sum(total, operand, sign_of(node, place))
         return total
+
+
+def _check_window(node: Node) -> None:
+    """Refuse a convolution of which it is not known how it slides."""
+    if node.op == "ConvTranspose" or (
+        node.op == "Conv" and (node.linear is None or node.linear.window is None)
+    ):
+        raise Refuse(f"`{node.name}` ({node.op}) slides in a way that is not followed")
 
 
 def _sum(first: _Response, second: _Response, sign: float) -> _Response:
@@ -362,6 +380,8 @@ def _apply(
     read = given if linear.before is None else _with(linear.before, given)
     made = replace(_slide(window, read, multiply), axis=linear.out_axis)
     if bias is not None:
+        if any(size != 1 for size in np.shape(bias)[:-1]):
+            raise Refuse("its bias differs between rows")
         own = np.broadcast_to(np.asarray(bias, np.float64).ravel(), linear.outputs)
         made = replace(made, constant=made.constant + np.stack([own, np.abs(own)]))
     if linear.after is not None:

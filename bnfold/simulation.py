@@ -40,6 +40,8 @@ from bnfold.rules import TABLE, Row, sign_of
 __all__ = ["NotProved", "check"]
 
 _ROUNDING = 2.0**-40
+_LOUDEST = 2.0**-30
+"""What rounding left of terms that cancel in one channel excuses no more than this part of a number of another one."""
 _IDENTITY = Affine.identity(0)
 
 
@@ -87,10 +89,10 @@ def check(before: Graph, after: Graph, absorbed: Mapping[str, Affine] | None = N
     Raises:
         NotProved: that does not follow.
     """
-    if _is_untouched(before, after):
-        return
     with np.errstate(all="ignore"):
         try:
+            if _is_untouched(before, after):
+                return
             _Proof(before, after, absorbed or {}).run()
         except (Refuse, ValueError, LookupError) as gap:
             raise NotProved(f"the fold is not proved: {gap}") from gap
@@ -119,6 +121,7 @@ class _Proof:
         return False
 
     def run(self) -> None:
+        self._check_names()
         self._check_sharing()
         for node in self.before.nodes:
             for twin in self.twins.get(node.name, ()):
@@ -128,6 +131,19 @@ class _Proof:
         for value, stands_for in zip(self.before.outputs, self.after.outputs, strict=True):
             if not self._relation(value, stands_for).is_equal:
                 raise Refuse(f"the output `{value}` would be another one")
+
+    def _check_names(self) -> None:
+        """A name stands for one value, or one node, of the model after."""
+        made = [value for node in self.after.nodes for value in node.outputs if value]
+        names = [node.name for node in self.after.nodes]
+        if (
+            len(set(made)) < len(made)
+            or len(set(names)) < len(names)
+            or not self.known.keys().isdisjoint(made)
+        ):
+            raise Refuse("one name would stand for two things")
+        if self.after.inputs != self.before.inputs:
+            raise Refuse("the model would have other inputs")
 
     def _check_sharing(self) -> None:
         """Nodes that share their numbers must have come out alike."""
@@ -163,7 +179,7 @@ class _Proof:
 
     def _pass(self, node: Node, twin: Node) -> None:
         """A node that is there before and after."""
-        if node.affine is None and (node.op, node.attributes) != (twin.op, twin.attributes):
+        if not _is_same_kind(node, twin):
             raise Refuse(f"`{node.name}` ({node.op}) has become another operator")
         pairs = zip(node.inputs, twin.inputs, strict=True)
         given = [self._relation(value, stands_for) for value, stands_for in pairs]
@@ -253,7 +269,7 @@ class _Proof:
         operands = zip(signs, given, twin.inputs, strict=True)
         given = [_leaning(relation, sign, beside.pop(value, None)) for sign, relation, value in operands]
         shape = self.shape(node.outputs[0])
-        rank = max(relation.rank for relation in given) if shape is None else len(shape)
+        rank = self._widest(node, given) if shape is None else len(shape)
         noise = sum(relation.noise for relation in given)
         original = [_widened(relation.original, rank) for relation in given]
         folded = [_widened(relation.folded, rank) for relation in given]
@@ -268,6 +284,14 @@ class _Proof:
                 before, after = Affine.of(scales[0], one), Affine.of(scales[1], other)
                 return _Relation(before.collapse(), after.collapse(), left, noise + max(more, most))
         raise Refuse(f"the operands of `{node.name}` ({node.op}) would be scaled differently")
+
+    def _widest(self, node: Node, given: Sequence[_Relation]) -> int:
+        """The rank of a sum of which nothing is known but its operands."""
+        ranks = [self.ranks.get(value, one.rank) for value, one in zip(node.inputs, given, strict=True)]
+        varies = any(side.axes for one in given for side in (one.original, one.folded) if side is not None)
+        if varies and not all(ranks):
+            raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+        return max(ranks)
 
 
 # ---------------------------------------------------------------- nodes
@@ -296,17 +320,29 @@ _SAME_RANK = TABLE.keys() - {
 
 def _is_untouched(before: Graph, after: Graph) -> bool:
     """Whether nothing was done."""
-    if len(before.nodes) != len(after.nodes):
+    ends = (before.inputs, before.outputs) == (after.inputs, after.outputs)
+    if not ends or len(before.nodes) != len(after.nodes):
         return False
     pairs = zip(before.nodes, after.nodes, strict=True)
     return all(
-        (node.name, node.inputs) == (twin.name, twin.inputs) and not _has_changed(node, twin)
+        (node.name, node.op, node.inputs, node.outputs, node.attributes)
+        == (twin.name, twin.op, twin.inputs, twin.outputs, twin.attributes)
+        and not _has_changed(node, twin)
         for node, twin in pairs
     )
 
 
 def _has_changed(node: Node, twin: Node) -> bool:
     return node.linear is not twin.linear or node.affine is not twin.affine
+
+
+def _is_same_kind(node: Node, twin: Node) -> bool:
+    """Whether two nodes are one operator with one setting, whatever numbers either holds."""
+    if (node.affine is None, node.linear is None) != (twin.affine is None, twin.linear is None):
+        return False
+    if node.affine is not None and {node.op, twin.op} <= {"Affine", "BatchNormalization"}:
+        return True
+    return (node.op, node.attributes) == (twin.op, twin.attributes)
 
 
 def _are_alike(first: Node, second: Node) -> bool:
@@ -359,6 +395,8 @@ def _total(terms: Sequence[Array]) -> tuple[Array, float]:
     """A sum, and how far rounding may have moved it where its terms cancel; what rounding alone leaves is zero."""
     total = sum(terms[1:], terms[0])
     size = sum((np.abs(term) for term in terms[1:]), np.abs(terms[0]))
+    if not np.isfinite(size).all():
+        raise Refuse("a number overflows")
     cancelled = np.where(np.abs(total) < size * 2.0**-10, size, 0.0)
     return np.where(np.abs(total) <= size * 2.0**-46, 0.0, total), float(
         cancelled.max(initial=0.0)
@@ -369,7 +407,8 @@ def _leaning(relation: _Relation, sign: float, beside: Array | None) -> _Relatio
     """What is known of an operand, once what a linear operator beside it took in of it is added to it."""
     if beside is None:
         return replace(relation, beside={})
-    folded, noise = _compose(Affine.of(1.0 + sign * beside, 0.0), relation.folded, relation.noise)
+    scale, _ = _total([np.ones(()), sign * beside])
+    folded, noise = _compose(Affine.of(scale, 0.0), relation.folded, relation.noise)
     return _reduced(replace(relation, folded=folded, beside={}, noise=noise + _ROUNDING))
 
 
@@ -391,15 +430,17 @@ def _widened(affine: Affine | None, rank: int) -> Affine:
     return Affine(affine.scale.reshape(shape), affine.shift.reshape(shape))
 
 
-def _are_close(first: Array, second: Array, noise: float) -> bool:
+def _are_close(first: Array, second: Array, noise: float, scale: Array | float = 0.0) -> bool:
+    """Whether numbers are equal but for rounding; those of a shift may be off by a part of the scale, too."""
     size = np.maximum(np.abs(first), np.abs(second))
-    return bool(np.all(np.abs(first - second) <= _ROUNDING * size + noise))
+    excused = np.minimum(noise, _LOUDEST * np.maximum(size, np.abs(scale)))
+    return bool(np.all(np.abs(first - second) <= _ROUNDING * size + excused))
 
 
 def _agree(first: Affine | None, second: Affine | None, noise: float) -> bool:
     """Whether two maps are one, but for rounding."""
     one, other = first or _IDENTITY, second or _IDENTITY
-    return _are_close(one.scale, other.scale, noise) and _are_close(one.shift, other.shift, noise)
+    return _are_close(one.scale, other.scale, noise) and _are_close(one.shift, other.shift, noise, one.scale)
 
 
 def _reduced(relation: _Relation) -> _Relation:
@@ -429,6 +470,6 @@ def _evened(affine: Affine, noise: float) -> Affine:
     scale, shift = affine.scale, affine.shift
     for axis in affine.axes:
         first = (slice(None),) * axis + (slice(0, 1),)
-        if _are_close(scale, scale[first], noise) and _are_close(shift, shift[first], noise):
+        if _are_close(scale, scale[first], noise) and _are_close(shift, shift[first], noise, scale):
             scale, shift = scale[first], shift[first]
     return Affine(scale, shift)

@@ -35,7 +35,7 @@ from bnfold.certificate import Matched, Record, apply, claims, match
 from bnfold.equivalence import UNIT_ROUNDOFF
 from bnfold.errors import InputError, Refuse
 from bnfold.ir import Graph, Node
-from bnfold.onnx.constant_folding import Unworkable
+from bnfold.onnx.constant_folding import FLOATS, Unworkable
 from bnfold.onnx.constant_folding import load as load_tensor
 from bnfold.onnx.files import load_file
 from bnfold.onnx.flatten import NodeRef
@@ -97,8 +97,10 @@ class Certificate:
             done = Record(**data.pop("done"))
             if not all(isinstance(getattr(done, each.name), list | dict) for each in fields(Record)):
                 raise TypeError("a list, or a table, is something else")
+            if not isinstance(data["reading"], dict):
+                raise TypeError("how it was read is no table")
             return Certificate(done=done, **data)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{name} cannot be read: {error}") from error
@@ -174,6 +176,12 @@ def _feed(found: Any, piece: bytes) -> None:
 
 # ---------------------------------------------------------------- checking
 
+_FAILURES = (
+    *(Refuse, Unworkable, ValueError, TypeError, LookupError),
+    *(ArithmeticError, AssertionError, AttributeError, MemoryError, RecursionError),
+)
+"""What comes of a certificate that holds one thing where another one should be."""
+
 
 def check_files(source: Path, result: Path, certificate: Path) -> list[str]:
     """Check a certificate on two files; see `check`.
@@ -234,7 +242,9 @@ def check(
     try:
         with np.errstate(all="ignore"):
             return _Check(source, result, certificate, folder, other).run()
-    except (Refuse, Unworkable, ValueError, TypeError, LookupError) as gap:
+    except NotProved:
+        raise
+    except _FAILURES as gap:
         if isinstance(gap, InputError) and not isinstance(gap, Unworkable):
             raise
         raise NotProved(f"the certificate proves nothing: {gap}") from gap
@@ -254,7 +264,7 @@ class _Check:
         reading, self.done = certificate.reading, certificate.done
         if reading.get("inlined"):
             source = inline(source)[0] or source
-        frozen = bool(reading.get("frozen"))
+        frozen = self.frozen = bool(reading.get("frozen"))
         self.before = read(source, folder, freeze_initializers=frozen, demote=reading.get("plain", ()))
         self.after = read(
             result, other, freeze_initializers=frozen, demote=self._plain(result, other, frozen)
@@ -269,32 +279,57 @@ class _Check:
         before, applied = self.before.graph, self.applied
         check_algebra(before, applied.folded, applied.absorbed)
         found = match(applied.merged, self.after.graph)
+        self._check_sizes(found)
         self._check_files(found)
         worst = self._check_numbers(found)
         self._check_merges(found.nodes)
+        frozen = bool(self.frozen) * ", its initializers taken for constants"
         return [
-            f"equal for every input over the real numbers, by {len(before.nodes):,} steps",
+            f"equal for every input over the real numbers{frozen}, by {len(before.nodes):,} steps",
             f"each weight is what it should be, the worst number within {worst / 2:.3f} units in its last place",
         ]
 
     # -- the files
+
+    def _check_sizes(self, found: Matched) -> None:
+        """Sizes by which the second model was read must be those of the first one, or follow from what both declare."""
+        told, declared = (each.context.whole.types for each in (self.before, self.after))
+        alike = all(
+            (value, value) in found.values and told.get(value) == kind
+            for value, kind in declared.items()
+            if value not in self.after.context.whole.inputs
+        )
+        for value, stands_for in found.values:
+            mine, theirs = self.applied.merged.shapes.get(value), self.after.graph.shapes.get(stands_for)
+            if theirs is None or not any(isinstance(size, int) for size in theirs):
+                continue
+            if mine is None or len(mine) != len(theirs):
+                pairs: list[tuple[Any, int]] = [] if alike and mine is None else [(0, 1)]
+            else:
+                pairs = [(own, size) for own, size in zip(mine, theirs, strict=True) if isinstance(size, int)]
+            if any(own != size and (isinstance(own, int) or not alike) for own, size in pairs):
+                raise Refuse(f"`{stands_for}` is of another size than `{value}`, or is declared so")
 
     def _check_files(self, found: Matched) -> None:
         """What the graphs do not show."""
         first, second = self.before, self.after
         if _inputs(first) != _inputs(second):
             raise Refuse("the models have other inputs")
+        _check_constants(first, second)
         outputs = [[item.name for item in each.model.graph.output] for each in (first, second)]
         if outputs[0] != outputs[1]:
             raise Refuse("the models have other outputs")
         kept = [_surroundings(each.model) for each in (first, second)]
-        if not kept[1].items() <= kept[0].items():
+        calls = {
+            (ref.node.domain, ref.node.op_type, _overload(ref.node)) for ref in second.context.whole.refs
+        }
+        if not kept[1].items() <= kept[0].items() or not calls.isdisjoint(kept[0].keys() - kept[1].keys()):
             raise Refuse("the models are of different operator sets, or call other functions")
         for value in (*first.context.overridable, *self.applied.merged.outputs):
             if not _are_equal(_constant(first, value), _constant(second, value)):
                 raise Refuse(f"`{value}` is another constant")
         merged = {one["into"] for one in self.done.merges}
-        values = _Values(first, second, self.applied.alias, set(found.values))
+        values = _Values(first, second, self.applied.alias, frozenset(found.values), set(found.values))
         for name, twin in found.nodes.items():
             node = self.applied.merged[name]
             if name not in merged:
@@ -309,12 +344,12 @@ class _Check:
     def _check_numbers(self, found: Matched) -> float:
         """How far the worst number of an operator is off, as a share of what it may be."""
         linears = [(self.applied.merged[name], twin) for name, twin in found.nodes.items()]
-        shares = {twin.name: self._share(node, twin) for node, twin in linears if node.linear is not None}
-        shares |= {value: self._affine_share(value, *pair) for value, *pair in found.affines}
-        for name, share in shares.items():
+        shares = [(twin.name, self._share(node, twin)) for node, twin in linears if node.linear is not None]
+        shares += [(value, self._affine_share(value, *maps)) for value, *maps in found.affines]
+        for name, share in shares:
             if not share <= 1.0:
                 raise Refuse(f"the numbers of `{name}` are not what they should be")
-        return max(shares.values(), default=0.0)
+        return max((share for _, share in shares), default=0.0)
 
     def _share(self, node: Node, twin: Node) -> float:
         assert node.linear is not None
@@ -328,14 +363,13 @@ class _Check:
         share = measure_weight(node.linear, weight, new, dtype, looks_up)
         return share if looks_up else max(share, measure_bias(node.linear, weight, bias, own, dtype))
 
-    def _affine_share(self, value: str, should: Affine, does: Affine) -> float:
-        """The same of affine maps that are left: of each the largest number decides, and each may be rounded twice."""
-        unit = 4 * UNIT_ROUNDOFF[_dtype(self.after, value)]
-        pairs = ((should.scale, does.scale), (should.shift, does.shift))
-        size = max(float(np.abs(own).max(initial=0.0)) for own, _ in pairs)
-        return max(float(np.max(np.abs(own - other), initial=0.0)) for own, other in pairs) / (
-            unit * size or 1.0
-        )
+    def _affine_share(self, value: str, should: Affine, does: Affine, size: Affine) -> float:
+        """The same of affine maps that are left: each number may be rounded twice, and each term of it."""
+        dtype = _dtype(self.after, value)
+        unit, least = 4 * UNIT_ROUNDOFF[dtype], smallest(dtype)
+        threes = ((should.scale, does.scale, size.scale), (should.shift, does.shift, size.shift))
+        shares = [abs(own - other) / (unit * terms + least) for own, other, terms in threes]
+        return max(float(np.max(share, initial=0.0)) for share in shares)
 
     def _check_merges(self, found: Mapping[str, Node]) -> None:
         """What was merged, by the numbers of the result."""
@@ -361,6 +395,8 @@ class _Check:
             seen = twin.linear.view(np.asarray(stored_weight(self.after, slots), np.float64))
             kernel = twin.linear.window.kernel if twin.linear.window is not None else ()
             own = np.zeros(twin.linear.outputs) if bias is None else bias
+            if any(size != 1 for size in own.shape[:-1]):
+                raise Refuse(f"the bias of `{name}` differs between rows")
             return seen.reshape(*seen.shape[:3], *kernel), np.broadcast_to(own.ravel(), twin.linear.outputs)
 
         check_merges(
@@ -387,32 +423,36 @@ class _Values:
     Attributes:
         before, after: the files.
         alias: values of the first one for which others stand, since what computed them is gone.
+        matched: pairs of values of the graphs that were found to stand for each other.
         known: pairs of values that were compared.
     """
 
     before: ImportedModel
     after: ImportedModel
     alias: Mapping[str, str]
+    matched: frozenset[tuple[str, str]]
     known: set[tuple[str, str]]
 
     def check_node(self, ref: NodeRef, twin: NodeRef, linear: bool = False) -> None:
         """Refuse a node of another operator, setting or operand; those of a linear operator are looked at elsewhere."""
-        same = (ref.op, ref.node.domain) == (twin.op, twin.node.domain)
-        if not same or list(_settings(ref.node, linear)) != list(_settings(twin.node, linear)):
+        if list(_settings(ref, linear)) != list(_settings(twin, linear)):
             raise Refuse(f"`{twin.name}` ({twin.op}) has other settings than `{ref.name}`")
         inputs = zip_longest(ref.inputs, twin.inputs, fillvalue="")
         pairs = () if linear else (*inputs, *zip(ref.results, twin.results, strict=True))
         waiting = list(pairs)
         while waiting:
-            pair = self._resolve(*waiting.pop())
+            given = waiting.pop()
+            pair = self._resolve(*given)
+            if pair not in self.matched and pair[0] != self._resolve(*given, aliases={})[0]:
+                raise Refuse(f"`{pair[1]}` is not known to stand for `{given[0]}`")
             if pair not in self.known:
                 self.known.add(pair)
                 waiting += self._makings(*pair)
 
-    def _resolve(self, value: str, other: str) -> tuple[str, str]:
+    def _resolve(self, value: str, other: str, aliases: Mapping[str, str] | None = None) -> tuple[str, str]:
         """The values that two stand for."""
-        copies = self.before.context.copies
-        while (source := copies.get(value, self.alias.get(value, value))) != value:
+        copies, alias = self.before.context.copies, self.alias if aliases is None else aliases
+        while (source := copies.get(value, alias.get(value, value))) != value:
             value = source
         return value, self.after.context.copies.get(other, other)
 
@@ -432,21 +472,39 @@ class _Values:
             return ()
         if node.outputs.index(value) != twin.outputs.index(other):
             raise Refuse(f"`{other}` is another output than `{value}`")
-        same = (node.op, node.node.domain) == (twin.op, twin.node.domain)
-        if not same or list(_settings(node.node, False)) != list(_settings(twin.node, False)):
+        if list(_settings(node)) != list(_settings(twin)):
             raise Refuse(f"`{twin.name}` ({twin.op}) has other settings than `{node.name}`")
         inputs = zip_longest(node.inputs, twin.inputs, fillvalue="")
         return [*inputs, *zip(node.results, twin.results, strict=True)]
 
 
-def _settings(node: onnx.NodeProto, linear: bool) -> Iterator[bytes]:
-    """The attributes of a node; of a body its inputs, and without what is in the numbers of a linear operator."""
+def _settings(ref: NodeRef, linear: bool = False) -> Iterator[bytes]:
+    """What a node does: its operator and attributes, without what is in the numbers of a linear operator.
+
+    Of bodies it is their inputs, and their order, in which what they return is listed. The values of a body go by the
+    name of the node that runs it, so that belongs to it.
+    """
+    node = ref.node
+    yield repr((ref.op, node.domain, _overload(node))).encode()
+    held = [item for item in node.attribute if item.type in _BODIES]
+    inputs = [(item.name, [[one.name for one in body.input] for body in _held(item)]) for item in held]
+    if held:
+        yield repr((inputs, ref.name if any(any(own) for _, own in inputs) else "")).encode()
     for item in sorted(node.attribute, key=lambda item: item.name):
-        if item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
-            names = [[given.name for given in body.input] for body in (*item.graphs, item.g)]
-            yield repr((item.name, names)).encode()
-        elif not (linear and item.name in ("alpha", "beta")):
+        if item.type not in _BODIES and not (linear and item.name in ("alpha", "beta")):
             yield item.SerializeToString(deterministic=True)
+
+
+_BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
+def _held(item: onnx.AttributeProto) -> Sequence[onnx.GraphProto]:
+    return [item.g] if item.type == onnx.AttributeProto.GRAPH else item.graphs
+
+
+def _overload(node: Any) -> str:
+    """Which one of several functions of one name; older versions of onnx know of none."""
+    return str(getattr(node, "overload", ""))
 
 
 def _inputs(imported: ImportedModel) -> list[tuple[str, int]]:
@@ -459,8 +517,69 @@ def _inputs(imported: ImportedModel) -> list[tuple[str, int]]:
 def _surroundings(model: onnx.ModelProto) -> dict[tuple[str, ...], Any]:
     """What the nodes of a model mean: the operator sets, and the functions that it brings along."""
     sets: dict[tuple[str, ...], Any] = {(each.domain,): each.version for each in model.opset_import}
-    functions = {(f.domain, f.name): f.SerializeToString(deterministic=True) for f in model.functions}
+    functions = {
+        (f.domain, f.name, _overload(f)): f.SerializeToString(deterministic=True) for f in model.functions
+    }
+    if len(functions) < len(model.functions):
+        raise Refuse("two functions are of one name")
     return sets | functions
+
+
+_MOVES = frozenset({
+    "Concat", "Constant", "ConstantOfShape", "Dropout", "Expand", "Flatten", "Gather", "Identity", "Reshape",
+    "Shape", "Size", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+})  # fmt: skip
+"""What makes constants of others and leaves their numbers as they are."""
+
+
+def _check_constants(first: ImportedModel, second: ImportedModel) -> None:
+    """Refuse numbers that only the second model works out from others: a runtime rounds them on the way."""
+    allowed: frozenset[str] | None = None
+    for key, value in _worked_out(second).items():
+        allowed = frozenset(_worked_out(first)) if allowed is None else allowed
+        if key not in allowed:
+            raise Refuse(f"`{value}` is worked out where it should be stored")
+
+
+def _worked_out(imported: ImportedModel) -> dict[str, str]:
+    """Floating-point constants that are computed from others, by what computes them."""
+    context, keys, found = imported.context, dict[str, str](), dict[str, str]()
+    for ref in context.whole.refs:
+        values = [value for value in (*ref.inputs, *ref.outputs) if value]
+        floats = any(context.type(value) in (*FLOATS, 0) for value in values)
+        if ref.op in _MOVES or not floats or not any(value in context.constants for value in ref.outputs):
+            continue
+        found |= {_expression(imported, value, keys): value for value in ref.outputs if value}
+    return found
+
+
+def _expression(imported: ImportedModel, value: str, keys: dict[str, str]) -> str:
+    """A constant by what computes it, hashed; one that is stored, or only moved, by its numbers."""
+    waiting = [value]
+    while waiting:
+        name = waiting[-1]
+        ref = imported.context.whole.makers.get(name)
+        stored = ref is None or ref.op in _MOVES
+        missing = [] if stored or ref is None else [one for one in ref.inputs if one and one not in keys]
+        if name not in keys and not missing:
+            own = sha256()
+            if stored or ref is None:
+                array = _constant(imported, name)
+                content = b"" if array is None else array.tobytes()
+                _feed(own, repr(None if array is None else (array.dtype, array.shape)).encode())
+                _feed(
+                    own, content if array is None or array.dtype != object else repr(array.tolist()).encode()
+                )
+            else:
+                for piece in (*_settings(ref), repr(ref.outputs.index(name)).encode()):
+                    _feed(own, piece)
+                for one in ref.inputs:
+                    _feed(own, keys[one].encode() if one else b"")
+            keys[name] = own.hexdigest()
+        if not missing:
+            waiting.pop()
+        waiting += missing
+    return keys[value]
 
 
 def _are_equal(first: Any, second: Any) -> bool:

@@ -176,6 +176,8 @@ def _window(kernel: Sequence[int], options: dict[str, Any]) -> Window:
     pads: tuple[tuple[int, int], ...] | None = ((0, 0),) * len(kernel)
     if mode in ("SAME_UPPER", "SAME_LOWER"):
         pads = Window.same_pads(kernel, strides, dilations, lower=mode == "SAME_LOWER")
+    elif mode not in ("NOTSET", "VALID"):
+        raise Unusual
     elif mode == "NOTSET" and options.get("pads"):
         given = options["pads"]
         pads = tuple(zip(given[: len(kernel)], given[len(kernel) :], strict=True))

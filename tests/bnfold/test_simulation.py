@@ -170,3 +170,78 @@ def test_what_is_said_to_have_been_absorbed_is_checked_too() -> None:
     check(before, plan.graph, plan.absorbed)
     with pytest.raises(NotProved):
         check(before, changed(plan.graph, name, affine=lie[name]), lie)
+
+
+# ---------------------------------------------------------------- pairs that no driver would make
+
+
+def affine(name: str, scale: object, shift: object) -> Node:
+    return replace(norm(name, "x", scale, shift), op="Affine")
+
+
+def bare(node: Node) -> Node:
+    return replace(node, linear=None, affine=None)
+
+
+TANH = graph(conv("c", "x"), simple("Tanh", "t", "c"))
+ONE, TWO = conv("c", "x"), affine("a", 2.0, 0.0)
+SINGLE = graph(ONE, simple("Tanh", "t", "x"), conv("d", "c"), outputs=("d", "t"))
+COPY = replace(ONE, name="q", outputs=("t",), copied=("c", "d"))
+
+
+def taken(node: Node) -> Node:
+    assert node.linear is not None
+    return replace(node, linear=node.linear.absorb_after(np.full(CHANNELS, 2.0), np.ones(CHANNELS)))
+
+
+WRONG: dict[str, tuple[Graph, Graph]] = {
+    "another operator, else untouched": (TANH, changed(TANH, "t", op="Relu")),
+    "another setting, else untouched": (TANH, changed(TANH, "t", attributes={"axis": 1})),
+    "other outputs, else untouched": (TANH, replace(TANH, outputs=("c",))),
+    "other inputs": (TANH, replace(TANH, inputs=("c",))),
+    "an affine map that is another operator": (graph(TWO), graph(replace(bare(TWO), op="Tanh"))),
+    "numbers where there were none": (graph(bare(norm("n", "x"))), graph(norm("n", "x"))),
+    "an operator without a weight that absorbs": (graph(bare(ONE)), graph(taken(ONE))),
+    "one name for two values": (
+        SINGLE,
+        replace(SINGLE, nodes=(ONE, COPY, SINGLE["t"], replace(SINGLE["d"], inputs=("t",)))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_pair_of_graphs_that_differ_is_not_proved(name: str) -> None:
+    before, after = WRONG[name]
+    with pytest.raises(NotProved):
+        check(before, after)
+
+
+def test_a_map_of_a_value_whose_rank_is_not_known_is_not_passed_on() -> None:
+    """The rows of `x` are the rows of the sum, too, but not on the axis of that number."""
+    shapes = {"x": (4, 6, 6), "b": (4, 6, 6), "q": SHAPE, "f": SHAPE}
+    rows = Affine.along(1, 3, np.ones(6), np.arange(6.0))
+    nodes = (
+        replace(norm("b", "x"), affine=rows),
+        simple("Add", "s", "b", "z"),
+        simple("AveragePool", "p", "s", axes=(2, 3)),
+        simple("Add", "q", "p", "z"),
+        replace(norm("f", "q"), affine=Affine.identity(4)),
+    )
+    before = Graph(nodes, ("x", "z"), ("f",), shapes)
+    own = Affine.along(2, 4, np.ones(6), np.arange(6.0))
+    after = changed(before.bypass({"b"}), "f", affine=own)
+    with pytest.raises(NotProved, match="not known"):
+        check(before, after)
+
+
+@pytest.mark.parametrize("size", [1e13, 1.5e308])
+def test_numbers_that_cancel_in_one_channel_excuse_nothing_in_another_one(size: float) -> None:
+    large, scale = np.array([size, 0, 0, 0]), np.array([1.0, 3, 1, 1])
+    before = graph(conv("c", "x"), conv("d", "c"))
+    above, below = (before[name].linear for name in "cd")
+    assert above is not None
+    assert below is not None
+    after = changed(before, "c", linear=above.absorb_after(np.ones(CHANNELS), large))
+    after = changed(after, "d", linear=below.absorb_before(scale, -large))
+    with pytest.raises(NotProved):
+        check(before, after)

@@ -346,3 +346,224 @@ def test_a_certificate_of_what_is_no_onnx_file_is_refused(
     code, said = verify(folded[0], other, "--certificate", folded[2], capsys=capsys)
     assert code == 2
     assert "two ONNX files" in said
+
+
+# ---------------------------------------------------------------- both are forged
+
+
+def forged(source: onnx.ModelProto, result: onnx.ModelProto, **done: Any) -> list[str]:
+    """Check a certificate that somebody wrote who chose the second model, too."""
+    empty: dict[str, Any] = {"erased": [], "copies": [], "merges": []}
+    empty |= {"linears": {}, "affines": {}, "absorbed": {}, "left": {}}
+    told = {"source": certify.digest(source), "result": certify.digest(result), "versions": {}}
+    told |= {"format": "bnfold certificate", "version": 1, "reading": done.pop("reading", {})}
+    text = json.dumps({**told, "done": {**empty, **done}})
+    return certify.check(source, result, Certificate.from_json(text))
+
+
+def small(
+    body: str, ends: str = "(float[N,4] x) => (float[N,4] y)", more: str = "", **tensors: Any
+) -> onnx.ModelProto:
+    return model(f"net {ends} {more} {{ {body} }}", tensors)
+
+
+def block(nodes: str, **changes: Any) -> dict[str, Any]:
+    """One merge of nodes on `x`."""
+    one = {"into": "m", "source": "x", "result": "d", "nodes": nodes.split(), "dropped": [], "signs": []}
+    return {"merges": [{**one, **changes}]}
+
+
+W, V = weights(4, 4), weights(4, 4, seed=2)
+K, L = weights(4, 4, 1, 1), weights(4, 4, 3, 3)
+KL = np.einsum("oikl,ij->ojkl", L, K[:, :, 0, 0])
+ONES, LARGE = np.ones(4, np.float32), np.array([1e8, 1, 1, 1], np.float32)
+IMAGE = "(float[N,4,H,Q] x) => (float[N,4,A,B] y)"
+TWO = "(float[N,4] x) => (float[N,4] y, float[N,4] z)"
+SIZED = "(float[1,1,1,Q] x, int64[4] s) => (float[A,B,C,D] y)"
+
+
+def branches(*order: tuple[str, str]) -> onnx.ModelProto:
+    """An If whose branches, each of one operator, are listed in some order."""
+    some = small("y = Relu(x)", "(float[N,4] x, bool k) => (float[N,4] y)")
+    del some.graph.node[:]
+    some.graph.node.append(onnx.helper.make_node("If", ["k"], ["y"], "if"))
+    for name, op in order:
+        inner = [onnx.helper.make_node(op, ["x"], [op])]
+        body = onnx.helper.make_graph(inner, op, [], [onnx.ValueInfoProto(name=op)])
+        some.graph.node[0].attribute.append(onnx.helper.make_attribute(f"{name}_branch", body))
+    return some
+
+
+def loops(outer: str, inner: str, read: str) -> onnx.ModelProto:
+    """A loop in a loop, which yields the counter of the outer or of the inner one."""
+
+    def body(name: str, nodes: list[onnx.NodeProto], given: str) -> onnx.GraphProto:
+        ends = [onnx.helper.make_tensor_value_info("i", onnx.TensorProto.INT64, [])]
+        ends.append(onnx.helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, []))
+        nodes = [*nodes, onnx.helper.make_node("Identity", ["true"], [f"{name}c"])]
+        outputs = [onnx.ValueInfoProto(name=f"{name}c"), onnx.ValueInfoProto(name=given)]
+        return onnx.helper.make_graph(nodes, name, ends, outputs)
+
+    def loop(name: str, inside: onnx.GraphProto, output: str) -> onnx.NodeProto:
+        return onnx.helper.make_node("Loop", ["three", ""], [output], name, body=inside)
+
+    within = body("b", [onnx.helper.make_node("Cast", [read], ["p"], to=1)], "p")
+    around = [onnx.helper.make_node("Identity", ["i"], ["e"]), loop(inner, within, "q")]
+    some = small("y = Add(x, x)", "(float[3,3] x) => (float[3,3] y)", three=np.int64(3), true=np.True_)
+    some.graph.node.insert(0, loop(outer, body("a", around, "q"), "o"))
+    some.graph.node[1].input[1] = "o"
+    return some
+
+
+FORGERIES: dict[str, tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Any]]] = {
+    "one weight for two operators": (
+        small("c = MatMul(x, W) d = MatMul(x, V) e = Tanh(c) f = Relu(d) y = Add(e, f)", W=W, V=V),
+        small("c = MatMul(x, W) e = Tanh(c) f = Relu(c) y = Add(e, f)", W=W),
+        {},
+    ),
+    "one affine map for two": (
+        small("c = Mul(x, W) d = Mul(x, V) e = Tanh(c) f = Relu(d) y = Add(e, f)", W=W[0], V=V[0]),
+        small("c = Mul(x, W) e = Tanh(c) f = Relu(c) y = Add(e, f)", W=W[0]),
+        {},
+    ),
+    "a small number beside a large one": (
+        small("a = Mul(x, W) y = Relu(a)", W=LARGE),
+        small("a = Mul(x, W) y = Relu(a)", W=LARGE * np.array([1, 2, 0, -1], np.float32)),
+        {},
+    ),
+    "a Relu that lost its operand": (
+        small("a = Relu(x) y = Tanh(a)"),
+        small("y = Tanh(x)"),
+        {"left": {"a": [0]}},
+    ),
+    "a copy by the name of another value": (
+        small("c = MatMul(x, W) z = Tanh(x) y = MatMul(c, V)", TWO, W=W, V=V),
+        small("z = Tanh(x) y = MatMul(z, V)", TWO, V=V),
+        {"copies": [["q", "c", "y", "z"]]},
+    ),
+    "the branches of an If": (
+        branches(("then", "Relu"), ("else", "Tanh")),
+        branches(("else", "Relu"), ("then", "Tanh")),
+        {},
+    ),
+    "the names of two loops": (loops("one", "two", "e"), loops("two", "one", "i"), {}),
+    "paddings that go by no name": (
+        small("c = Conv(x, W) d = Conv(c, V) y = Relu(d)", IMAGE, W=K, V=L),
+        small('d = Conv<auto_pad="", pads=[1,1,1,1]>(x, W) y = Relu(d)', IMAGE, W=KL),
+        block("c d"),
+    ),
+    "a bias for rows": (
+        small("c = Gemm(x, W) d = Gemm(c, V, b) y = Relu(d)", W=W, V=V, b=V[0]),
+        small("d = Gemm(x, W, b) y = Relu(d)", W=W @ V, b=V[:1].T),
+        block("c d"),
+    ),
+    "a weight that underflows on its way": (
+        small("y = MatMul(x, W)", W=W),
+        small(
+            "a = Mul(W, t) b = Mul(a, t) c = Mul(b, u) d = Mul(c, u) y = MatMul(x, d)",
+            W=W,
+            t=np.float32(2.0**-100),
+            u=np.float32(2.0**100),
+        ),
+        {},
+    ),
+    "a bound that is rounded on its way": (
+        small("y = Clip(x, l, h)", l=np.float32(0), h=np.float32(1e5)),
+        small("a = Cast<to=10>(h) b = Cast<to=1>(a) y = Clip(x, l, b)", l=np.float32(0), h=np.float32(1e5)),
+        {},
+    ),
+    "a size that is declared": (
+        small("r = Reshape(x, s) y = Relu(r)", SIZED),
+        small(
+            "r = Reshape(x, s) q = Mul(r, k) y = Relu(q)",
+            SIZED,
+            "<float[1,1,1,7] r>",
+            k=np.ones((1, 1, 1, 7), np.float32),
+        ),
+        {},
+    ),
+    "a size that is computed": (
+        small(
+            "c = MatMul(z, W) b = BatchNormalization<epsilon=0.0>(c, s, t, m, s) "
+            "i = Cast<to=7>(b) h = Squeeze(i) y = Reshape(x, h)",
+            "(float[4,4] x, float[1,4] z) => (float[A,B,C,D] y)",
+            W=W,
+            s=ONES,
+            t=ONES,
+            m=0 * ONES,
+        ),
+        small(
+            "c = MatMul(z, W) i = Cast<to=7>(c) h = Squeeze(i) y = Reshape(x, h)",
+            "(float[4,4] x, float[1,4] z) => (float[A,B,C,D] y)",
+            W=W,
+        ),
+        {"erased": ["b"], "linears": {"c": {"after": {"scale": [1] * 4, "shift": [1] * 4}}}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_no_pair_that_differs_is_certified_whatever_is_said_of_it(name: str) -> None:
+    source, result, done = FORGERIES[name]
+    assert forged(source, source)
+    with pytest.raises(NotProved):
+        forged(source, result, **done)
+
+
+def functions(which: str) -> onnx.ModelProto:
+    """A call of one of two functions of one name."""
+    some = small("y = Relu(x)")
+    some.ir_version = 10
+    some.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    some.graph.node[0].CopyFrom(onnx.helper.make_node("F", ["x"], ["y"], domain="own", overload=which))
+    for op in ("Tanh", "Relu"):
+        inner, sets = [onnx.helper.make_node(op, ["a"], ["b"])], [onnx.helper.make_opsetid("", 17)]
+        some.functions.append(onnx.helper.make_function("own", "F", ["a"], ["b"], inner, sets, overload=op))
+    return some
+
+
+def test_functions_are_told_apart() -> None:
+    source = functions("Tanh")
+    assert forged(source, source)
+    for other in (functions("Relu"), functions("Tanh")):
+        if other == source:
+            del other.functions[:]
+        with pytest.raises(NotProved):
+            forged(source, other)
+
+
+def test_what_was_frozen_is_said() -> None:
+    frozen = small("y = Mul(x, c)", "(float[N,4] x, float[4] c) => (float[N,4] y)", c=W[0])
+    stored = small("y = Mul(x, c)", c=W[0])
+    with pytest.raises(NotProved):
+        forged(frozen, stored)
+    assert "taken for constants" in forged(frozen, stored, reading={"frozen": True})[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reading": 3},
+        {"reading": {"plain": 3}},
+        {"linears": {"c": 3}},
+        {"linears": {"c": {"parallel": [10**400] * 4}}},
+        {"affines": {"b": {"scale": 10**400, "shift": 0}}},
+        {"affines": {"b": {"scale": [[1]] * 60_000, "shift": [[0] * 60_000]}}},
+        {"copies": [["q", "c", "b", ["v"]]]},
+        {"copies": [["q", "c", "b", "b"]]},
+        {"merges": [{"result": "c"}]},
+        {"left": {"y": 3}},
+        {"left": {"y": [float("inf")]}},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_certificate_that_holds_anything_ends_in_one_line(change: dict[str, Any]) -> None:
+    nodes = "c = MatMul(x, W) b = BatchNormalization(c, s, t, m, v) y = Add(b, x)"
+    source = small(nodes, W=W, s=ONES, t=ONES, m=ONES, v=ONES)
+    with pytest.raises((NotProved, InputError)):
+        forged(source, source, **change)
+
+
+def test_a_certificate_that_is_nested_too_deep_is_refused() -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        Certificate.from_json("[" * 200_000)
