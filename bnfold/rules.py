@@ -35,6 +35,7 @@ LARGEST = 1 << 24
 def _table() -> dict[str, Row]:
     rows = {
         "Gemm MatMul Conv ConvTranspose Embedding": ABSORB,  # what is below; above, a shift only without padding
+        "InputProduct": ABSORB,  # what a recurrent layer makes of its input, before it does anything else
         "BatchNormalization": COMPOSE,  # where nothing better can be had
         "Affine": CONJUGATE,  # its own numbers stay; on its other side the affine has others
         "Identity Dropout": PASS,

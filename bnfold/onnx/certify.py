@@ -41,7 +41,7 @@ from bnfold.onnx.files import load_file
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.functions import inline
 from bnfold.onnx.read import ImportedModel, read
-from bnfold.onnx.slots import find_slots, stored_bias, stored_weight
+from bnfold.onnx.slots import RECURRENT, find_slots, state_bias, stored_bias, stored_weight
 from bnfold.report import Report
 from bnfold.response import check_merges
 from bnfold.simulation import NotProved
@@ -310,10 +310,23 @@ class _Check:
                 self._check_constants(node, ref, twin)
 
     def _check_constants(self, node: Node, ref: NodeRef, twin: NodeRef) -> None:
-        inputs = zip_longest(ref.inputs, twin.inputs, fillvalue="")
+        inputs = list(zip_longest(ref.inputs, twin.inputs, fillvalue=""))
+        if self._has_product(node):
+            inputs = [pair for place, pair in enumerate(inputs) if place not in (1, 3)]
+            if not np.array_equal(self._state_bias(self.before, ref), self._state_bias(self.after, twin)):
+                raise Refuse(f"`{node.name}` ({node.op}) has another bias for its state")
         for value, other in (*inputs, *zip(ref.results, twin.results, strict=True)):
             if not _are_equal(_constant(self.before, value), _constant(self.after, other)):
                 raise Refuse(f"`{node.name}` ({node.op}) reads another constant")
+
+    def _has_product(self, node: Node) -> bool:
+        """Whether it is what follows the product of a recurrent layer, whose weight and bias are checked as such."""
+        first = self.applied.merged.producer(node.inputs[0]) if node.op in RECURRENT and node.inputs else None
+        return first is not None and first.op == "InputProduct" and first.linear is not None
+
+    def _state_bias(self, imported: ImportedModel, ref: NodeRef) -> Any:
+        directions, outputs, _ = imported.context.constants.dims(ref.inputs[1]) or (1, 1, 1)
+        return state_bias(imported, ref, (directions, outputs))
 
     # -- the numbers
 
