@@ -13,6 +13,8 @@ The vocabulary is ONNX's operator names, in a canonical form that `read` makes o
 - A BatchNorm in any disguise is BatchNormalization and has an `affine`; one that cannot be moved at all (it is in
   training mode, say) has none, and a `reason`. So has a linear operator that cannot absorb.
 - Any other Add, Sub, Mul or Div by a constant is Affine, with its `affine`.
+- What picks positions along some axes by numbers that the model computes is Select; who computes those is read by a node
+  of its own, through which nothing travels.
 - A body (If, Loop, Scan, a scripted call) is one node that reads every value it captures.
 - What the table in `rules` does not know stands under its own name, and nothing travels through it.
 """

@@ -127,6 +127,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "ConvTranspose": _conv_transpose,
     "Gemm": _matmul,
     "MatMul": _matmul,
+    "InputProduct": _matmul,
     "Embedding": _embedding,
     "BatchNormalization": _affine,
     "Affine": _affine,
@@ -169,6 +170,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "LeakyRelu": lambda node, w, x: np.where(x < 0, 0.1 * x, x),
     "PRelu": lambda node, w, x: np.where(x < 0, node.attributes["slope"] * x, x),
     "Abs": lambda node, w, x: np.abs(x),
+    "Select": lambda node, w, x: np.take(x, node.attributes["rows"], *node.attributes["axes"]),
     "Resize": lambda node, w, x: np.repeat(np.repeat(x, 2, 2), 2, 3),
     "Pad": lambda node, w, x: _pad(node, x),
     "Tanh": lambda node, w, x: np.tanh(x),
@@ -411,6 +413,18 @@ def select(sketch: Sketch, op: str) -> None:
             sketch.add(op, value, count=2, axis=axis, sizes=(first, size - first))
 
 
+def pick_rows(sketch: Sketch, op: str) -> None:
+    value = sketch.pick(lambda x: x.ndim >= 2)
+    axis = int(sketch.random.integers(sketch.values[value].ndim))
+    rows = sketch.random.integers(0, sketch.values[value].shape[axis], 3)
+    sketch.add(op, value, axes=(axis,), rows=rows)
+
+
+def recurrent(sketch: Sketch, op: str) -> None:
+    """The product of a layer's input, and what stands for the rest of the layer."""
+    sketch.add("Tanh", matmul(sketch, op, sketch.pick(lambda x: x.ndim == 3)))
+
+
 def enlarge(sketch: Sketch, op: str) -> None:
     if op == "Tile":
         value = sketch.pick(lambda x: x.ndim >= 2 and x.size < 600)
@@ -578,6 +592,7 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
     "ConvTranspose": conv_transpose,
     "Gemm": matmul,
     "MatMul": matmul,
+    "InputProduct": recurrent,
     "Embedding": embedding,
     "BatchNormalization": batchnorm,
     "Affine": affine,
@@ -587,6 +602,7 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
     **dict.fromkeys(("Identity", "Dropout", "Cast", "Relu", "LeakyRelu", "PRelu", "Abs"), pointwise),
     **dict.fromkeys(("Flatten", "Squeeze", "Unsqueeze"), squeeze),
     **dict.fromkeys(("Slice", "Gather", "Split"), select),
+    "Select": pick_rows,
     **dict.fromkeys(("Expand", "Tile"), enlarge),
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), blocks),
     **dict.fromkeys(("Add", "Sub", "Sum", "Mul", "Div"), combine),
