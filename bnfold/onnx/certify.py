@@ -313,7 +313,7 @@ class _Check:
         inputs = list(zip_longest(ref.inputs, twin.inputs, fillvalue=""))
         if self._has_product(node):
             inputs = [pair for place, pair in enumerate(inputs) if place not in (1, 3)]
-            if not np.array_equal(self._state_bias(self.before, ref), self._state_bias(self.after, twin)):
+            if not np.array_equal(state_bias(self.before, ref), state_bias(self.after, twin)):
                 raise Refuse(f"`{node.name}` ({node.op}) has another bias for its state")
         for value, other in (*inputs, *zip(ref.results, twin.results, strict=True)):
             if not _are_equal(_constant(self.before, value), _constant(self.after, other)):
@@ -323,10 +323,6 @@ class _Check:
         """Whether it is what follows the product of a recurrent layer, whose weight and bias are checked as such."""
         first = self.applied.merged.producer(node.inputs[0]) if node.op in RECURRENT and node.inputs else None
         return first is not None and first.op == "InputProduct" and first.linear is not None
-
-    def _state_bias(self, imported: ImportedModel, ref: NodeRef) -> Any:
-        directions, outputs, _ = imported.context.constants.dims(ref.inputs[1]) or (1, 1, 1)
-        return state_bias(imported, ref, (directions, outputs))
 
     # -- the numbers
 

@@ -33,7 +33,7 @@ __all__ = ["EPSILON", "LOWERINGS", "MISMATCH", "lower"]
 
 
 def _table() -> dict[str, Lowering]:
-    lowerings = {
+    lowerings: dict[str, Lowering] = {
         "Conv ConvTranspose": _convolution,
         "Gemm": _gemm,
         "MatMul": _matmul,
@@ -272,13 +272,12 @@ def _embedding(ref: NodeRef, context: ImportContext, table: str, indices: str, a
 def _recurrent(ref: NodeRef, context: ImportContext) -> tuple[Node, ...]:
     """A product of the input by the weights of all directions and gates, and what the layer goes on to do with it.
 
-    Whatever the layer does (gates, clipping, activations, a bias before or after the reset of a GRU), it reads its input
-    by no other way, step by step.
+    Whatever the layer does (gates, clipping, activations, a bias before or after the reset of a GRU), it reads its
+    input by no other way, step by step.
     """
-    data, linear, reason = _data(ref, context), None, _weight_reason(ref, context, (("weight", 1), ("bias", 3)))
-    if not reason:
-        linear = _input_product(ref, context, data)
-        reason = MISMATCH if linear is None else ""
+    data, reason = _data(ref, context), _weight_reason(ref, context, (("weight", 1), ("bias", 3)))
+    linear = None if reason else _input_product(ref, context, data)
+    reason = reason or (MISMATCH if linear is None else "")
     value = _fresh(f"{ref.name}/input", context.whole.home)
     name = _fresh(value, {other.name for other in context.whole.refs})
     others = tuple(v for v in ref.inputs[1:] if v and v not in context.constants)

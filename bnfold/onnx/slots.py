@@ -12,10 +12,18 @@ from bnfold.onnx.constant_folding import attribute
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.read import ImportedModel
 
-__all__ = ["RECURRENT", "Slots", "find_slots", "state_bias", "stored_bias", "stored_weight", "with_state_bias"]
+__all__ = [
+    "RECURRENT",
+    "Slots",
+    "find_slots",
+    "state_bias",
+    "stored_bias",
+    "stored_weight",
+    "with_state_bias",
+]
 
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
-"""Layers with one weight per direction for their input, and a bias that is two in a row: of the input, and of the state."""
+"""Layers with one weight per direction for their input, and two biases in a row: of the input, and of the state."""
 
 
 @dataclass(eq=False)
@@ -90,14 +98,13 @@ def stored_bias(imported: ImportedModel, slots: Slots, linear: Linear) -> Array 
 
 def with_state_bias(imported: ImportedModel, ref: NodeRef, bias: Array) -> Array:
     """The two biases of a recurrent layer in the form in which it reads them, with another one for its input."""
-    directions = (imported.context.constants.dims(ref.inputs[1]) or (1,))[0]
-    own = bias.reshape(directions, -1)
-    return np.concatenate([own, state_bias(imported, ref, own.shape)], axis=1)
+    other = state_bias(imported, ref)
+    return np.concatenate([bias.reshape(other.shape), other], axis=1)
 
 
-def state_bias(imported: ImportedModel, ref: NodeRef, shape: tuple[int, ...]) -> Array:
+def state_bias(imported: ImportedModel, ref: NodeRef) -> Array:
     """The bias that a recurrent layer adds to what it makes of its state; zeros where there is none."""
     value = ref.inputs[3] if len(ref.inputs) > 3 else ""
     if not value:
-        return np.zeros(shape)
+        return np.zeros((imported.context.constants.dims(ref.inputs[1]) or ())[:2])
     return np.split(np.asarray(imported.context.constants.array(value), np.float64), 2, axis=1)[1]

@@ -5,8 +5,8 @@ Each difference between the two graphs is one or a few edits (see `edit` for wha
 - a node that is gone is bypassed;
 - a linear operator that was copied is copied, for its one reader;
 - a linear operator that has absorbed something reads a new weight, and a new bias where it needs one: Conv,
-  ConvTranspose and Gemm have an input for it, recurrent layers one for this and another bias, a MatMul gets an Add (or the one that it has a new constant), the rows of
-  an embedding hold it;
+  ConvTranspose and Gemm have an input for it, a recurrent layer has one for this and another bias, a MatMul gets an Add
+  (or the one that it has a new constant), the rows of an embedding hold it;
 - a BatchNormalization that has absorbed another one gets new numbers (mean 0, variance 1, epsilon 0, which is exact),
   one that is to be an affine becomes a Mul and an Add, or an Add alone.
 

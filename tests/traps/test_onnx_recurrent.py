@@ -21,13 +21,13 @@ TURN = "h = BatchNormalization(x, s, b, m, v) t = Transpose<perm=[2, 0, 1]>(h)"
 
 
 def layer(
-    op: str, directions: int = 1, biased: bool = True, more: str = "", tail: str = "", channels: int = CHANNELS
+    op: str, directions: int = 1, biased: bool = True, more: str = "", tail: str = ""
 ) -> onnx.ModelProto:
     """A BatchNorm over (N, C, T), and a layer over (T, N, C)."""
     gates = GATES[op] * HIDDEN
     way = {1: "forward", 2: "bidirectional"}[directions]
     tensors = {
-        "W": weights(directions, gates, channels),
+        "W": weights(directions, gates, CHANNELS),
         "R": weights(directions, gates, HIDDEN, seed=2),
         "B": weights(directions, 2 * gates, seed=3),
         "lens": np.array([5, 2], np.int32),
@@ -132,7 +132,8 @@ def test_nothing_below_a_layer_goes_into_its_input_weights() -> None:
 
 def test_a_batchnorm_over_the_steps_stays() -> None:
     text = f"""g (float[2, 5, {CHANNELS}] x) => (float[5, 1, 2, {HIDDEN}] y) {{
-        h = BatchNormalization(x, s, b, m, v) t = Transpose<perm=[1, 0, 2]>(h) y = RNN<hidden_size={HIDDEN}>(t, W, R) }}"""
+        h = BatchNormalization(x, s, b, m, v) t = Transpose<perm=[1, 0, 2]>(h)
+        y = RNN<hidden_size={HIDDEN}>(t, W, R) }}"""
     tensors = {"W": weights(1, HIDDEN, CHANNELS), "R": weights(1, HIDDEN, HIDDEN)}
     kept(model(text, {**tensors, **norm(5)}), "has its channels on axis 2")
 
@@ -146,7 +147,12 @@ def test_a_weight_that_is_an_input_is_named() -> None:
 def test_a_matrix_above_a_layer_is_not_merged_with_its_input_weights() -> None:
     text = f"""g (float[5, 2, 6] x) => (float[5, 1, 2, {HIDDEN}] y) {{
         k = MatMul(x, A) t = MatMul(k, C) y = RNN<hidden_size={HIDDEN}>(t, W, R) }}"""
-    tensors = {"A": weights(6, 6), "C": weights(6, 2), "W": weights(1, HIDDEN, 2), "R": weights(1, HIDDEN, HIDDEN)}
+    tensors = {
+        "A": weights(6, 6),
+        "C": weights(6, 2),
+        "W": weights(1, HIDDEN, 2),
+        "R": weights(1, HIDDEN, HIDDEN),
+    }
     folded, _ = fold(model(text, tensors), 0)
     assert count(folded, "RNN") == 1
     assert count(folded, "MatMul") == 1
@@ -205,5 +211,5 @@ def test_a_number_that_is_changed_afterwards_is_found(
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     data = certify.load(told)
     again = certify.Certificate(**{**vars(data), "result": certify.digest(changed)})
-    with pytest.raises(NotProved, match="not what they should be|another constant|another bias"):
+    with pytest.raises(NotProved, match=r"not what they should be|another constant|another bias"):
         certify.check(onnx.load(source), changed, again)
