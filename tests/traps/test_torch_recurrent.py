@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -67,6 +68,13 @@ def test_without_biases_the_scale_goes_and_the_shift_stays(kind: str) -> None:
 def test_without_a_batch_axis() -> None:
     net = Speech(nn.GRU(CHANNELS, HIDDEN), flat=True)
     check(net, torch.randn(6, CHANNELS), ["bn"])
+
+
+def test_a_linear_layer_above_is_not_merged_with_the_input_weights() -> None:
+    net = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.GRU(CHANNELS, HIDDEN))
+    after, report = bnfold.fold(net.eval(), STEPS)
+    assert not report.merges
+    torch.testing.assert_close(after(STEPS)[0], net(STEPS)[0])
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
@@ -139,19 +147,61 @@ def test_a_hook_on_a_layer_that_looks_at_numbers_keeps_it() -> None:
     check(net, STEPS, kept=["bn"])
 
 
+def test_a_hook_that_may_return_something_else_keeps_what_that_is_made_of() -> None:
+    class Beside(Speech):
+        def __init__(self) -> None:
+            super().__init__(nn.GRU(HIDDEN, HIDDEN))
+            self.linear, self.alive = nn.Linear(CHANNELS, HIDDEN), []
+            self.rnn.register_forward_hook(self.look)
+
+        def look(self, module: nn.Module, args: object, result: tuple[Tensor, Tensor]) -> object:
+            return (self.alive[0], result[1]) if result[0].sum() > 1000 else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            self.alive = [h]
+            y = self.rnn(self.linear(h))[0]
+            self.alive = []
+            return y
+
+    check(Beside(), STEPS, kept=["bn"])
+
+
+def test_a_forward_of_ones_own_that_branches_keeps_it() -> None:
+    def run(rnn: nn.Module, x: Tensor) -> object:
+        result = nn.GRU.forward(rnn, x)
+        return (x, x) if result[0].sum() > 1000 else result
+
+    net = Speech(nn.GRU(CHANNELS, HIDDEN))
+    net.rnn.forward = MethodType(run, net.rnn)
+    check(net, STEPS, kept=["bn"], because="a branch in")
+
+
 # ---------------------------------------------------------------- sharing
 
 
-class Tied(Speech):
-    """The input weights are the weights of the state, too."""
+class Called(nn.Module):
+    """The function, on weights of one's own."""
 
-    def __init__(self) -> None:
-        super().__init__(nn.RNN(CHANNELS, CHANNELS))
-        self.rnn.weight_hh_l0 = self.rnn.weight_ih_l0
+    def __init__(self, *places: int) -> None:
+        super().__init__()
+        self.bn, self.places = nn.BatchNorm1d(CHANNELS), places
+        shapes = [(CHANNELS, CHANNELS)] * 2 + [(CHANNELS,)] * 2
+        self.weights = nn.ParameterList(torch.randn(shape) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn(x.transpose(1, 2)).transpose(1, 2)
+        params = [self.weights[place] for place in self.places]
+        return torch.rnn_tanh(h, x.new_zeros(1, 3, CHANNELS), params, True, 1, 0.0, False, False, False)[0]
 
 
-def test_input_weights_that_are_those_of_the_state_stay() -> None:
-    check(Tied(), STEPS, kept=["bn"])
+def test_weights_of_a_function() -> None:
+    check(Called(0, 1, 2, 3), STEPS, ["bn"])
+
+
+@pytest.mark.parametrize("places", [(0, 0, 2, 3), (0, 1, 2, 2)])
+def test_an_input_weight_or_bias_that_is_also_that_of_the_state_stays(places: tuple[int, ...]) -> None:
+    check(Called(*places), STEPS, kept=["bn"])
 
 
 def test_input_weights_that_are_those_of_the_other_direction_stay() -> None:
@@ -168,13 +218,14 @@ def test_a_layer_that_also_reads_something_else_stays() -> None:
     check(Twice(nn.GRU(CHANNELS, HIDDEN)), STEPS, kept=["bn"], because="its uses would have to differ")
 
 
-def test_a_state_that_is_made_of_the_same_value_stays() -> None:
+@pytest.mark.parametrize("steps", [7, 1])
+def test_a_state_that_is_made_of_the_same_value_or_is_that_value_stays(steps: int) -> None:
     class Started(Speech):
         def forward(self, x: Tensor) -> Tensor:
             h = self.norm(x)
-            return self.rnn(h, h[:1])[0]
+            return self.rnn(h, h if steps == 1 else h[:1])[0]
 
-    check(Started(nn.RNN(CHANNELS, CHANNELS)), STEPS, kept=["bn"], because="is not linear")
+    check(Started(nn.RNN(CHANNELS, CHANNELS)), STEPS[:steps], kept=["bn"])
 
 
 def test_nothing_after_a_layer_goes_into_its_input_weights() -> None:
