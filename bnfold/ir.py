@@ -8,9 +8,13 @@ The vocabulary is ONNX's operator names, in a canonical form that `read` makes o
 - `inputs` holds computed values only. Constants (weights, statistics, axes, pads, shapes) are in `linear`, `affine` or
   `attributes`; axes are not negative.
 - A linear operator with a constant weight is Gemm, MatMul, Conv, ConvTranspose or Embedding and has a `linear`.
+- A recurrent layer (LSTM, GRU, RNN) reads its input only by way of a matrix and a bias of its own: it is an
+  InputProduct, with that `linear`, and a node under its own name that reads what the product makes.
 - A BatchNorm in any disguise is BatchNormalization and has an `affine`; one that cannot be moved at all (it is in
   training mode, say) has none, and a `reason`. So has a linear operator that cannot absorb.
 - Any other Add, Sub, Mul or Div by a constant is Affine, with its `affine`.
+- What picks positions along some axes by numbers that the model computes is Select; those numbers are read by a node
+  of their own, through which nothing travels.
 - A body (If, Loop, Scan, a scripted call) is one node that reads every value it captures.
 - What the table in `rules` does not know stands under its own name, and nothing travels through it.
 """

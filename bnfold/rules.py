@@ -35,6 +35,7 @@ LARGEST = 1 << 24
 def _table() -> dict[str, Row]:
     rows = {
         "Gemm MatMul Conv ConvTranspose Embedding": ABSORB,  # what is below; above, a shift only without padding
+        "InputProduct": ABSORB,  # what a recurrent layer makes of its input, before it does anything else
         "BatchNormalization": COMPOSE,  # where nothing better can be had
         "Affine": CONJUGATE,  # its own numbers stay; on its other side the affine has others
         "Identity Dropout": PASS,
@@ -52,6 +53,7 @@ def _table() -> dict[str, Row]:
         "Add Sum": ADD,  # up: the scale into every operand, the shift into one; down: where all are scaled alike
         "Sub": SUBTRACT,
         "Mul Div": MULTIPLY,  # the scale into one factor
+        "Select": MEAN,  # positions that nobody knows before the model runs: alike along those axes
         "AveragePool ReduceMean Resize Pad": MEAN,  # whole; the scale alone where some weights do not sum to one
         "ReduceSum": TOTAL,  # the scale
         "MaxPool ReduceMax": MAXIMUM,  # if no scale is negative

@@ -41,7 +41,7 @@ from bnfold.onnx.files import load_file
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.functions import inline
 from bnfold.onnx.read import ImportedModel, read
-from bnfold.onnx.slots import find_slots, stored_bias, stored_weight
+from bnfold.onnx.slots import RECURRENT, find_slots, state_bias, stored_bias, stored_weight
 from bnfold.report import Report
 from bnfold.response import check_merges
 from bnfold.simulation import NotProved
@@ -334,10 +334,24 @@ class _Check:
             node = self.applied.merged[name]
             if name not in merged:
                 mine, linear = first.refs[node.copied[0] if node.copied else name], node.linear is not None
+                apart = self._apart(node, mine[0], second.refs[twin.name][0])
                 for ref, other in list(zip(mine, second.refs[twin.name], strict=not linear))[
                     : 1 if linear else None
                 ]:
-                    values.check_node(ref, other, linear)
+                    values.check_node(ref, other, linear, apart)
+
+    def _apart(self, node: Node, ref: NodeRef, twin: NodeRef) -> tuple[int, ...]:
+        """The inputs of a node that hold numbers which are checked by themselves: those of a recurrent layer's product."""
+        if not self._has_product(node):
+            return ()
+        if not np.array_equal(state_bias(self.before, ref), state_bias(self.after, twin)):
+            raise Refuse(f"`{node.name}` ({node.op}) has another bias for its state")
+        return (1, 3)
+
+    def _has_product(self, node: Node) -> bool:
+        """Whether it is what follows the product of a recurrent layer, whose weight and bias are checked as such."""
+        first = self.applied.merged.producer(node.inputs[0]) if node.op in RECURRENT and node.inputs else None
+        return first is not None and first.op == "InputProduct" and first.linear is not None
 
     # -- the numbers
 
@@ -433,13 +447,16 @@ class _Values:
     matched: frozenset[tuple[str, str]]
     known: set[tuple[str, str]]
 
-    def check_node(self, ref: NodeRef, twin: NodeRef, linear: bool = False) -> None:
-        """Refuse a node of another operator, setting or operand; those of a linear operator are looked at elsewhere."""
+    def check_node(self, ref: NodeRef, twin: NodeRef, linear: bool, apart: tuple[int, ...] = ()) -> None:
+        """Refuse a node of another operator, setting or operand.
+
+        The operands of a linear operator are looked at elsewhere, and those at the places `apart`.
+        """
         if list(_settings(ref, linear)) != list(_settings(twin, linear)):
             raise Refuse(f"`{twin.name}` ({twin.op}) has other settings than `{ref.name}`")
-        inputs = zip_longest(ref.inputs, twin.inputs, fillvalue="")
-        pairs = () if linear else (*inputs, *zip(ref.results, twin.results, strict=True))
-        waiting = list(pairs)
+        both = enumerate(zip_longest(ref.inputs, twin.inputs, fillvalue=""))
+        inputs = (pair for place, pair in both if place not in apart)
+        waiting = [] if linear else [*inputs, *zip(ref.results, twin.results, strict=True)]
         while waiting:
             given = waiting.pop()
             pair = self._resolve(*given)

@@ -12,7 +12,7 @@ is lowered without that input: an affine may change the numbers under it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,11 +33,12 @@ __all__ = ["EPSILON", "LOWERINGS", "MISMATCH", "lower"]
 
 
 def _table() -> dict[str, Lowering]:
-    lowerings = {
+    lowerings: dict[str, Lowering] = {
         "Conv ConvTranspose": _convolution,
         "Gemm": _gemm,
         "MatMul": _matmul,
         "Gather": _gather,
+        "LSTM GRU RNN": _recurrent,
         "BatchNormalization": _batchnorm,
         "Add Sub Mul Div": _with_constant,
         "Neg": _neg,
@@ -73,18 +74,19 @@ class Unusual(Exception):
     """A node in a form that is not covered; it gets a name that nothing travels through."""
 
 
-Lowering = Callable[[NodeRef, ImportContext], Node]
+Lowering = Callable[[NodeRef, ImportContext], Node | tuple[Node, ...]]
 
 
-def lower(ref: NodeRef, context: ImportContext) -> Node:
-    """Lower one node; one that lacks what its operator asks for is unusual."""
+def lower(ref: NodeRef, context: ImportContext) -> tuple[Node, ...]:
+    """Lower one node, nearly always to one; one that lacks what its operator asks for is unusual."""
     lowering = LOWERINGS.get(ref.op) if not ref.results else None
     try:
-        return lowering(ref, context) if lowering is not None else _opaque(ref, context)
+        drawn = lowering(ref, context) if lowering is not None else _opaque(ref, context)
     except InputError:
         raise
     except (Unusual, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return _opaque(ref, context, f"unusual {ref.op}")
+        drawn = _opaque(ref, context, f"unusual {ref.op}")
+    return drawn if isinstance(drawn, tuple) else (drawn,)
 
 
 def _opaque(ref: NodeRef, context: ImportContext, op: str = "") -> Node:
@@ -267,6 +269,40 @@ def _embedding(ref: NodeRef, context: ImportContext, table: str, indices: str, a
         raise Unusual
     linear = canonical.embedding(dims[0], dims[1], rank)
     return Node(ref.name, "Embedding", (indices,), tuple(ref.outputs), linear=linear)
+
+
+def _recurrent(ref: NodeRef, context: ImportContext) -> tuple[Node, ...]:
+    """A product of the input by the weights of all directions and gates, and what the layer goes on to do with it.
+
+    Whatever the layer does (gates, clipping, activations, a bias before or after the reset of a GRU), it reads its
+    input by no other way, step by step.
+    """
+    data, reason = _data(ref, context), _weight_reason(ref, context, (("weight", 1), ("bias", 3)))
+    linear = None if reason else _input_product(ref, context, data)
+    reason = reason or (MISMATCH if linear is None else "")
+    value = _fresh(f"{ref.name}/input", context.whole.home)
+    name = _fresh(value, {other.name for other in context.whole.refs})
+    others = tuple(v for v in ref.inputs[1:] if v and v not in context.constants)
+    product = Node(name, "InputProduct", (data,), (value,), site=ref.name, linear=linear, reason=reason)
+    return product, Node(ref.name, ref.op, (value, *others), tuple(ref.outputs))
+
+
+def _input_product(ref: NodeRef, context: ImportContext, data: str) -> Linear | None:
+    """The product, of channels on the last of three axes; None where the shapes do not match."""
+    seen, weight = context.shape(data), context.constants.dims(ref.inputs[1])
+    bias = context.constants.dims(ref.inputs[3]) if _input(ref, 3) else None
+    if seen is None or weight is None:
+        raise Unusual
+    if len(seen) != 3 or len(weight) != 3 or _differ(seen[2], weight[2]):
+        return None
+    if bias not in (None, (weight[0], 2 * weight[1])):
+        return None
+    return canonical.matrix("oi", weight[2], weight[0] * weight[1], 2, 2)
+
+
+def _fresh(wish: str, taken: Container[str]) -> str:
+    """A name that is not taken."""
+    return wish if wish not in taken else _fresh(f"{wish}'", taken)
 
 
 # ---------------------------------------------------------------- affines

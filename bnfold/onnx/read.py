@@ -95,8 +95,9 @@ def read(
     refs: dict[str, list[NodeRef]] = {}
     for ref in context.whole.refs:
         if not any(output in context.constants for output in ref.outputs):
-            nodes.append(lower(ref, context))
-            refs[ref.name] = [ref]
+            drawn = lower(ref, context)
+            nodes += drawn
+            refs.update((node.name, [ref]) for node in drawn)
     imported = ImportedModel(model, _graph(nodes, context), context, refs, notes=notes)
     _join_biases(imported)
     _join_affines(imported, frozenset(demote))

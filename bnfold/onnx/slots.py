@@ -12,7 +12,18 @@ from bnfold.onnx.constant_folding import attribute
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.read import ImportedModel
 
-__all__ = ["Slots", "find_slots", "stored_bias", "stored_weight"]
+__all__ = [
+    "RECURRENT",
+    "Slots",
+    "find_slots",
+    "state_bias",
+    "stored_bias",
+    "stored_weight",
+    "with_state_bias",
+]
+
+RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+"""Layers with one weight per direction for their input, and two biases in a row: of the input, and of the state."""
 
 
 @dataclass(eq=False)
@@ -55,6 +66,8 @@ def find_slots(imported: ImportedModel, name: str) -> Slots:
         return Slots(ref, 1, ref, 2, attribute(ref.node, "alpha", 1.0), attribute(ref.node, "beta", 1.0))
     if ref.op == "Gather":
         return Slots(ref, 0)
+    if ref.op in RECURRENT:
+        return Slots(ref, 1, ref, 3)
     weight = 0 if ref.inputs[0] in constants else 1
     if len(refs) == 1:
         return Slots(ref, weight)
@@ -66,6 +79,8 @@ def stored_weight(imported: ImportedModel, slots: Slots) -> np.ndarray[Any, Any]
     array = imported.context.constants.array(slots.ref.inputs[slots.weight])
     if slots.ref.op == "MatMul":
         array = array.reshape(array.shape[-2:])
+    elif slots.ref.op in RECURRENT:
+        array = array.reshape(-1, array.shape[-1])
     return array if slots.alpha == 1 else np.asarray(array, np.float64) * slots.alpha
 
 
@@ -76,4 +91,20 @@ def stored_bias(imported: ImportedModel, slots: Slots, linear: Linear) -> Array 
     array = np.asarray(imported.context.constants.array(slots.bias_value), np.float64)
     if slots.ref.op == "MatMul":
         array = np.array(np.broadcast_to(array.ravel(), linear.outputs))
+    elif slots.ref.op in RECURRENT:
+        array = np.split(array, 2, axis=1)[0].ravel()
     return array * slots.beta
+
+
+def with_state_bias(imported: ImportedModel, ref: NodeRef, bias: Array) -> Array:
+    """The two biases of a recurrent layer in the form in which it reads them, with another one for its input."""
+    other = state_bias(imported, ref)
+    return np.concatenate([bias.reshape(other.shape), other], axis=1)
+
+
+def state_bias(imported: ImportedModel, ref: NodeRef) -> Array:
+    """The bias that a recurrent layer adds to what it makes of its state; zeros where there is none."""
+    value = ref.inputs[3] if len(ref.inputs) > 3 else ""
+    if not value:
+        return np.zeros((imported.context.constants.dims(ref.inputs[1]) or ())[:2])
+    return np.split(np.asarray(imported.context.constants.array(value), np.float64), 2, axis=1)[1]

@@ -5,8 +5,8 @@ Each difference between the two graphs is one or a few edits (see `edit` for wha
 - a node that is gone is bypassed;
 - a linear operator that was copied is copied, for its one reader;
 - a linear operator that has absorbed something reads a new weight, and a new bias where it needs one: Conv,
-  ConvTranspose and Gemm have an input for it, a MatMul gets an Add (or the one that it has a new constant), the rows of
-  an embedding hold it;
+  ConvTranspose and Gemm have an input for it, a recurrent layer has one for this and another bias, a MatMul gets an Add
+  (or the one that it has a new constant), the rows of an embedding hold it;
 - a BatchNormalization that has absorbed another one gets new numbers (mean 0, variance 1, epsilon 0, which is exact),
   one that is to be an affine becomes a Mul and an Add, or an Add alone.
 
@@ -32,7 +32,7 @@ from bnfold.onnx.edit import Edit, Editor
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.merging import write_merges
 from bnfold.onnx.read import ImportedModel
-from bnfold.onnx.slots import Slots, find_slots, stored_bias, stored_weight
+from bnfold.onnx.slots import RECURRENT, Slots, find_slots, stored_bias, stored_weight, with_state_bias
 
 __all__ = ["fits", "write"]
 
@@ -172,7 +172,9 @@ class _Writer:
         return self.editor.add_tensor(wish, partial(np.asarray, values), values.shape, data_type, replaces)
 
     def _place_bias(self, slots: Slots, linear: Linear, bias: Array) -> Array:
-        """Give the bias of a MatMul the shape in which it is added: from the left, along the last axis but one."""
+        """Give a bias the shape in which it is read: of a MatMul from the left, along the last axis but one."""
+        if slots.ref.op in RECURRENT:
+            return with_state_bias(self.imported, slots.ref, bias)
         if slots.ref.op != "MatMul":
             return bias
         old = self.imported.context.constants.array(slots.bias_value).shape if slots.bias_value else ()

@@ -68,6 +68,10 @@ class Differentiates(BaseException):
     """The model differentiates by itself; no error, so that its code does not catch it."""
 
 
+_SIZING = (nn.LSTM, nn.GRU, nn.RNN)
+"""Modules that take a number out of a tensor (how many sequences are packed) for a size alone."""
+
+
 @dataclass(eq=False, slots=True)
 class _Sealed:
     """A call whose operators are its own business, but for what they read and change: compiled code."""
@@ -182,7 +186,8 @@ class _Calls:
                 value = self.memory.new(tensor, call, call.constant, data)
             if value not in call.made:
                 call.made.append(value)
-        if data and (told or (not found and result is not None)):
+        told = told or (not found and result is not None)
+        if data and told and not _only_sizes(self.frame.module):
             self.branch()
 
     def _note_changes(self, call: Call, changed: Sequence[Tensor], data: bool) -> None:
@@ -427,6 +432,16 @@ _READING = (
 )
 _REACHING = {**_OVERWRITING, **{getattr(Tensor, name): name.strip("_") for name in _READING}}
 """Functions that reach the memory of a tensor by no operator, with a name for the call; some write into it."""
+
+
+def _only_sizes(module: nn.Module | None) -> bool:
+    """Whether all that a module's own code does with numbers that leave tensors is to make something of that size."""
+    return (
+        module is not None
+        and type(module) in _SIZING
+        and "forward" not in vars(module)
+        and not _observers(module)
+    )
 
 
 def _observers(module: nn.Module) -> str:

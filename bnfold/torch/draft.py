@@ -165,9 +165,12 @@ class Draft:
         given, made = ([v if isinstance(v, str) else v.name for v in side] for side in (inputs, outputs))
         self.items.append(DraftNode(op, given, made, self.call, attributes, affine, partial=partial))
 
-    def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None:
+    def linear(
+        self, op: str, x: Value, y: Value | str, weight: Value, bias: Value | None, linear: Linear
+    ) -> None:
         """Draw a linear operator, whose storage is found later."""
-        item = DraftNode(op, [x.name], [y.name], self.call, linear=linear, weight=weight, bias=bias)
+        made = y if isinstance(y, str) else y.name
+        item = DraftNode(op, [x.name], [made], self.call, linear=linear, weight=weight, bias=bias)
         item.inputs += [v.name for v in (weight, bias) if v is not None and not v.constant and not v.slots]
         self.items.append(item)
 

@@ -1,8 +1,9 @@
 """One lowering per ATen operator: how a captured call is drawn as nodes in the vocabulary of `graph`.
 
-A lowering is given the call's arguments by the names of the operator's schema (its first, `self` or `input`, by place),
-with `Value` in the place of each tensor, and a `Draft` that takes nodes. It raises `Opaque` for a form that it does not
-cover; then, and for every operator without a lowering, the call becomes an opaque node, through which nothing travels.
+A lowering is given the call's arguments by the names of the operator's schema (its first, `self`, `input` or `data`, by
+place), with `Value` in the place of each tensor, and a `Draft` that takes nodes. It raises `Opaque` for a form that it
+does not cover; then, and for every operator without a lowering, the call becomes an opaque node, through which nothing
+travels.
 A composite operator without a lowering (`multiply`, `movedim`, `chunk`) never comes here: `capture` sees its parts.
 """
 
@@ -37,7 +38,9 @@ class Draft(Protocol):
     ) -> None:
         """Draw one node."""
 
-    def linear(self, op: str, x: Value, y: Value, weight: Value, bias: Value | None, linear: Linear) -> None:
+    def linear(
+        self, op: str, x: Value, y: Value | str, weight: Value, bias: Value | None, linear: Linear
+    ) -> None:
         """Draw a linear operator, with the values that are its weight and bias."""
 
     def batchnorm(self, x: Value, y: Value, statistics: Statistics, eps: float, reason: str) -> None:
@@ -81,7 +84,7 @@ def lower(draft: Draft, call: Call) -> bool:
         return False
     try:
         arguments = _bind(call)
-        first = [arguments.pop(name) for name in ("self", "input") if name in arguments]
+        first = [arguments.pop(name) for name in ("self", "input", "data") if name in arguments]
         found(draft, call, *first, **arguments)
     except Opaque:
         return False
@@ -215,6 +218,33 @@ def _embedding(draft: Draft, call: Call, weight: Value, indices: Value, **rest: 
     rows, width = weight.shape
     linear = canonical.embedding(rows, width, indices.rank)
     draft.linear("Embedding", indices, call.made[0], weight, None, linear)
+
+
+@lowering("lstm gru rnn_tanh rnn_relu")
+def _recurrent(draft: Draft, call: Call, x: Value, hx: Any, params: Any, **settings: Any) -> None:
+    """A product of the input for each direction of the first layer, and what the layers go on to do with those."""
+    directions = 1 + settings["bidirectional"]
+    each = len(params) // (directions * settings["num_layers"])
+    firsts = [params[place * each : place * each + each] for place in range(directions)]
+    _need(_computed(x), _floating(x, call.made[0]), _stand_apart(firsts, params, settings["has_biases"]))
+    made = []
+    for weight, _, *rest in firsts:
+        outputs, inputs = weight.shape
+        bare = "" if settings["has_biases"] else "its layer has no biases (bias=False)"
+        linear = canonical.matrix("oi", inputs, outputs, x.rank - 1, x.rank - 1, bare)
+        made.append(draft.between((*x.shape[:-1], outputs)))
+        bias = rest[0] if settings["has_biases"] else None
+        draft.linear("InputProduct", x, made[-1], weight, bias, linear)
+    state = hx if isinstance(hx, tuple) else (hx,)
+    others = (*state, settings.get("batch_sizes"), *params)
+    computed = [v for v in others if v is not None and not v.constant and not v.slots]
+    draft.node(call.label, [*made, *computed], call.made)
+
+
+def _stand_apart(firsts: Sequence[Sequence[Value]], params: Sequence[Value], biased: bool) -> bool:
+    """Whether the weights and biases of the inputs are read as nothing else by the same call."""
+    own = [value for first in firsts for value in (first[0], *(first[2:3] if biased else ()))]
+    return all(sum(other is value for other in params) == 1 for value in own)
 
 
 # ---------------------------------------------------------------- normalisation
@@ -418,9 +448,23 @@ def _select(draft: Draft, call: Call, x: Value, dim: int, index: Any) -> None:
 
 @lowering("index_select")
 def _index_select(draft: Draft, call: Call, x: Value, dim: int, index: Value) -> None:
-    numbers = None if _computed(index) else draft.array(index)
-    _need(_computed(x), numbers is not None, numbers is not None and numbers.ndim == 1)
-    _gather(draft, x, call.made[0], dim % x.rank, numbers.astype(np.int64))  # type: ignore[union-attr]
+    _need(_computed(x), index.rank == 1)
+    if _computed(index):
+        draft.node(f"{call.label} by index", [index], [])
+        return draft.node("Select", [x], call.made[:1], axes=(dim % x.rank,))
+    numbers = draft.array(index)
+    _need(numbers is not None)
+    return _gather(draft, x, call.made[0], dim % x.rank, np.asarray(numbers, np.int64))
+
+
+@lowering("_pack_padded_sequence")
+def _pack(draft: Draft, call: Call, x: Value, lengths: Value, batch_first: bool) -> None:
+    """The steps of all sequences in a row, without those that only fill up the shorter ones."""
+    _need(_computed(x), x.rank >= 2)
+    steps = draft.between((x.shape[0] * x.shape[1], *x.shape[2:]))
+    draft.node("Reshape", [x], [steps])
+    draft.node("Select", [steps], call.made[:1], axes=(0,))
+    draft.node(call.label, [lengths] if _computed(lengths) else [], call.made[1:])
 
 
 @lowering("index")

@@ -24,6 +24,8 @@ def name_items(model: nn.Module, items: Sequence[DraftNode], causes: Mapping[str
     alone: dict[str, int] = {}
     for item in items:
         path = item.call.frame.path or ""
+        if item.op == "InputProduct":
+            continue
         alone[path] = alone.get(path, 0) + 1
     taken: set[str] = set()
     for item in items:
@@ -45,6 +47,8 @@ def _natural_name(
     if item.op == "If":
         beside = f", where {causes[path]} did not run" if path in causes else ""
         return f"a branch in {path or type(model).__name__}{beside}"
+    if item.op == "InputProduct" and item.weight is not None and item.weight.slots:
+        return item.weight.slots[0].name
     if item.weight is not None and any(slot.module == path for slot in item.weight.slots):
         return path or item.call.label
     if path and alone[path] == 1:

@@ -109,14 +109,16 @@ def _bind_bias(model: nn.Module, item: DraftNode, weight: Slot) -> Slot | str | 
 def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
     """Parameters that are read otherwise than as the weight or bias of a linear operator, and by whom."""
     reads: dict[int, str] = {}
+    bound: dict[int, set[int]] = {}
+    for item in items:
+        if item.place is not None and item.linear is not None:
+            bound.setdefault(id(item.call), set()).update((id(item.weight), id(item.bias)))
     computed = [i.place.weight for i in items if isinstance(i.place, LinearPlace) and i.place.computed]
     parametrized = tuple(f"{slot.module}.parametrizations.weight" for slot in computed)
     for item in items:
         if parametrized and (item.call.frame.path or "").startswith(parametrized):
             continue
-        own = (
-            {id(item.weight), id(item.bias)} if item.place is not None and item.linear is not None else set()
-        )
+        own = bound.get(id(item.call), set())
         calls = [item.call] if item.joined is None else [item.call, item.joined]
         for value in (value for call in calls for value in call.reads.values()):
             if id(value) not in own:

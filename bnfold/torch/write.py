@@ -165,6 +165,8 @@ def _put(module: nn.Module, attribute: str, array: Array, like: Tensor) -> Tenso
         tensor = nn.Parameter(tensor, like.requires_grad)
         vars(module).pop(attribute, None)
         module._parameters[attribute] = tensor
+        if isinstance(module, nn.RNNBase):
+            setattr(module, attribute, tensor)  # which notes it in the list of weights that the module keeps
     return tensor
 
 

@@ -272,6 +272,24 @@ def left_and_norm(s: Sketch) -> None:
         s.add("Tanh", [y], s.values[y])
 
 
+def recurrent(s: Sketch) -> None:
+    """A recurrent layer over the last of three axes, which somebody normalises first or reads as well, now and then."""
+    x = s.pick(lambda shape: len(shape) == 3 and isinstance(shape[1], int) and isinstance(shape[2], int))
+    if s.chance(0.7):
+        x = norm(s, x)
+        steps, c, batch = s.values[x]
+        x = s.add("Transpose", [x], (steps, batch, c), perm=[0, 2, 1])
+    steps, batch, c = s.values[x]
+    op, ways = s.choose("LSTM", "GRU", "GRU", "RNN"), s.choose(1, 2)
+    rows = 3 * {"LSTM": 4, "GRU": 3, "RNN": 1}[op]
+    numbers = [s.constant(s.numbers(ways, rows, c) / np.sqrt(c)), s.constant(s.numbers(ways, rows, 3) / 2)]
+    if s.chance(0.6):
+        numbers.append(s.constant(s.numbers(ways, 2 * rows)))
+    more = {"linear_before_reset": s.choose(0, 1)} if op == "GRU" else {}
+    way = ("forward", "bidirectional")[ways - 1]
+    s.add(op, [x, *numbers], (steps, ways, batch, 3), hidden_size=3, direction=way, **more)
+
+
 def embedding(s: Sketch) -> None:
     letters = (
         s.input(f"letters{s.count}", ("N", 4)) if s.chance(0.5) else s.input(f"letters{s.count}", ("N",))
@@ -774,6 +792,7 @@ FEATURES: Features = {
     "matmul": (4, matmul),
     "left": (1, left),
     "left and norm": (2, left_and_norm),
+    "recurrent": (3, recurrent),
     "embedding": (1, embedding),
     "elementwise": (5, elementwise),
     "arithmetic": (3, arithmetic),

@@ -212,6 +212,21 @@ def linear(s: Sketch) -> None:
     s.step(run)
 
 
+def recurrent(s: Sketch) -> None:
+    """A recurrent layer over the channels of a value, mostly of one that a BatchNorm makes."""
+    kind, both = s.choose(nn.LSTM, nn.GRU, nn.RNN), s.chance(0.5)
+    more = {"bidirectional": both, "bias": s.chance(0.7), "num_layers": s.choose(1, 1, 2)}
+    place = s.hold(s.seeded(lambda: kind(CHANNELS, CHANNELS // (1 + both), batch_first=True, **more)))
+
+    def run(m: Drawn, x: Tensor) -> Tensor:
+        rows = x.flatten(2).transpose(1, 2)
+        return m.layers[place](rows)[0].transpose(1, 2).reshape(x.shape)
+
+    if s.chance(0.7):
+        norm(s)
+    s.step(run)
+
+
 # ---------------------------------------------------------------- another way for another input
 
 
@@ -401,6 +416,7 @@ FEATURES: Features = {
     "parametrised": (1, parametrised),
     "hooked": (2, hooked),
     "linear": (3, linear),
+    "recurrent": (2, recurrent),
     "skips on size": (2, skips_on_size),
     "skips on evenness": (1, skips_on_evenness),
     "chosen by flag": (2, chosen_by_flag),

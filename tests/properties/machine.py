@@ -6,7 +6,7 @@ operator's weights are folded by `Linear.fold`, which has tests of its own again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -127,6 +127,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "ConvTranspose": _conv_transpose,
     "Gemm": _matmul,
     "MatMul": _matmul,
+    "InputProduct": _matmul,
     "Embedding": _embedding,
     "BatchNormalization": _affine,
     "Affine": _affine,
@@ -169,6 +170,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "LeakyRelu": lambda node, w, x: np.where(x < 0, 0.1 * x, x),
     "PRelu": lambda node, w, x: np.where(x < 0, node.attributes["slope"] * x, x),
     "Abs": lambda node, w, x: np.abs(x),
+    "Select": lambda node, w, x: np.take(x, node.attributes["rows"], *node.attributes["axes"]),
     "Resize": lambda node, w, x: np.repeat(np.repeat(x, 2, 2), 2, 3),
     "Pad": lambda node, w, x: _pad(node, x),
     "Tanh": lambda node, w, x: np.tanh(x),
@@ -411,6 +413,28 @@ def select(sketch: Sketch, op: str) -> None:
             sketch.add(op, value, count=2, axis=axis, sizes=(first, size - first))
 
 
+def pick_rows(sketch: Sketch, op: str) -> None:
+    value = sketch.pick(lambda x: x.ndim >= 2)
+    axis = int(sketch.random.integers(sketch.values[value].ndim))
+    rows = sketch.random.integers(0, sketch.values[value].shape[axis], 3)
+    sketch.add(op, value, axes=(axis,), rows=rows)
+
+
+def recurrent(sketch: Sketch, op: str) -> None:
+    """The channels of an image, or of a sequence, turned to the last axis, for a product and the rest of a layer."""
+    value = sketch.pick(lambda x: x.ndim in (3, 4))
+    if sketch.values[value].ndim == 4:
+        n, c, h, w = sketch.values[value].shape
+        (value,) = sketch.add("Reshape", value, to=(n, c, h * w))
+    if sketch.chance(0.5):
+        size = sketch.values[value].shape[1]
+        own = Affine.along(1, 3, gammas(sketch.random, size), sketch.random.normal(size=size))
+        (value,) = sketch.add("BatchNormalization", value, affine=own)
+    if sketch.chance(0.8):
+        (value,) = sketch.add("Transpose", value, perm=sketch.choose((0, 2, 1), (2, 0, 1)))
+    sketch.add("Tanh", matmul(sketch, op, value))
+
+
 def enlarge(sketch: Sketch, op: str) -> None:
     if op == "Tile":
         value = sketch.pick(lambda x: x.ndim >= 2 and x.size < 600)
@@ -578,6 +602,7 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
     "ConvTranspose": conv_transpose,
     "Gemm": matmul,
     "MatMul": matmul,
+    "InputProduct": recurrent,
     "Embedding": embedding,
     "BatchNormalization": batchnorm,
     "Affine": affine,
@@ -587,6 +612,7 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
     **dict.fromkeys(("Identity", "Dropout", "Cast", "Relu", "LeakyRelu", "PRelu", "Abs"), pointwise),
     **dict.fromkeys(("Flatten", "Squeeze", "Unsqueeze"), squeeze),
     **dict.fromkeys(("Slice", "Gather", "Split"), select),
+    "Select": pick_rows,
     **dict.fromkeys(("Expand", "Tile"), enlarge),
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), blocks),
     **dict.fromkeys(("Add", "Sub", "Sum", "Mul", "Div"), combine),
@@ -601,13 +627,22 @@ MOTIFS = (repeat, repeat, shuffle, parallel, lean, aside, gate, dense, opaque)
 OFTEN = ("Conv",) * 8 + ("MatMul", "Relu", "Add", "Concat", "Split", "Reshape", "Transpose", "MaxPool") * 2
 
 
-def draw(seed: int, size: int) -> tuple[Graph, dict[str, Any], Arrays]:
-    """A random graph of about `size` nodes, its weights and its inputs."""
+SEQUENCES = ("InputProduct", "Select")
+"""Operators that only `draw_sequence` draws, and those that the table is asked about one by one."""
+
+
+def draw_sequence(seed: int, size: int) -> tuple[Graph, dict[str, Any], Arrays]:
+    """The same with recurrent layers and positions that the model picks."""
+    return draw(seed, size, SEQUENCES * 6)
+
+
+def draw(seed: int, size: int, more: Sequence[str] = ()) -> tuple[Graph, dict[str, Any], Arrays]:
+    """A random graph of about `size` nodes, its weights and its inputs; some operators are drawn more often."""
     sketch = Sketch(np.random.default_rng(seed))
     sketch.batch = sketch.choose(2, 2, 2, 1)
     for place in range(sketch.choose(1, 2)):
         sketch.input(f"x{place}", sketch.batch, 4, 6, 6)
-    operators = (*STEPS, *OFTEN)
+    operators = (*(op for op in STEPS if op not in SEQUENCES), *OFTEN, *more)
     for _ in range(20 * size):
         if len(sketch.nodes) >= size:
             break
