@@ -54,7 +54,8 @@ def _table() -> dict[str, Row]:
         "Mul Div": MULTIPLY,  # the scale into one factor
         "AveragePool ReduceMean Resize Pad": MEAN,  # whole; the scale alone where some weights do not sum to one
         "ReduceSum": TOTAL,  # the scale
-        "MaxPool ReduceMax": MAXIMUM,  # if no scale is negative
+        "MaxPool ReduceMax ReduceMin": MAXIMUM,  # if no scale is negative
+        "Max Min": COMPARE,  # likewise, where all operands are alike
         "LpPool ReduceL1 ReduceL2": NORM,  # a scale that is nowhere negative, no shift
         "Relu LeakyRelu PRelu Abs": HOMOGENEOUS,  # a scale that is nowhere negative, no shift
     }
@@ -88,6 +89,7 @@ class Row:
         carries: whether it passes down all that it is given, and so no less than what there is to refuse further down.
         selects: whether it reads only a part of a value, so that the rest may change under it.
         signs: of a sum, the sign of its first operand and that of every other one.
+        compares: whether it passes down only what all of its operands were given alike.
     """
 
     up: Callable[[Node, Surroundings, Flow], Answer]
@@ -97,6 +99,7 @@ class Row:
     carries: bool = False
     selects: bool = False
     signs: tuple[float, float] | None = None
+    compares: bool = False
 
 
 def find(node: Node) -> Row:
@@ -665,6 +668,23 @@ def _multiply_down(node: Node, around: Surroundings, given: Flow) -> Answer:
 
 
 MULTIPLY = Row(_multiply_up, _multiply_down)
+
+
+def _compare_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    """What grows with its argument commutes with the larger (or smaller) of two: `max(A x, A y) = A max(x, y)`."""
+    affine = _monotone(node, _only(wanted))
+    return [_narrow(node, around, affine, value) for value in node.inputs]
+
+
+def _compare_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    rank = len(_shape(node, around, node.outputs[0]))
+    first, *others = (Affine.identity(rank) if affine is None else _widen(affine, rank) for affine in given)
+    if not all(first.equals(other) for other in others):
+        raise Refuse(f"`{node.name}` ({node.op}) has another operand that is not scaled and shifted alike")
+    return [_monotone(node, first)]
+
+
+COMPARE = Row(_compare_up, _compare_down, "all", compares=True)
 
 
 # ---------------------------------------------------------------- pooling, resizing, padding, activations

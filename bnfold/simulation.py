@@ -184,10 +184,22 @@ class _Proof:
             raise Refuse(f"`{node.name}` ({node.op}) would be given something else")
         if node.affine is not None and twin.affine is not None:
             return [self._keep(node, node.affine, twin.affine, given[0])]
-        original = self._down(node, row, [relation.original for relation in given])
-        folded = self._down(node, row, [relation.folded for relation in given])
+        sides = [relation.original for relation in given], [relation.folded for relation in given]
+        if row.compares:
+            sides = self._matched(node, sides[0], given), self._matched(node, sides[1], given)
+        original, folded = self._down(node, row, sides[0]), self._down(node, row, sides[1])
         noise = max(relation.noise for relation in given)
         return [_Relation(one, two, noise=noise) for one, two in zip(original, folded, strict=True)]
+
+    def _matched(
+        self, node: Node, flow: list[Affine | None], given: Sequence[_Relation]
+    ) -> list[Affine | None]:
+        """The maps of operands that are compared: the first one for all, where they are one but for rounding."""
+        shape, noise = self.shape(node.outputs[0]), max(relation.noise for relation in given)
+        if shape is None or all(affine is None for affine in flow):
+            return flow
+        first, *others = (_widened(affine, len(shape)) for affine in flow)
+        return [first] * len(flow) if all(_agree(first, other, noise) for other in others) else flow
 
     def _down(self, node: Node, row: Row, flow: Sequence[Affine | None]) -> Sequence[Affine | None]:
         """By the table, what is left of maps below an operator."""
@@ -289,7 +301,7 @@ def _ranks(graph: Graph) -> dict[str, int]:
 
 _SAME_RANK = TABLE.keys() - {
     *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Gather", "Expand", "MatMul", "Embedding"),
-    *("Add", "Sum", "Sub", "Mul", "Div"),
+    *("Add", "Sum", "Sub", "Mul", "Div", "Max", "Min"),
 }
 """Operators whose outputs have the rank of their inputs."""
 

@@ -42,6 +42,7 @@ def _table() -> dict[str, Lowering]:
         "Add Sub Mul Div": _with_constant,
         "Neg": _neg,
         "Sum": _sum,
+        "Max Min": _compare,
         "Identity Reshape Flatten Squeeze Unsqueeze Expand Relu LeakyRelu Abs": _plain,
         "PRelu": _prelu,
         "Dropout": _dropout,
@@ -55,7 +56,7 @@ def _table() -> dict[str, Lowering]:
         "DepthToSpace SpaceToDepth": _depth_to_space,
         "AveragePool MaxPool LpPool": _pool,
         "GlobalAveragePool GlobalMaxPool GlobalLpPool": _global_pool,
-        "ReduceMean ReduceMax ReduceSum ReduceL1 ReduceL2": _reduce,
+        "ReduceMean ReduceMax ReduceMin ReduceSum ReduceL1 ReduceL2": _reduce,
         "Resize Upsample": _resize,
         "Pad": _pad,
     }
@@ -340,6 +341,13 @@ def _sum(ref: NodeRef, context: ImportContext) -> Node:
     if len(inputs) != len(ref.inputs):
         raise Unusual
     return _node(ref, inputs) if len(inputs) > 1 else Node(ref.name, "Identity", inputs, tuple(ref.outputs))
+
+
+def _compare(ref: NodeRef, context: ImportContext) -> Node:
+    """The largest or the smallest of computed values; a constant among them bends the map (Clip)."""
+    if context.type(ref.outputs[0]) not in FLOATS:
+        raise Unusual
+    return _sum(ref, context)
 
 
 # ---------------------------------------------------------------- what passes an affine on

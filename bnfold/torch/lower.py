@@ -492,19 +492,36 @@ def _indexed_maximum(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
     draft.node("ArgMax", [x], call.made[1:])
 
 
-_REDUCTIONS = {"mean": "ReduceMean", "sum": "ReduceSum", "amax": "ReduceMax", "max": "ReduceMax"}
+@lowering("maximum minimum fmax fmin")
+def _compare(draft: Draft, call: Call, x: Value, other: Value) -> None:
+    """The larger or the smaller of two, element by element."""
+    y = call.made[0]
+    _need(_computed(x), _computed(other), x is not other, _floating(x, other, y), x.dtype == other.dtype)
+    draft.node("Max" if "max" in call.label else "Min", [x, other], [y])
+
+
+_REDUCTIONS = {
+    "mean": "ReduceMean",
+    "sum": "ReduceSum",
+    "amax": "ReduceMax",
+    "max": "ReduceMax",
+    "amin": "ReduceMin",
+    "min": "ReduceMin",
+}
 
 
 @lowering(" ".join(_REDUCTIONS))
 def _reduce(draft: Draft, call: Call, x: Value, dim: Any = None, keepdim: Any = False, **rest: Any) -> None:
     y = call.made[0]
-    _need(
-        _computed(x), _floating(x, y), x.dtype == y.dtype, _plain(dim), call.label != "max" or dim is not None
-    )
+    if "other" in rest:
+        return _compare(draft, call, x, rest["other"])
+    whole = dim is None and call.label in ("max", "min")
+    _need(_computed(x), _floating(x, y), x.dtype == y.dtype, _plain(dim), not whole)
     axes = _axes((dim,) if isinstance(dim, int) else dim, x.rank)
     draft.node(_REDUCTIONS[call.label], [x], [y], axes=axes, keepdims=bool(keepdim))
     if len(call.made) > 1:
         draft.node("ArgMax", [x], call.made[1:])
+    return None
 
 
 @lowering("linalg_vector_norm")

@@ -85,13 +85,15 @@ def template(sentence: str) -> str:
 
 
 def some_affines(random: np.random.Generator, values: list[np.ndarray], holes: bool) -> list[Affine | None]:
-    """An affine for each of several values, for one of them, or one and the same scale for all."""
+    """An affine for each of several values, for one of them, one and the same scale for all, or the same shift, too."""
     flow = [an_affine(random, value, holes) if value.dtype.kind == "f" else None for value in values]
     kind = random.random()
     if len(flow) > 1 and kind < 0.4 and flow[1] is not None:
         flow[int(random.integers(2))] = None
     elif kind < 0.7 and not holes:
         flow = [Affine.of(np.full((1,) * value.ndim, 2.0), random.normal()) for value in values]
+    elif kind < 0.85 and not holes:
+        flow = [Affine.of(np.full((1,) * value.ndim, 2.0), 1.5) for value in values]
     return flow
 
 
@@ -276,6 +278,9 @@ REFUSALS: list[tuple[str, Node, list[Affine | None], str]] = [
     ("up", node("MaxPool", axes=(2, 3)), [NEGATIVE], "`n` (MaxPool) lets no negative scale through"),
     ("down", node("MaxPool", "x", "y z", axes=(2, 3)), [ZERO],
      "`n` (MaxPool) also says where the largest is, which only a positive scale keeps"),
+    ("up", node("Max", "x z"), [NEGATIVE], "`n` (Max) lets no negative scale through"),
+    ("down", node("Min", "x z"), [CHANNELS, None],
+     "`n` (Min) has another operand that is not scaled and shifted alike"),
     ("up", node("Relu"), [CHANNELS], "`n` (Relu) lets no shift through"),
     ("down", node("PRelu"), [NEGATIVE], "`n` (PRelu) lets no negative scale through"),
     ("down", node("PRelu", "x z"), [None, SCALES], "an operand that cannot carry an affine would have to"),

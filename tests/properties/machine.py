@@ -157,6 +157,8 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "Sub": lambda node, w, x, y: x - y,
     "Mul": lambda node, w, x, y: x * y,
     "Div": lambda node, w, x, y: x / y,
+    "Max": lambda node, w, *xs: np.maximum.reduce(np.broadcast_arrays(*xs)),
+    "Min": lambda node, w, *xs: np.minimum.reduce(np.broadcast_arrays(*xs)),
     "AveragePool": lambda node, w, x: _windows(node, x, 0.0).mean(-1),
     "LpPool": lambda node, w, x: np.sqrt((_windows(node, x, 0.0) ** 2).sum(-1)),
     "ReduceL1": lambda node, w, x: _norm(node, x, 1),
@@ -164,6 +166,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "MaxPool": _max_pool,
     "ReduceMean": lambda node, w, x: x.mean(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
     "ReduceMax": lambda node, w, x: x.max(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
+    "ReduceMin": lambda node, w, x: x.min(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
     "ReduceSum": lambda node, w, x: x.sum(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
     "Relu": lambda node, w, x: np.maximum(x, 0),
     "LeakyRelu": lambda node, w, x: np.where(x < 0, 0.1 * x, x),
@@ -442,6 +445,8 @@ def combine(sketch: Sketch, op: str) -> None:
         shape = np.broadcast_shapes(*[sketch.values[value].shape for value in operands])
         wide = sketch.chance(0.4)
         operands.append(sketch.pick(lambda x: _broadcasts(x.shape, shape) if wide else x.shape == shape))  # noqa: B023
+    if op in ("Max", "Min") and len(set(operands)) == 1:
+        raise Unsuitable
     sketch.random.shuffle(operands)
     if op == "Div":
         operands[1] = _away_from_zero(sketch, operands[1])
@@ -569,6 +574,21 @@ def dense(sketch: Sketch) -> None:
     sketch.add("Concat", value, conv(sketch, "Conv", value, same=True), axis=1)
 
 
+def compare(sketch: Sketch) -> None:
+    """Max-feature-map: the larger half of the channels, or of two convolutions."""
+    value = sketch.pick(lambda x: x.ndim == 4 and x.shape[1] % 2 == 0 and min(x.shape[2:]) >= 3)
+    size = sketch.values[value].shape[1] // 2
+    if sketch.chance(0.5):
+        halves = sketch.add(
+            "Split", conv(sketch, "Conv", value, same=True), count=2, axis=1, sizes=(size, size)
+        )
+    else:
+        halves = tuple(conv(sketch, "Conv", value, same=True) for _ in range(2))
+    (most,) = sketch.add(sketch.choose("Max", "Min"), *halves)
+    norm = sketch.random.normal(size=sketch.values[most].shape[1])
+    sketch.add("BatchNormalization", most, affine=Affine.along(1, 4, gammas(sketch.random, norm.size), norm))
+
+
 def opaque(sketch: Sketch) -> None:
     sketch.add("Tanh", sketch.pick())
 
@@ -589,15 +609,15 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
     **dict.fromkeys(("Slice", "Gather", "Split"), select),
     **dict.fromkeys(("Expand", "Tile"), enlarge),
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), blocks),
-    **dict.fromkeys(("Add", "Sub", "Sum", "Mul", "Div"), combine),
+    **dict.fromkeys(("Add", "Sub", "Sum", "Mul", "Div", "Max", "Min"), combine),
     **dict.fromkeys(
-        "AveragePool MaxPool LpPool ReduceMean ReduceMax ReduceSum ReduceL1 ReduceL2 Resize Pad".split(),  # noqa: SIM905
+        "AveragePool MaxPool LpPool ReduceMean ReduceMax ReduceMin ReduceSum ReduceL1 ReduceL2 Resize Pad".split(),  # noqa: SIM905
         window,
     ),
 }
 """How a node of each operator is drawn."""
 
-MOTIFS = (repeat, repeat, shuffle, parallel, lean, aside, gate, dense, opaque)
+MOTIFS = (repeat, repeat, shuffle, parallel, lean, aside, gate, dense, compare, opaque)
 OFTEN = ("Conv",) * 8 + ("MatMul", "Relu", "Add", "Concat", "Split", "Reshape", "Transpose", "MaxPool") * 2
 
 

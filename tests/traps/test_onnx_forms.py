@@ -349,3 +349,23 @@ def test_a_bias_that_is_no_vector_of_the_outputs_is_no_crash(shape):
     some = model(text, {"w": weights(8, 3, 3, 3), "c": np.ones(shape, np.float32), **norm(8)})
     with pytest.raises(InputError):
         bnfold.onnx.fold(some, verify=False)
+
+
+@pytest.mark.parametrize("op", ["Max", "Min"])
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_comparison_of_values_lets_through_what_grows(op, negative):
+    text = f"""g (float[N, 3, 6, 6] x) => (float[N, 4, 6, 6] y) {{
+        c = Conv(x, w) a, d = Split<axis=1, num_outputs=2>(c) h = {op}(a, d, a) {BN} }}"""
+    numbers = norm(4)
+    numbers["s"] = np.abs(numbers["s"]) * (np.array([1, -1, 1, 1], np.float32) if negative else 1)
+    some = model(text, {"w": weights(8, 3, 1, 1), **numbers}, opset=18)
+    if negative:
+        kept(some, "lets no negative scale through")
+    else:
+        assert count(fold(some, 1)[0]) == 0
+
+
+def test_a_comparison_with_a_constant_keeps_what_is_around_it():
+    text = f"g (float[N, 3, 6, 6] x) => (float[N, 4, 6, 6] y) {{ c = Conv(x, w) h = Max(c, zero) {BN} }}"
+    numbers = {"w": weights(4, 3, 1, 1), "zero": np.zeros((), np.float32), **norm(4)}
+    kept(model(text, numbers, opset=18), "is not linear")
