@@ -97,13 +97,15 @@ def of_linear(node: Node) -> Operator:
     """A linear node, with all that it has absorbed.
 
     Raises:
-        Refuse: it has no constant weight, or none at all, or is a transposed convolution.
+        Refuse: it has no constant weight, or none at all, or is a transposed convolution or an Einsum.
     """
     linear = node.linear
     if linear is None:
         raise Refuse(node.reason or "its weight is not constant")
     if not linear.inputs * linear.outputs:
         raise Refuse("it has no channels")
+    if node.op == "Einsum":
+        raise Refuse("it is an Einsum, which nothing is merged with")
     if node.op == "ConvTranspose" or (node.op == "Conv" and linear.window is None):
         raise Refuse("how it slides depends on the size of its input, or it is transposed")
     window = linear.window

@@ -35,7 +35,7 @@ import numpy as np
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.errors import NotEquivalent, Refuse
 from bnfold.ir import Graph, Node, Shape
-from bnfold.rules import TABLE, Row, sign_of
+from bnfold.rules import TABLE, Row, moved, sign_of
 
 __all__ = ["NotProved", "check"]
 
@@ -220,13 +220,16 @@ class _Proof:
         made_up, noise = _compose(
             self._along(node.inputs[0], new.in_axis, new.before), given.folded, given.noise
         )
-        if given.beside or not _agree(made_up, given.original, noise):
+        left = _reduced(_Relation(given.original, made_up, noise=noise))
+        sides = left.original, left.folded
+        if given.beside or not all(side is None or _goes_by(new, side) for side in sides):
             raise Refuse(f"`{node.name}` ({node.op}) does not make up for what it is given")
-        below = self._along(node.outputs[0], new.out_axis, new.after)
+        past, rest = (None if side is None else moved(side, new.in_axis, new.out_axis) for side in sides)
+        below, noise = _compose(self._along(node.outputs[0], new.out_axis, new.after), rest, left.noise)
         if new.parallel is None:
-            return _Relation(None, below)
+            return _Relation(past, below, noise=noise)
         own = self._along(node.outputs[0], new.out_axis, (new.parallel, np.zeros(new.outputs)))
-        return _Relation(None, below, {} if own is None else {twin.inputs[0]: own})
+        return _Relation(past, below, {} if own is None else {twin.inputs[0]: own}, noise)
 
     def _along(self, value: str, axis: int, vectors: tuple[Array, Array] | None) -> Affine | None:
         """What a linear operator has absorbed, as an affine of the value that it reads or writes."""
@@ -300,7 +303,7 @@ def _ranks(graph: Graph) -> dict[str, int]:
 
 
 _SAME_RANK = TABLE.keys() - {
-    *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Gather", "Expand", "MatMul", "Embedding"),
+    *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Gather", "Expand", "MatMul", "Embedding", "Einsum"),
     *("Add", "Sum", "Sub", "Mul", "Div", "Max", "Min"),
 }
 """Operators whose outputs have the rank of their inputs."""
@@ -345,6 +348,11 @@ def _obstacle(linear: Linear) -> str:
     return (
         "it is not laid out like its input" if linear.parallel is not None and linear.centre is None else ""
     )
+
+
+def _goes_by(linear: Linear, affine: Affine) -> bool:
+    """Whether a scale along other axes than that on which a matrix without a bias works is one of its outputs, too."""
+    return linear.is_bare and affine.is_linear and linear.in_axis not in affine.axes
 
 
 # ---------------------------------------------------------------- maps

@@ -9,7 +9,7 @@ import onnx
 
 __all__ = ["inline"]
 
-_SHARED = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul"})
+_SHARED = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"})
 
 
 def inline(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, list[str]]:

@@ -37,6 +37,7 @@ def _table() -> dict[str, Lowering]:
         "Conv ConvTranspose": _convolution,
         "Gemm": _gemm,
         "MatMul": _matmul,
+        "Einsum": _einsum,
         "Gather": _gather,
         "BatchNormalization": _batchnorm,
         "Add Sub Mul Div": _with_constant,
@@ -238,7 +239,28 @@ def _matmul(ref: NodeRef, context: ImportContext) -> Node:
     seen = context.shape(data)
     if seen is not None and _differ(seen[axis], inputs):
         return _linear(ref, [data], None, MISMATCH)
-    return _linear(ref, [data], canonical.matrix(order, inputs, outputs, axis, axis))
+    return _linear(ref, [data], canonical.matrix(order, inputs, outputs, axis, axis, bare=True))
+
+
+def _einsum(ref: NodeRef, context: ImportContext) -> Node:
+    """A product by a constant matrix, or sums of products through which a scale goes along the axes that are left."""
+    ranks = [context.rank(value) for value in ref.inputs]
+    known = [rank for rank in ranks if rank is not None]
+    found = (
+        canonical.contraction(attributes(ref.node)["equation"], known) if len(known) == len(ranks) else None
+    )
+    if found is None or any(context.type(value) not in FLOATS for value in ref.inputs):
+        raise Unusual
+    computed = [place for place, value in enumerate(ref.inputs) if value not in context.constants]
+    if len(ref.inputs) == 2 and len(computed) == 1:
+        weight = ref.inputs[1 - computed[0]]
+        dims = context.constants.dims(weight) if context.constants.is_workable(weight) else None
+        linear = None if dims is None else canonical.product_of(*found, 1 - computed[0], dims)
+        seen = context.shape(ref.inputs[computed[0]])
+        if linear is not None and seen is not None and seen[linear.in_axis] == linear.inputs:
+            return _linear(ref, [ref.inputs[computed[0]]], linear)
+    kept = canonical.kept_axes(*found, computed)
+    return _node(ref, [ref.inputs[place] for place in computed], kept=kept)
 
 
 def _gather(ref: NodeRef, context: ImportContext) -> Node:

@@ -9,6 +9,7 @@ A composite operator without a lowering (`multiply`, `movedim`, `chunk`) never c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -181,7 +182,7 @@ def _product(
     biasless: str = "",
 ) -> None:
     outputs, inputs = weight.shape if order == "oi" else weight.shape[::-1]
-    linear = canonical.matrix(order, inputs, outputs, axis, axis, biasless)
+    linear = canonical.matrix(order, inputs, outputs, axis, axis, biasless, bias is None)
     draft.linear("Gemm" if x.rank == 2 else "MatMul", x, call.made[0], weight, bias, linear)
 
 
@@ -200,6 +201,26 @@ def _matmul(draft: Draft, call: Call, left: Value, **rest: Value) -> None:
         return _product(draft, call, left, right, None, "io", left.rank - 1, bare)
     _need(_computed(right), left.rank == 2, right.rank >= 2, not left.data)
     return _product(draft, call, right, left, None, "oi", right.rank - 2, bare)
+
+
+@lowering("einsum")
+def _einsum(draft: Draft, call: Call, equation: str, tensors: Any, path: Any) -> None:
+    """A product by a stored matrix, or sums of products through which a scale goes along the axes that are left."""
+    y = call.made[0]
+    found = canonical.contraction(equation, [t.rank for t in tensors])
+    computed = [place for place, tensor in enumerate(tensors) if _computed(tensor)]
+    _need(
+        found is not None, _floating(y, *tensors), computed, not any(t.data and t.constant for t in tensors)
+    )
+    words, result = found  # type: ignore[misc]
+    if len(tensors) == 2 and len(computed) == 1 and not tensors[1 - computed[0]].data:
+        x, weight = tensors[computed[0]], tensors[1 - computed[0]]
+        linear = canonical.product_of(words, result, 1 - computed[0], weight.shape)
+        if linear is not None and x.shape[linear.in_axis] == linear.inputs:
+            linear = replace(linear, biasless="it is an einsum without a bias")
+            return draft.linear("Einsum", x, y, weight, None, linear)
+    kept = canonical.kept_axes(words, result, computed)
+    return draft.node("Einsum", [tensors[place] for place in computed], [y], kept=kept)
 
 
 @lowering("addmm")

@@ -210,7 +210,7 @@ def _words(value: Value | None) -> Iterator[Any]:
             yield from _words(part)
 
 
-_FORM = ("order", "inputs", "outputs", "in_axis", "out_axis", "groups", "sealed", "biasless")
+_FORM = ("order", "inputs", "outputs", "in_axis", "out_axis", "groups", "sealed", "biasless", "bare")
 
 
 def _settle_setting(mine: DraftNode, theirs: DraftNode, key: str, moved: set[int]) -> bool:

@@ -61,6 +61,21 @@ def _matmul(node: Node, weights: dict[str, Any], x: np.ndarray) -> np.ndarray:
     return y if bias is None else y + bias
 
 
+def _einsum(node: Node, weights: dict[str, Any], *xs: np.ndarray) -> np.ndarray:
+    if node.linear is None:
+        places = iter(xs)
+        operands = [
+            weights[node.name][0] if part == "w" else next(places) for part in node.attributes["operands"]
+        ]
+        return np.einsum(node.attributes["equation"], *operands)
+    weight, bias = node.linear.fold(*weights[node.place])
+    matrix = weight if node.linear.order == "oi" else weight.T
+    y = np.moveaxis(np.moveaxis(xs[0], node.linear.in_axis, -1) @ matrix.T, -1, node.linear.out_axis)
+    if bias is None:
+        return y
+    return y + bias.reshape(-1, *[1] * (y.ndim - 1 - node.linear.out_axis))
+
+
 def _embedding(node: Node, weights: dict[str, Any], x: np.ndarray) -> np.ndarray:
     table, bias = node.linear.fold(*weights[node.place])
     y = table[np.abs(np.rint(x * 7)).astype(int) % len(table)]
@@ -128,6 +143,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "Gemm": _matmul,
     "MatMul": _matmul,
     "Embedding": _embedding,
+    "Einsum": _einsum,
     "BatchNormalization": _affine,
     "Affine": _affine,
     "Identity": lambda node, w, x: x,
@@ -322,12 +338,50 @@ def matmul(sketch: Sketch, op: str, value: str = "", out: int = 0) -> str:
     out = out or sketch.choose(x.shape[-1], x.shape[-1], 5)
     order, axis = sketch.choose("oi", "io"), x.ndim - 1
     size = (out, x.shape[-1]) if order == "oi" else (x.shape[-1], out)
-    sketch.weights[sketch.next_name(op)] = (
-        sketch.random.normal(size=size) / 3,
-        sketch.random.normal(size=out),
-    )
-    linear = Linear(order, x.shape[-1], out, axis, axis, centre=() if out == x.shape[-1] else None)
+    bare = sketch.chance(0.3)
+    bias = None if bare else sketch.random.normal(size=out)
+    sketch.weights[sketch.next_name(op)] = sketch.random.normal(size=size) / 3, bias
+    centre = () if out == x.shape[-1] else None
+    linear = Linear(order, x.shape[-1], out, axis, axis, centre=centre, bare=bare)
     return sketch.add(op, value, linear=linear)[0]
+
+
+def einsum(sketch: Sketch, op: str) -> None:
+    """A matrix along any axis, its outputs on any; or sums of products of two values, or of one and a constant."""
+    value = sketch.pick(lambda x: 2 <= x.ndim <= 4)
+    x, random = sketch.values[value], sketch.random
+    letters = "abcd"[: x.ndim]
+    if sketch.chance(0.6):
+        source, target = (int(random.integers(x.ndim)) for _ in range(2))
+        out, order = sketch.choose(x.shape[source], 4, 5), sketch.choose("oi", "io")
+        size = (out, x.shape[source]) if order == "oi" else (x.shape[source], out)
+        sketch.weights[sketch.next_name(op)] = random.normal(size=size) / 3, None
+        biasless = sketch.choose("", "", "it has no bias")
+        square = source == target and out == x.shape[source]
+        centre = () if square else None
+        linear = Linear(
+            order, x.shape[source], out, source, target, centre=centre, biasless=biasless, bare=True
+        )
+        sketch.add(op, value, linear=linear)
+        return
+    summed = sketch.choose("", *letters[1:])
+    result = "".join(random.permutation([letter for letter in letters if letter != summed] + ["z"]))
+    other = "".join(random.permutation([*summed, "z", sketch.choose(*letters)]))
+    other = "".join(dict.fromkeys(other))
+    size = [x.shape[letters.index(letter)] if letter != "z" else 3 for letter in other]
+    words, operands, inputs = (letters, other), ("x", "w"), [value]
+    if sketch.chance(0.4):
+        operands, inputs = ("x", "x"), [value, sketch.input(f"side {'x'.join(map(str, size))}", *size)]
+    else:
+        sketch.weights[sketch.next_name(op)] = random.normal(size=size), None
+    if sketch.chance(0.3):
+        words, operands, inputs = words[::-1], operands[::-1], inputs[::-1]
+    kept = tuple(
+        tuple(result.find(letter) for letter in word)
+        for word, part in zip(words, operands, strict=True)
+        if part == "x"
+    )
+    sketch.add(op, *inputs, kept=kept, operands=operands, equation=f"{','.join(words)}->{result}")
 
 
 def embedding(sketch: Sketch, op: str) -> None:
@@ -599,6 +653,7 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
     "Gemm": matmul,
     "MatMul": matmul,
     "Embedding": embedding,
+    "Einsum": einsum,
     "BatchNormalization": batchnorm,
     "Affine": affine,
     "Reshape": reshape,
