@@ -463,6 +463,33 @@ def _roll(draft: Draft, call: Call, x: Value, shifts: Any, dims: Any) -> None:
         source = target
 
 
+@lowering("im2col")
+def _blocks(draft: Draft, call: Call, x: Value, **settings: Any) -> None:
+    """`F.unfold`: what a kernel sees at each place, one column each. Zeros are padded first, then positions chosen."""
+    y = call.made[0]
+    _need(_computed(x), x.rank == 4, y.rank == 3, _plain(*settings.values()))
+    kernel, dilation, padding, stride = (
+        _each(settings[name], 2) for name in ("kernel_size", "dilation", "padding", "stride")
+    )
+    source: Value | str = x
+    height, width = (size + 2 * pad for size, pad in zip(x.shape[2:], padding, strict=True))
+    if any(padding):
+        source = draft.between((*x.shape[:2], height, width))
+        draft.node("Pad", [x], [source], axes=(2, 3), partial="it pads with zeros")
+    starts = [
+        np.arange(0, size - step * (taps - 1), stride_)
+        for size, step, taps, stride_ in zip((height, width), dilation, kernel, stride, strict=True)
+    ]
+    taps = np.add.outer(
+        np.arange(kernel[0]) * dilation[0] * width, np.arange(kernel[1]) * dilation[1]
+    ).ravel()
+    chosen = np.add.outer(taps, np.add.outer(starts[0] * width, starts[1]).ravel()).ravel()
+    flat, seen = draft.between((*x.shape[:2], height * width)), draft.between((*x.shape[:2], chosen.size))
+    draft.node("Reshape", [source], [flat])
+    draft.node("Gather", [flat], [seen], axis=2, indices=chosen)
+    draft.node("Reshape", [seen], [y])
+
+
 @lowering("pixel_shuffle pixel_unshuffle")
 def _pixels(draft: Draft, call: Call, x: Value, **factor: int) -> None:
     _need(_computed(x), x.rank == 4)

@@ -299,7 +299,9 @@ def _statistic(chain: Sequence[DraftNode]) -> str:
     whole = _compose(chain)
     if not scales or not shifts or whole is None or len(whole.axes) != 1:
         return ""
-    constants = [value for item in chain for value in item.call.reads.values() if value.constant or value.slots]
+    constants = [
+        value for item in chain for value in item.call.reads.values() if value.constant or value.slots
+    ]
     centred = shifts[0] < scales[0] < shifts[-1] or (shifts[0] < scales[0] and scales[-1] == shifts[-1])
     if not (centred and len(chain) >= 3) and not any(map(_has_root, constants)):
         return ""

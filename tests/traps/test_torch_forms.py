@@ -208,7 +208,11 @@ class WrittenOut(nn.Module):
         super().__init__()
         self.first, self.formula = nn.Linear(6, 5), formula
         self.gain, self.bias = nn.Parameter(torch.rand(1, 5) + 0.5), nn.Parameter(torch.randn(1, 5))
-        for name, numbers in (("mean", torch.randn(1, 5)), ("std", torch.rand(1, 5) + 1), ("var", torch.rand(5))):
+        for name, numbers in (
+            ("mean", torch.randn(1, 5)),
+            ("std", torch.rand(1, 5) + 1),
+            ("var", torch.rand(5)),
+        ):
             self.register_buffer(name, numbers)
         self.norm = nn.BatchNorm1d(5)
 
