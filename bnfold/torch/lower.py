@@ -205,13 +205,14 @@ def _matmul(draft: Draft, call: Call, left: Value, **rest: Value) -> None:
 
 @lowering("einsum")
 def _einsum(draft: Draft, call: Call, equation: str, tensors: Any, path: Any) -> None:
-    """A product by a stored matrix, or sums of products through which a scale goes along the axes that are left."""
+    """A product by a stored matrix, or sums of products through which a scale goes along the axes that are left.
+
+    Not of one operand: that may be a view of it.
+    """
     y = call.made[0]
     found = canonical.contraction(equation, [t.rank for t in tensors])
     computed = [place for place, tensor in enumerate(tensors) if _computed(tensor)]
-    _need(
-        found is not None, _floating(y, *tensors), computed, not any(t.data and t.constant for t in tensors)
-    )
+    _need(found is not None, _floating(y, *tensors), computed, len(tensors) > 1)
     words, result = found  # type: ignore[misc]
     if len(tensors) == 2 and len(computed) == 1 and not tensors[1 - computed[0]].data:
         x, weight = tensors[computed[0]], tensors[1 - computed[0]]

@@ -116,3 +116,17 @@ def test_a_scale_goes_by_where_the_mixing_is_computed():
             return self.bn(torch.einsum("bnm,bcm->bcn", weights, self.conv(x)))
 
     check(Attends(), torch.randn(2, 3, 5), half=["bn"])
+
+
+def test_an_einsum_of_one_operand_may_be_a_view_of_it():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            torch.einsum("bct->btc", y).mul_(2.0)
+            return self.bn(y)
+
+    check(Turned(), torch.randn(2, 3, 5), kept=["bn"])
