@@ -10,7 +10,8 @@ with, and outputs must be equal in the end. In between, what is known of the out
 known of its inputs, by one of five steps:
 
 - an operator of the table takes both maps through (`op(A(x)) = B(op(x))`, the row's `down`);
-- a linear operator has absorbed exactly that in which its inputs differ, and then differs by what it took in below;
+- a linear operator has absorbed exactly that in which its inputs differ, and then differs by what it took in below; a
+  scale along another axis than its own goes by where it has no bias (`W (s x) = s (W x)`);
 - a BatchNorm that is gone joins the map of the model before; one that is left, both;
 - a sum of values scaled alike is scaled so, and what a linear operator took in beside joins the operand that it is of;
 - anything else must be given what it was given before.
@@ -211,7 +212,7 @@ class _Proof:
         return made
 
     def _absorb(self, node: Node, twin: Node, old: Linear, new: Linear, given: _Relation) -> _Relation:
-        """`after(L(before(x))) + parallel x`, where `before` makes up for what x is."""
+        """`after(L(before(x))) + parallel x`, where `before` makes up for what x is, but for a scale that goes by."""
         if not _is_same_operator(old, new):
             raise Refuse(f"`{node.name}` ({node.op}) has become another operator")
         obstacle = _obstacle(new)
