@@ -191,6 +191,7 @@ class Linear:
             above; empty where every output sums them all.
         sealed: why nothing may come in from above at all (an embedding reads rows, not values); empty otherwise.
         biasless: why no bias can be written, so that it can take a scale but no shift; empty otherwise.
+        bare: whether it is a matrix that has no bias, through which a scale along any other axis passes.
         window: how a convolution slides; None for any other operator.
         before, after: the affines absorbed above and below, as `(scale, shift)` vectors, or None.
         parallel: the scale of the affine absorbed beside it, `(channels,)`, or None; its shift is in `after`.
@@ -206,6 +207,7 @@ class Linear:
     partial: str = ""
     sealed: str = ""
     biasless: str = ""
+    bare: bool = False
     window: Window | None = None
     before: tuple[Array, Array] | None = None
     after: tuple[Array, Array] | None = None
@@ -236,6 +238,11 @@ class Linear:
             *([] if self.parallel is None else [self.parallel]),
         ]
         return all(bool(np.isfinite(each).all()) for each in numbers)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it has no bias, and none from what it has absorbed."""
+        return self.bare and not self.shifts
 
     def absorb_after(self, scale: Array, shift: Array) -> Linear:
         """Below it: `scale (W x + b) + shift`, both `(outputs,)`."""

@@ -22,13 +22,16 @@ from bnfold.window import Window
 __all__ = [
     "affine_of",
     "align",
+    "contraction",
     "convolution",
     "cut",
     "embedding",
+    "kept_axes",
     "matrix",
     "normalisation",
     "padding",
     "pooling",
+    "product_of",
     "wrap",
 ]
 
@@ -68,10 +71,67 @@ def convolution(
     )
 
 
-def matrix(order: str, inputs: int, outputs: int, in_axis: int, out_axis: int, biasless: str = "") -> Linear:
+def matrix(
+    order: str,
+    inputs: int,
+    outputs: int,
+    in_axis: int,
+    out_axis: int,
+    biasless: str = "",
+    bare: bool = False,
+) -> Linear:
     """A product by a constant matrix, along one axis of a value, or from one axis to another."""
     centre = () if inputs == outputs and in_axis == out_axis else None
-    return Linear(order, inputs, outputs, in_axis, out_axis, centre=centre, biasless=biasless)
+    return Linear(order, inputs, outputs, in_axis, out_axis, centre=centre, biasless=biasless, bare=bare)
+
+
+def contraction(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
+    """An Einsum as one word for each operand and one for the result, without an ellipsis: an axis is a letter.
+
+    None for what has an axis twice in one word, or words that do not suit the operands.
+    """
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    words = left.split(",")
+    spare = [rank - len(word.replace("...", "")) for word, rank in zip(words, ranks, strict=False)]
+    if len(words) != len(ranks) or any(
+        n < 0 or (n and "..." not in w) for w, n in zip(words, spare, strict=True)
+    ):
+        return None
+    letters = "".join(word.replace("...", "") for word in words)
+    free = [chr(0x100 + place) for place in range(max(spare, default=0))]
+    if not arrow:
+        once = sorted(letter for letter in set(letters) if letters.count(letter) == 1)
+        result = ("..." if free else "") + "".join(once)
+    words = [
+        word.replace("...", "".join(free[len(free) - n :])) for word, n in zip(words, spare, strict=True)
+    ]
+    result = result.replace("...", "".join(free))
+    broken = any(len(set(word)) < len(word) for word in (*words, result)) or "." in "".join([*words, result])
+    return None if broken or set(result) - set("".join(words)) else (words, result)
+
+
+def product_of(words: Sequence[str], result: str, constant: int, dims: Sequence[int]) -> Linear | None:
+    """An Einsum by a constant matrix as a product along one axis, where it is one: all other axes stay in order.
+
+    A sum over an axis of size 1 is none, since that is repeated for as many numbers as the other operand has.
+    """
+    data, weight = words[1 - constant], words[constant]
+    inner, outer = set(data) & set(weight) - set(result), set(weight) & set(result) - set(data)
+    if len(words) != 2 or len(weight) != 2 or len(inner) != 1 or len(outer) != 1:
+        return None
+    (i,), (o,) = inner, outer
+    if data.replace(i, "") != result.replace(o, ""):
+        return None
+    sizes = dict(zip(weight, dims, strict=True))
+    if sizes[i] == 1:
+        return None
+    order, axes = ("io" if weight[0] == i else "oi"), (data.index(i), result.index(o))
+    return matrix(order, sizes[i], sizes[o], *axes, bare=True)
+
+
+def kept_axes(words: Sequence[str], result: str, computed: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Of each computed operand of an Einsum, where its axes are in the result; -1 for one that is summed over."""
+    return tuple(tuple(result.find(letter) for letter in words[place]) for place in computed)
 
 
 def embedding(rows: int, width: int, rank: int) -> Linear:

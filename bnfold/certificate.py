@@ -317,7 +317,13 @@ def _check_alike(node: Node, twin: Node) -> None:
         alike = node.op == twin.op and _are_equal(node.attributes, twin.attributes)
         alike = alike and (node.linear is None) == (twin.linear is None)
         if node.linear is not None and twin.linear is not None:
-            names = {each.name for each in fields(Linear)} - {"before", "after", "parallel", "biasless"}
+            names = {each.name for each in fields(Linear)} - {
+                "before",
+                "after",
+                "parallel",
+                "biasless",
+                "bare",
+            }
             alike = alike and all(getattr(node.linear, name) == getattr(twin.linear, name) for name in names)
     if not alike:
         raise Refuse(f"`{twin.name}` ({twin.op}) stands where `{node.name}` ({node.op}) should")

@@ -97,7 +97,8 @@ def of_linear(node: Node) -> Operator:
     """A linear node, with all that it has absorbed.
 
     Raises:
-        Refuse: it has no constant weight, or none at all, or is a transposed convolution or a part of another operator.
+        Refuse: it has no constant weight, or none at all, or is a transposed convolution, an Einsum or a part of
+            another operator.
     """
     linear = node.linear
     if linear is None:
@@ -106,6 +107,8 @@ def of_linear(node: Node) -> Operator:
         raise Refuse("it has no channels")
     if node.op == "InputProduct":
         raise Refuse("it is a part of a recurrent layer")
+    if node.op == "Einsum":
+        raise Refuse("it is an Einsum, which nothing is merged with")
     if node.op == "ConvTranspose" or (node.op == "Conv" and linear.window is None):
         raise Refuse("how it slides depends on the size of its input, or it is transposed")
     window = linear.window

@@ -36,6 +36,7 @@ def _table() -> dict[str, Row]:
     rows = {
         "Gemm MatMul Conv ConvTranspose Embedding": ABSORB,  # what is below; above, a shift only without padding
         "InputProduct": ABSORB,  # what a recurrent layer makes of its input, before it does anything else
+        "Einsum": CONTRACT,  # a linear operator, where one operand is a matrix; else the scale into one operand
         "BatchNormalization": COMPOSE,  # where nothing better can be had
         "Affine": CONJUGATE,  # its own numbers stay; on its other side the affine has others
         "Identity Dropout": PASS,
@@ -56,7 +57,8 @@ def _table() -> dict[str, Row]:
         "Select": MEAN,  # positions that nobody knows before the model runs: alike along those axes
         "AveragePool ReduceMean Resize Pad": MEAN,  # whole; the scale alone where some weights do not sum to one
         "ReduceSum": TOTAL,  # the scale
-        "MaxPool ReduceMax": MAXIMUM,  # if no scale is negative
+        "MaxPool ReduceMax ReduceMin": MAXIMUM,  # if no scale is negative
+        "Max Min": COMPARE,  # likewise, where all operands are alike
         "LpPool ReduceL1 ReduceL2": NORM,  # a scale that is nowhere negative, no shift
         "Relu LeakyRelu PRelu Abs": HOMOGENEOUS,  # a scale that is nowhere negative, no shift
     }
@@ -90,6 +92,7 @@ class Row:
         carries: whether it passes down all that it is given, and so no less than what there is to refuse further down.
         selects: whether it reads only a part of a value, so that the rest may change under it.
         signs: of a sum, the sign of its first operand and that of every other one.
+        compares: whether it passes down only what all of its operands were given alike.
     """
 
     up: Callable[[Node, Surroundings, Flow], Answer]
@@ -99,6 +102,7 @@ class Row:
     carries: bool = False
     selects: bool = False
     signs: tuple[float, float] | None = None
+    compares: bool = False
 
 
 def find(node: Node) -> Row:
@@ -142,6 +146,8 @@ def _vectors(node: Node, affine: Affine, axis: int, size: int) -> tuple[Array, A
 
 def _absorb_after(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     linear, affine = _linear(node), _only(wanted)
+    if passes(linear, affine.settle(None), linear.out_axis):
+        return [moved(affine.settle(None), linear.out_axis, linear.in_axis)]
     scale, shift = _vectors(node, affine, linear.out_axis, linear.outputs)
     if linear.biasless and np.any(shift != 0):
         raise Refuse(f"`{node.name}` ({node.op}) cannot take the shift: {linear.biasless}")
@@ -150,6 +156,8 @@ def _absorb_after(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 
 def _absorb_before(node: Node, around: Surroundings, given: Flow) -> Answer:
     linear, affine = _linear(node), _only(given)
+    if passes(linear, affine, linear.in_axis):
+        return [moved(affine, linear.in_axis, linear.out_axis)]
     if linear.sealed:
         raise Refuse(f"`{node.name}` ({node.op}) cannot absorb what comes in: {linear.sealed}")
     scale, shift = _vectors(node, affine, linear.in_axis, linear.inputs)
@@ -157,6 +165,17 @@ def _absorb_before(node: Node, around: Surroundings, given: Flow) -> Answer:
         if obstacle and np.any(shift != 0):
             raise Refuse(f"`{node.name}` ({node.op}) cannot take the shift: {obstacle}")
     return linear.absorb_before(scale, shift)
+
+
+def passes(linear: Linear, affine: Affine, axis: int) -> bool:
+    """Whether a scale along other axes than this one, on which the matrix works, goes by: `W (s x) = s (W x)`."""
+    others = bool(affine.axes) and axis not in affine.axes
+    return others and linear.is_bare and affine.is_linear
+
+
+def moved(affine: Affine, source: int, target: int) -> Affine:
+    """The same affine, where an axis on which it does not depend is another one."""
+    return affine.map(lambda array: np.moveaxis(array, source, target))
 
 
 ABSORB = Row(_absorb_after, _absorb_before)
@@ -667,6 +686,63 @@ def _multiply_down(node: Node, around: Surroundings, given: Flow) -> Answer:
 
 
 MULTIPLY = Row(_multiply_up, _multiply_down)
+
+
+def _contract_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    """A scale along axes that one operand has goes into it; every term of the sums has it once."""
+    if node.linear is not None:
+        return _absorb_after(node, around, wanted)
+    affine = _linear_only(node, _only(wanted).settle(None))
+    kept: Sequence[Sequence[int]] = node.attributes["kept"]
+    sizes = [
+        dict(zip(kept[p], _shape(node, around, value), strict=True)) for p, value in enumerate(node.inputs)
+    ]
+    varies = {axis: affine.scale.shape[axis] for axis in affine.axes}
+    places = [place for place, own in enumerate(sizes) if varies.items() <= own.items()]
+    for place in [p for p in places if around.takes_shift(node.inputs[p])] or places:
+        shape = [1 if axis < 0 else affine.scale.shape[axis] for axis in kept[place]]
+        order = [axis for axis in kept[place] if axis in affine.axes]
+        scale = np.squeeze(affine.scale, tuple(a for a in range(affine.rank) if a not in affine.axes))
+        factor = scale.transpose(np.argsort(np.argsort(order))).reshape(shape)
+        return [Affine.of(factor, 0.0) if here == place else None for here in range(len(kept))]
+    raise Refuse(f"no operand of `{node.name}` ({node.op}) can take the scale")
+
+
+def _contract_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    if node.linear is not None:
+        return _absorb_before(node, around, given)
+    rank = len(_shape(node, around, node.outputs[0]))
+    product = Affine.identity(rank)
+    for affine, kept in zip(given, node.attributes["kept"], strict=True):
+        if affine is None:
+            continue
+        scale = _linear_only(node, _uniform(node, affine, [a for a, to in enumerate(kept) if to < 0])).scale
+        axes = [axis for axis, to in enumerate(kept) if to >= 0]
+        sizes = dict(zip([kept[axis] for axis in axes], [scale.shape[axis] for axis in axes], strict=True))
+        order = np.argsort([kept[axis] for axis in axes])
+        small = scale.reshape([scale.shape[axis] for axis in axes]).transpose(order)
+        product = Affine.of(small.reshape([sizes.get(a, 1) for a in range(rank)]), 0.0).after(product)
+    return [product.collapse()]
+
+
+CONTRACT = Row(_contract_up, _contract_down, asks=("kept",))
+
+
+def _compare_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
+    """What grows with its argument commutes with the larger (or smaller) of two: `max(A x, A y) = A max(x, y)`."""
+    affine = _monotone(node, _only(wanted))
+    return [_narrow(node, around, affine, value) for value in node.inputs]
+
+
+def _compare_down(node: Node, around: Surroundings, given: Flow) -> Answer:
+    rank = len(_shape(node, around, node.outputs[0]))
+    first, *others = (Affine.identity(rank) if affine is None else _widen(affine, rank) for affine in given)
+    if not all(first.equals(other) for other in others):
+        raise Refuse(f"`{node.name}` ({node.op}) has another operand that is not scaled and shifted alike")
+    return [_monotone(node, first)]
+
+
+COMPARE = Row(_compare_up, _compare_down, "all", compares=True)
 
 
 # ---------------------------------------------------------------- pooling, resizing, padding, activations

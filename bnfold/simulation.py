@@ -10,7 +10,8 @@ with, and outputs must be equal in the end. In between, what is known of the out
 known of its inputs, by one of five steps:
 
 - an operator of the table takes both maps through (`op(A(x)) = B(op(x))`, the row's `down`);
-- a linear operator has absorbed exactly that in which its inputs differ, and then differs by what it took in below;
+- a linear operator has absorbed exactly that in which its inputs differ, and then differs by what it took in below; a
+  scale along another axis than its own goes by where it has no bias (`W (s x) = s (W x)`);
 - a BatchNorm that is gone joins the map of the model before; one that is left, both;
 - a sum of values scaled alike is scaled so, and what a linear operator took in beside joins the operand that it is of;
 - anything else must be given what it was given before.
@@ -35,7 +36,7 @@ import numpy as np
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.errors import NotEquivalent, Refuse
 from bnfold.ir import Graph, Node, Shape
-from bnfold.rules import TABLE, Row, sign_of
+from bnfold.rules import TABLE, Row, moved, sign_of
 
 __all__ = ["NotProved", "check"]
 
@@ -200,10 +201,22 @@ class _Proof:
             raise Refuse(f"`{node.name}` ({node.op}) would be given something else")
         if node.affine is not None and twin.affine is not None:
             return [self._keep(node, node.affine, twin.affine, given[0])]
-        original = self._down(node, row, [relation.original for relation in given])
-        folded = self._down(node, row, [relation.folded for relation in given])
+        sides = [relation.original for relation in given], [relation.folded for relation in given]
+        if row.compares:
+            sides = self._matched(node, sides[0], given), self._matched(node, sides[1], given)
+        original, folded = self._down(node, row, sides[0]), self._down(node, row, sides[1])
         noise = max(relation.noise for relation in given)
         return [_Relation(one, two, noise=noise) for one, two in zip(original, folded, strict=True)]
+
+    def _matched(
+        self, node: Node, flow: list[Affine | None], given: Sequence[_Relation]
+    ) -> list[Affine | None]:
+        """The maps of operands that are compared: the first one for all, where they are one but for rounding."""
+        shape, noise = self.shape(node.outputs[0]), max(relation.noise for relation in given)
+        if shape is None or all(affine is None for affine in flow):
+            return flow
+        first, *others = (_widened(affine, len(shape)) for affine in flow)
+        return [first] * len(flow) if all(_agree(first, other, noise) for other in others) else flow
 
     def _down(self, node: Node, row: Row, flow: Sequence[Affine | None]) -> Sequence[Affine | None]:
         """By the table, what is left of maps below an operator."""
@@ -215,7 +228,7 @@ class _Proof:
         return made
 
     def _absorb(self, node: Node, twin: Node, old: Linear, new: Linear, given: _Relation) -> _Relation:
-        """`after(L(before(x))) + parallel x`, where `before` makes up for what x is."""
+        """`after(L(before(x))) + parallel x`, where `before` makes up for what x is, but for a scale that goes by."""
         if not _is_same_operator(old, new):
             raise Refuse(f"`{node.name}` ({node.op}) has become another operator")
         obstacle = _obstacle(new)
@@ -224,13 +237,16 @@ class _Proof:
         made_up, noise = _compose(
             self._along(node.inputs[0], new.in_axis, new.before), given.folded, given.noise
         )
-        if given.beside or not _agree(made_up, given.original, noise):
+        left = _reduced(_Relation(given.original, made_up, noise=noise))
+        sides = left.original, left.folded
+        if given.beside or not all(side is None or _goes_by(new, side) for side in sides):
             raise Refuse(f"`{node.name}` ({node.op}) does not make up for what it is given")
-        below = self._along(node.outputs[0], new.out_axis, new.after)
+        past, rest = (None if side is None else moved(side, new.in_axis, new.out_axis) for side in sides)
+        below, noise = _compose(self._along(node.outputs[0], new.out_axis, new.after), rest, left.noise)
         if new.parallel is None:
-            return _Relation(None, below)
+            return _Relation(past, below, noise=noise)
         own = self._along(node.outputs[0], new.out_axis, (new.parallel, np.zeros(new.outputs)))
-        return _Relation(None, below, {} if own is None else {twin.inputs[0]: own})
+        return _Relation(past, below, {} if own is None else {twin.inputs[0]: own}, noise)
 
     def _along(self, value: str, axis: int, vectors: tuple[Array, Array] | None) -> Affine | None:
         """What a linear operator has absorbed, as an affine of the value that it reads or writes."""
@@ -312,8 +328,8 @@ def _ranks(graph: Graph) -> dict[str, int]:
 
 
 _SAME_RANK = TABLE.keys() - {
-    *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Gather", "Expand", "MatMul", "Embedding"),
-    *("Add", "Sum", "Sub", "Mul", "Div"),
+    *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Gather", "Expand", "MatMul", "Embedding", "Einsum"),
+    *("Add", "Sum", "Sub", "Mul", "Div", "Max", "Min"),
 }
 """Operators whose outputs have the rank of their inputs."""
 
@@ -369,6 +385,11 @@ def _obstacle(linear: Linear) -> str:
     return (
         "it is not laid out like its input" if linear.parallel is not None and linear.centre is None else ""
     )
+
+
+def _goes_by(linear: Linear, affine: Affine) -> bool:
+    """Whether a scale along other axes than that on which a matrix without a bias works is one of its outputs, too."""
+    return linear.is_bare and affine.is_linear and linear.in_axis not in affine.axes
 
 
 # ---------------------------------------------------------------- maps

@@ -341,7 +341,7 @@ class _Check:
                     values.check_node(ref, other, linear, apart)
 
     def _apart(self, node: Node, ref: NodeRef, twin: NodeRef) -> tuple[int, ...]:
-        """The inputs of a node that hold numbers which are checked by themselves: those of a recurrent layer's product."""
+        """The inputs of a node whose numbers are checked by themselves: those of a recurrent layer's product."""
         if not self._has_product(node):
             return ()
         if not np.array_equal(state_bias(self.before, ref), state_bias(self.after, twin)):

@@ -9,7 +9,8 @@ import onnx
 
 __all__ = ["inline"]
 
-_SHARED = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN"})
+_LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
+_SHARED = frozenset({"BatchNormalization", *_LINEAR})
 
 
 def inline(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, list[str]]:

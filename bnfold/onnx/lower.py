@@ -37,12 +37,14 @@ def _table() -> dict[str, Lowering]:
         "Conv ConvTranspose": _convolution,
         "Gemm": _gemm,
         "MatMul": _matmul,
+        "Einsum": _einsum,
         "Gather": _gather,
         "LSTM GRU RNN": _recurrent,
         "BatchNormalization": _batchnorm,
         "Add Sub Mul Div": _with_constant,
         "Neg": _neg,
         "Sum": _sum,
+        "Max Min": _compare,
         "Identity Reshape Flatten Squeeze Unsqueeze Expand Relu LeakyRelu Abs": _plain,
         "PRelu": _prelu,
         "Dropout": _dropout,
@@ -56,7 +58,7 @@ def _table() -> dict[str, Lowering]:
         "DepthToSpace SpaceToDepth": _depth_to_space,
         "AveragePool MaxPool LpPool": _pool,
         "GlobalAveragePool GlobalMaxPool GlobalLpPool": _global_pool,
-        "ReduceMean ReduceMax ReduceSum ReduceL1 ReduceL2": _reduce,
+        "ReduceMean ReduceMax ReduceMin ReduceSum ReduceL1 ReduceL2": _reduce,
         "Resize Upsample": _resize,
         "Pad": _pad,
     }
@@ -241,7 +243,28 @@ def _matmul(ref: NodeRef, context: ImportContext) -> Node:
     seen = context.shape(data)
     if seen is not None and _differ(seen[axis], inputs):
         return _linear(ref, [data], None, MISMATCH)
-    return _linear(ref, [data], canonical.matrix(order, inputs, outputs, axis, axis))
+    return _linear(ref, [data], canonical.matrix(order, inputs, outputs, axis, axis, bare=True))
+
+
+def _einsum(ref: NodeRef, context: ImportContext) -> Node:
+    """A product by a constant matrix, or sums of products through which a scale goes along the axes that are left."""
+    ranks = [context.rank(value) for value in ref.inputs]
+    known = [rank for rank in ranks if rank is not None]
+    found = (
+        canonical.contraction(attributes(ref.node)["equation"], known) if len(known) == len(ranks) else None
+    )
+    if found is None or any(context.type(value) not in FLOATS for value in ref.inputs):
+        raise Unusual
+    computed = [place for place, value in enumerate(ref.inputs) if value not in context.constants]
+    if len(ref.inputs) == 2 and len(computed) == 1:
+        weight = ref.inputs[1 - computed[0]]
+        dims = context.constants.dims(weight) if context.constants.is_workable(weight) else None
+        linear = None if dims is None else canonical.product_of(*found, 1 - computed[0], dims)
+        seen = context.shape(ref.inputs[computed[0]])
+        if linear is not None and seen is not None and seen[linear.in_axis] == linear.inputs:
+            return _linear(ref, [ref.inputs[computed[0]]], linear)
+    kept = canonical.kept_axes(*found, computed)
+    return _node(ref, [ref.inputs[place] for place in computed], kept=kept)
 
 
 def _gather(ref: NodeRef, context: ImportContext) -> Node:
@@ -378,6 +401,13 @@ def _sum(ref: NodeRef, context: ImportContext) -> Node:
     if len(inputs) != len(ref.inputs):
         raise Unusual
     return _node(ref, inputs) if len(inputs) > 1 else Node(ref.name, "Identity", inputs, tuple(ref.outputs))
+
+
+def _compare(ref: NodeRef, context: ImportContext) -> Node:
+    """The largest or the smallest of computed values; a constant among them bends the map (Clip)."""
+    if context.type(ref.outputs[0]) not in FLOATS:
+        raise Unusual
+    return _sum(ref, context)
 
 
 # ---------------------------------------------------------------- what passes an affine on

@@ -171,17 +171,17 @@ def _follower(imported: ImportedModel, node: Node) -> Node | None:
 
 
 def _join_biases(imported: ImportedModel) -> None:
-    """Draw MatMul and the Add of a vector along its output channels as one."""
+    """Draw a MatMul or Einsum and the Add of a vector along its output channels as one."""
     joined: dict[str, Node] = {}
     gone: set[str] = set()
     for node in imported.graph.nodes:
-        if node.op != "MatMul" or node.linear is None:
+        if node.op not in ("MatMul", "Einsum") or node.linear is None:
             continue
         reader = _follower(imported, node)
         if reader is None or reader.affine is None or imported.refs[reader.name][0].op != "Add":
             continue
         if reader.affine.vectors(node.linear.out_axis, node.linear.outputs) is not None:
-            joined[node.name] = replace(node, outputs=reader.outputs)
+            joined[node.name] = replace(node, outputs=reader.outputs, linear=replace(node.linear, bare=False))
             imported.refs[node.name] += imported.refs[reader.name]
             gone.add(reader.name)
     _redraw(imported, joined, gone)

@@ -46,11 +46,6 @@ class Slots:
     beta: float = 1.0
 
     @property
-    def multiplies_from_left(self) -> bool:
-        """Whether it is a MatMul whose outputs lie on the last axis but one."""
-        return self.ref.op == "MatMul" and self.weight == 0
-
-    @property
     def bias_value(self) -> str:
         """The value that is the bias, or nothing."""
         return self.add.inputs[self.bias] if self.add is not None and self.bias < len(self.add.inputs) else ""
@@ -89,7 +84,7 @@ def stored_bias(imported: ImportedModel, slots: Slots, linear: Linear) -> Array 
     if not slots.bias_value:
         return None
     array = np.asarray(imported.context.constants.array(slots.bias_value), np.float64)
-    if slots.ref.op == "MatMul":
+    if slots.ref.op in ("MatMul", "Einsum"):
         array = np.array(np.broadcast_to(array.ravel(), linear.outputs))
     elif slots.ref.op in RECURRENT:
         array = np.split(array, 2, axis=1)[0].ravel()

@@ -172,15 +172,16 @@ class _Writer:
         return self.editor.add_tensor(wish, partial(np.asarray, values), values.shape, data_type, replaces)
 
     def _place_bias(self, slots: Slots, linear: Linear, bias: Array) -> Array:
-        """Give a bias the shape in which it is read: of a MatMul from the left, along the last axis but one."""
+        """Give a bias the shape in which it is read: of a MatMul or Einsum, along the axis of its outputs."""
         if slots.ref.op in RECURRENT:
             return with_state_bias(self.imported, slots.ref, bias)
-        if slots.ref.op != "MatMul":
+        if slots.ref.op not in ("MatMul", "Einsum"):
             return bias
         old = self.imported.context.constants.array(slots.bias_value).shape if slots.bias_value else ()
         if math.prod(old) == linear.outputs:
             return bias.reshape(old)
-        return bias[:, None] if slots.multiplies_from_left else bias
+        rank = self.imported.context.rank(slots.ref.inputs[1 - slots.weight]) or 0
+        return bias.reshape(-1, *[1] * (rank - 1 - linear.out_axis))
 
     def _attach(self, slots: Slots, linear: Linear, weight: str, bias: str) -> None:
         self.view.set_input(slots.ref, slots.weight, weight)

@@ -28,12 +28,16 @@ class LinearPlace:
         weight: the slot of its weight; `transposed` where the operator uses the transpose of what is stored.
         bias: the slot of its bias, or where one can be added; None where none can.
         computed: how the weight is computed, "parametrization" or "hook"; empty where it is stored as it is.
+        scaling: what the code multiplies the stored weight by, laid out as that is; None where it takes it as it is.
+        bias_scaling: what it multiplies the stored bias by; nowhere zero.
     """
 
     weight: Slot
     transposed: bool
     bias: Slot | None
     computed: str = ""
+    scaling: Array | None = field(default=None, compare=False)
+    bias_scaling: Array | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

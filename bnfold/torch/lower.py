@@ -10,6 +10,7 @@ A composite operator without a lowering (`multiply`, `movedim`, `chunk`) never c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -184,7 +185,7 @@ def _product(
     biasless: str = "",
 ) -> None:
     outputs, inputs = weight.shape if order == "oi" else weight.shape[::-1]
-    linear = canonical.matrix(order, inputs, outputs, axis, axis, biasless)
+    linear = canonical.matrix(order, inputs, outputs, axis, axis, biasless, bias is None)
     draft.linear("Gemm" if x.rank == 2 else "MatMul", x, call.made[0], weight, bias, linear)
 
 
@@ -203,6 +204,27 @@ def _matmul(draft: Draft, call: Call, left: Value, **rest: Value) -> None:
         return _product(draft, call, left, right, None, "io", left.rank - 1, bare)
     _need(_computed(right), left.rank == 2, right.rank >= 2, not left.data)
     return _product(draft, call, right, left, None, "oi", right.rank - 2, bare)
+
+
+@lowering("einsum")
+def _einsum(draft: Draft, call: Call, equation: str, tensors: Any, path: Any) -> None:
+    """A product by a stored matrix, or sums of products through which a scale goes along the axes that are left.
+
+    Not of one operand: that may be a view of it.
+    """
+    y = call.made[0]
+    found = canonical.contraction(equation, [t.rank for t in tensors])
+    computed = [place for place, tensor in enumerate(tensors) if _computed(tensor)]
+    _need(found is not None, _floating(y, *tensors), computed, len(tensors) > 1)
+    words, result = found  # type: ignore[misc]
+    if len(tensors) == 2 and len(computed) == 1 and not tensors[1 - computed[0]].data:
+        x, weight = tensors[computed[0]], tensors[1 - computed[0]]
+        linear = canonical.product_of(words, result, 1 - computed[0], weight.shape)
+        if linear is not None and x.shape[linear.in_axis] == linear.inputs:
+            linear = replace(linear, biasless="it is an einsum without a bias")
+            return draft.linear("Einsum", x, y, weight, None, linear)
+    kept = canonical.kept_axes(words, result, computed)
+    return draft.node("Einsum", [tensors[place] for place in computed], [y], kept=kept)
 
 
 @lowering("addmm")
@@ -486,6 +508,33 @@ def _roll(draft: Draft, call: Call, x: Value, shifts: Any, dims: Any) -> None:
         source = target
 
 
+@lowering("im2col")
+def _blocks(draft: Draft, call: Call, x: Value, **settings: Any) -> None:
+    """`F.unfold`: what a kernel sees at each place, one column each. Zeros are padded first, then positions chosen."""
+    y = call.made[0]
+    _need(_computed(x), x.rank == 4, y.rank == 3, _plain(*settings.values()))
+    kernel, dilation, padding, stride = (
+        _each(settings[name], 2) for name in ("kernel_size", "dilation", "padding", "stride")
+    )
+    source: Value | str = x
+    height, width = (size + 2 * pad for size, pad in zip(x.shape[2:], padding, strict=True))
+    if any(padding):
+        source = draft.between((*x.shape[:2], height, width))
+        draft.node("Pad", [x], [source], axes=(2, 3), partial="it pads with zeros")
+    starts = [
+        np.arange(0, size - step * (taps - 1), stride_)
+        for size, step, taps, stride_ in zip((height, width), dilation, kernel, stride, strict=True)
+    ]
+    taps = np.add.outer(
+        np.arange(kernel[0]) * dilation[0] * width, np.arange(kernel[1]) * dilation[1]
+    ).ravel()
+    chosen = np.add.outer(taps, np.add.outer(starts[0] * width, starts[1]).ravel()).ravel()
+    flat, seen = draft.between((*x.shape[:2], height * width)), draft.between((*x.shape[:2], chosen.size))
+    draft.node("Reshape", [source], [flat])
+    draft.node("Gather", [flat], [seen], axis=2, indices=chosen)
+    draft.node("Reshape", [seen], [y])
+
+
 @lowering("pixel_shuffle pixel_unshuffle")
 def _pixels(draft: Draft, call: Call, x: Value, **factor: int) -> None:
     _need(_computed(x), x.rank == 4)
@@ -536,19 +585,36 @@ def _indexed_maximum(draft: Draft, call: Call, x: Value, **rest: Any) -> None:
     draft.node("ArgMax", [x], call.made[1:])
 
 
-_REDUCTIONS = {"mean": "ReduceMean", "sum": "ReduceSum", "amax": "ReduceMax", "max": "ReduceMax"}
+@lowering("maximum minimum fmax fmin")
+def _compare(draft: Draft, call: Call, x: Value, other: Value) -> None:
+    """The larger or the smaller of two, element by element."""
+    y = call.made[0]
+    _need(_computed(x), _computed(other), x is not other, _floating(x, other, y), x.dtype == other.dtype)
+    draft.node("Max" if "max" in call.label else "Min", [x, other], [y])
+
+
+_REDUCTIONS = {
+    "mean": "ReduceMean",
+    "sum": "ReduceSum",
+    "amax": "ReduceMax",
+    "max": "ReduceMax",
+    "amin": "ReduceMin",
+    "min": "ReduceMin",
+}
 
 
 @lowering(" ".join(_REDUCTIONS))
 def _reduce(draft: Draft, call: Call, x: Value, dim: Any = None, keepdim: Any = False, **rest: Any) -> None:
     y = call.made[0]
-    _need(
-        _computed(x), _floating(x, y), x.dtype == y.dtype, _plain(dim), call.label != "max" or dim is not None
-    )
+    if "other" in rest:
+        return _compare(draft, call, x, rest["other"])
+    whole = dim is None and call.label in ("max", "min")
+    _need(_computed(x), _floating(x, y), x.dtype == y.dtype, _plain(dim), not whole)
     axes = _axes((dim,) if isinstance(dim, int) else dim, x.rank)
     draft.node(_REDUCTIONS[call.label], [x], [y], axes=axes, keepdims=bool(keepdim))
     if len(call.made) > 1:
         draft.node("ArgMax", [x], call.made[1:])
+    return None
 
 
 @lowering("linalg_vector_norm")

@@ -2,8 +2,8 @@
 
 A module call whose whole work is one affine map of its input is a BatchNorm if its numbers come from its buffers:
 `nn.BatchNorm*`, frozen and hand-written ones alike. One that goes on with an activation is a BatchNorm with a tail,
-which stays. `F.batch_norm` in the middle of other code is owed a verdict, but cannot be taken out of it; so is every
-module that calls itself a BatchNorm and was not met as one (`add_absent`).
+which stays. `F.batch_norm` in the middle of other code is owed a verdict, but cannot be taken out of it; so is the
+formula written out there, and every module that calls itself a BatchNorm and was not met as one (`add_absent`).
 
 A BatchNorm whose tensors other code reads as well is found, and refused: without it, that code would not run.
 """
@@ -22,7 +22,7 @@ from bnfold.torch.draft import DraftNode, NormPlace, readers_of
 from bnfold.torch.storage import HOMELESS, roots_of
 from bnfold.torch.tails import Tail, find_tail, obstacle
 from bnfold.torch.tensors import inside
-from bnfold.torch.trace import Call, Frame, Trace
+from bnfold.torch.trace import Call, Frame, Trace, Value
 
 __all__ = ["absent", "add_absent", "calls_itself_batchnorm", "find_norms"]
 
@@ -238,7 +238,10 @@ def _replace(first: DraftNode, head: list[DraftNode]) -> DraftNode:
 
 
 def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> list[DraftNode]:
-    """The nodes, and one with a verdict for every module that calls itself a BatchNorm and was not met as one."""
+    """The nodes, and one with a verdict for each BatchNorm that is none of them.
+
+    That is every module that calls itself one and was not met as one, and every formula written out in other code.
+    """
     modules = dict(model.named_modules())
     missed: list[DraftNode] = []
     met = {item.site for item in items if item.is_batchnorm}
@@ -263,7 +266,54 @@ def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> li
         one = absent(path, reason)
         one.name += " (not met)" if path in taken else ""
         missed.append(one)
-    return [*items, *missed]
+    return [*items, *missed, *_written_out(model, items, trace)]
+
+
+def _written_out(model: nn.Module, items: Sequence[DraftNode], trace: Trace) -> Iterator[DraftNode]:
+    """A verdict for each chain of affine maps in the code of one module that can only be a BatchNorm.
+
+    It stays a chain of affine maps: others pass it. Not found: one whose scale and shift are computed beforehand.
+    """
+    readers, outputs = readers_of(items), {value.name for value in trace.outputs.values()}
+    gone: set[int] = set()
+    for item in items:
+        chain = [] if item.op != "Affine" or id(item) in gone else [item]
+        while chain:
+            read = readers.get(chain[-1].outputs[0], [])
+            alone = len(read) == 1 and chain[-1].outputs[0] not in outputs
+            if not alone or read[0].op != "Affine" or read[0].call.frame is not item.call.frame:
+                break
+            chain.append(read[0])
+        gone.update(map(id, chain))
+        if chain and (name := _statistic(chain)):
+            where = item.call.frame.path or type(model).__name__
+            reason = f"it is written out in the code of `{where}`; make it a module of its own"
+            yield absent(name, reason)
+
+
+def _statistic(chain: Sequence[DraftNode]) -> str:
+    """The first buffer of a chain that centres, scales, and shifts again, or divides by a root; empty for any other."""
+    affines = [item.affine for item in chain if item.affine is not None]
+    scales = [place for place, affine in enumerate(affines) if np.any(affine.scale != 1)]
+    shifts = [place for place, affine in enumerate(affines) if np.any(affine.shift != 0)]
+    whole = _compose(chain)
+    if not scales or not shifts or whole is None or len(whole.axes) != 1:
+        return ""
+    constants = [
+        value for item in chain for value in item.call.reads.values() if value.constant or value.slots
+    ]
+    centred = shifts[0] < scales[0] < shifts[-1] or (shifts[0] < scales[0] and scales[-1] == shifts[-1])
+    if not (centred and len(chain) >= 3) and not any(map(_has_root, constants)):
+        return ""
+    slots = [slot for value in constants for root in slots_of(value).values() for slot in root.slots]
+    return next((slot.name for slot in slots if slot.kind == "buffer"), "")
+
+
+def _has_root(value: Value) -> bool:
+    """Whether a constant is computed with a square root."""
+    call = value.call if value.constant and not value.slots else None
+    roots = ("sqrt", "rsqrt", "pow")
+    return call is not None and (call.label in roots or any(map(_has_root, call.reads.values())))
 
 
 def _used_modules(model: nn.Module, trace: Trace) -> dict[str, str]:

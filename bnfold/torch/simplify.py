@@ -21,12 +21,12 @@ def join_biases(items: Sequence[DraftNode], outputs: Sequence[str]) -> list[Draf
     readers = readers_of(items)
     gone: set[int] = set()
     for item in items:
-        if item.linear is None or item.bias is not None or item.op not in ("Gemm", "MatMul"):
+        if item.linear is None or item.bias is not None or item.op not in ("Gemm", "MatMul", "Einsum"):
             continue
         read = readers.get(item.outputs[0], [])
         if len(read) == 1 and item.outputs[0] not in outputs and _is_bias(read[0], item):
             item.bias = next(v for v in read[0].call.reads.values() if v.slots)
-            item.linear = replace(item.linear, biasless="")
+            item.linear = replace(item.linear, biasless="", bare=False)
             item.outputs, item.joined = read[0].outputs, read[0].call
             gone.add(id(read[0]))
     return [item for item in items if id(item) not in gone]

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -191,11 +191,26 @@ def _same_settings(mine: DraftNode, theirs: DraftNode, moved: set[int]) -> bool:
         centre = one.centre if one.centre == other.centre else None
         window = one.window if one.window == other.window else None
         mine.linear = replace(one, centre=centre, partial=one.partial or other.partial, window=window)
+        weights, biases = (mine.weight, theirs.weight), (mine.bias, theirs.bias)
+        if any(list(_words(a)) != list(_words(b)) for a, b in (weights, biases)):
+            return False
     mine.partial = mine.partial or theirs.partial
     return all(_settle_setting(mine, theirs, key, moved) for key in mine.attributes)
 
 
-_FORM = ("order", "inputs", "outputs", "in_axis", "out_axis", "groups", "sealed", "biasless")
+def _words(value: Value | None) -> Iterator[Any]:
+    """The numbers and words that a weight is computed with."""
+    if value is None or value.slots or not value.constant:
+        return
+    if value.tensor is not None:
+        yield value.tensor.tolist()
+    if value.call is not None:
+        yield from settings((value.call.args, value.call.kwargs))
+        for part in value.call.reads.values():
+            yield from _words(part)
+
+
+_FORM = ("order", "inputs", "outputs", "in_axis", "out_axis", "groups", "sealed", "biasless", "bare")
 
 
 def _settle_setting(mine: DraftNode, theirs: DraftNode, key: str, moved: set[int]) -> bool:

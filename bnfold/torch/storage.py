@@ -3,6 +3,11 @@
 An operator is bound to the parameter that its weight is, through casts and transposes, or to the module whose
 parametrization or hook computes it. Where a bias can be added, it is bound to the place of that.
 
+**Scaled weights.** Code may multiply a parameter by constants on every pass (the mask of a pruned net, the constant of
+an equalised learning rate). Rows and columns are scaled by what is written into the parameter, before the code
+multiplies: `(a W b) * c = a (W * c) b`, whatever zeros c has. A bias takes a sum, so it is divided by its constant
+first, which must not be zero. What is normalised (a standardised weight) undoes any such scale, and stays.
+
 **Sharing** is counted by parameter. Two modules that hold one Parameter are two places, since each can be given its
 own; two calls of one module are one place; a parameter that is read in any other way belongs to whoever reads it, and
 the operator stays as it is. So do operators that store one parameter in different ways.
@@ -11,47 +16,51 @@ the operator stays as it is. So do operators that store one parameter in differe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnfold.algebra import Array
 from bnfold.torch.capture import computes_weight
-from bnfold.torch.constants import slots_of
+from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import DraftNode, LinearPlace
 from bnfold.torch.tensors import Slot, inside
-from bnfold.torch.trace import Frame, Trace, Value
+from bnfold.torch.trace import Call, Frame, Trace, Value
 
-__all__ = ["HOMELESS", "bind_linears", "choose", "roots_of"]
+__all__ = ["HOMELESS", "Origin", "bind_linears", "choose", "origin_of", "roots_of"]
 
 HOMELESS = "its module is not held by the model; make it an attribute, or keep it in an nn.ModuleList"
 
 
 def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> None:
     """Give every linear operator its place, or refuse it."""
-    linears = [item for item in items if item.linear is not None]
+    linears, evaluator = [item for item in items if item.linear is not None], Evaluator()
     for item in linears:
-        _bind(model, item)
+        _bind(model, item, evaluator)
     used = _other_reads(trace, items)
     for item in linears:
         _check_reads(trace, item, used)
     _check_sharing([item for item in linears if item.linear is not None])
 
 
-def _bind(model: nn.Module, item: DraftNode) -> None:
+def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
     """Find where a linear operator keeps its numbers."""
     assert item.weight is not None
     assert item.linear is not None
     frame = item.call.frame
     if frame.module is not None and frame.path is None:
         return item.refuse(HOMELESS)
-    origin, transposed = _origin(item.weight)
-    computed = ""
-    if not origin.slots:
-        computed = _how_computed(item, origin)
-        if not computed:
-            return item.refuse("its weight is computed while the model runs")
+    found, computed = origin_of(item.weight), ""
+    if found.factors or not found.value.slots:
+        computed = _how_computed(item, item.weight)
+        found = Origin(item.weight) if computed else found
+    scaling = found.scaling(evaluator)
+    if not computed and (not found.value.slots or scaling is None):
+        return item.refuse("its weight is computed while the model runs")
+    origin = found.value
     if not item.weight.constant and not computed:
         return item.refuse("its weight changes while the model runs")
     if not _is_plain(origin):
@@ -62,14 +71,23 @@ def _bind(model: nn.Module, item: DraftNode) -> None:
         return item.refuse(
             f"its weight is held by {names} at once, and its code does not tell which is meant"
         )
-    bias = _bind_bias(model, item, slot)
+    bias, bias_scaling = _bind_bias(model, item, slot), None
+    if item.bias is not None and isinstance(bias, Slot):
+        bias_scaling = origin_of(item.bias).scaling(evaluator)
+        if bias_scaling is None or np.any(bias_scaling == 0):
+            bias = "its bias is computed while the model runs"
     if isinstance(bias, str):
         if item.bias is not None:
             return item.refuse(bias)
         item.linear, bias = replace(item.linear, biasless=bias), None
     elif item.op != "Embedding":
         item.linear = replace(item.linear, biasless="")
-    item.place = LinearPlace(slot, transposed, bias, computed)
+    item.place = LinearPlace(slot, found.transposed, bias, computed)
+    if found.factors:
+        item.linear = replace(item.linear, centre=None)
+        item.place = replace(item.place, scaling=scaling)
+    if item.bias is not None and origin_of(item.bias).factors:
+        item.place = replace(item.place, bias_scaling=bias_scaling)
     item.site = slot.module if slot.attribute == "weight" and slot.module else slot.name
     return None
 
@@ -95,9 +113,10 @@ def _bind_bias(model: nn.Module, item: DraftNode, weight: Slot) -> Slot | str | 
     if item.op == "Embedding":
         return None
     if item.bias is not None:
-        if not item.bias.constant or not item.bias.slots:
+        origin = origin_of(item.bias)
+        if not item.bias.constant or not origin.value.slots or origin.transposed:
             return "its bias is computed while the model runs"
-        return choose(item.bias, frame) or "its bias is held by several modules at once"
+        return choose(origin.value, frame) or "its bias is held by several modules at once"
     assert item.linear is not None
     module = frame.module
     if module is not None and weight.name == f"{frame.path}.weight" and getattr(module, "bias", 0) is None:
@@ -121,8 +140,8 @@ def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
         own = bound.get(id(item.call), set())
         calls = [item.call] if item.joined is None else [item.call, item.joined]
         for value in (value for call in calls for value in call.reads.values()):
-            if id(value) not in own:
-                reads.update(dict.fromkeys(roots_of(value), item.name))
+            read = _factors_of(item, value) if id(value) in own else roots_of(value)
+            reads.update(dict.fromkeys(read, item.name))
     for value in trace.outputs.values():
         reads.update(dict.fromkeys(roots_of(value), "the output of the model"))
     return reads
@@ -132,11 +151,24 @@ def _check_reads(trace: Trace, item: DraftNode, used: Mapping[int, str]) -> None
     if item.linear is None or item.weight is None:
         return
     for what, value in (("weight", item.weight), ("bias", item.bias)):
-        for root in roots_of(value) if value is not None else ():
-            if root in used or _changes(trace, root):
-                how = f"is read by `{used[root]}` as well" if root in used else "changes while the model runs"
+        if value is None:
+            continue
+        scales = _factors_of(item, value)
+        for root in roots_of(value):
+            taken = root in used and root not in scales
+            if taken or _changes(trace, root):
+                how = f"is read by `{used[root]}` as well" if taken else "changes while the model runs"
                 item.refuse(f"its {what} {how}")
                 return
+
+
+def _factors_of(item: DraftNode, value: Value) -> dict[int, Value]:
+    """What scales the weight or bias of an operator, and must stay as it is."""
+    assert isinstance(item.place, LinearPlace)
+    if value is item.weight and item.place.computed:
+        return {}
+    factors = (factor for factor, _, _ in origin_of(value).factors if isinstance(factor, Value))
+    return {root: slot for factor in factors for root, slot in roots_of(factor).items()}
 
 
 def _changes(trace: Trace, root: int) -> bool:
@@ -171,7 +203,9 @@ def _kind(item: DraftNode) -> Any:
         item.op == "Embedding",
         item.op == "Conv",
     )
-    return (item.place.weight.name, bias, item.place.transposed, item.bias is None, *form)
+    scalings = (item.place.scaling, item.place.bias_scaling)
+    scaled = tuple(None if each is None else each.tobytes() for each in scalings)
+    return (item.place.weight.name, bias, item.place.transposed, item.bias is None, *scaled, *form)
 
 
 def roots_of(value: Value) -> dict[int, Value]:
@@ -200,18 +234,74 @@ _SWAPS = ("transpose", "permute")
 _PLAIN_STEPS = ("detach", "alias", "contiguous", "clone", "_to_copy")
 
 
-def _origin(weight: Value) -> tuple[Value, bool]:
-    """The slot that a weight is, through casts and transposes; and whether it was transposed."""
-    transposed = False
-    value = weight
-    while not value.slots and value.constant and value.call is not None and len(value.call.reads) == 1:
-        label, args = value.call.label, value.call.args
-        if value.rank == 2 and (label == "t" or (label in _SWAPS and _is_turn(args[1:]))):
-            transposed = not transposed
-        elif label not in _PLAIN_STEPS:
-            break
-        value = next(iter(value.call.reads.values()))
-    return (value, transposed) if value.slots else (weight, False)
+@dataclass(frozen=True)
+class Origin:
+    """What a weight or bias is computed from.
+
+    Attributes:
+        value: a parameter or buffer; the value itself where it is not one of those, scaled.
+        transposed: whether it was transposed on the way.
+        factors: by what it was multiplied, or divided where the first flag says so; laid out as the parameter is, or
+            as its transpose where the second one does.
+    """
+
+    value: Value
+    transposed: bool = False
+    factors: tuple[tuple[Any, bool, bool], ...] = ()
+
+    def scaling(self, evaluator: Evaluator) -> Array | None:
+        """The product of all factors, as large as the parameter; None where it is not known or not finite."""
+        whole = np.ones(self.value.shape)
+        try:
+            with np.errstate(all="ignore"):
+                for factor, divides, turned in self.factors:
+                    array = (
+                        evaluator.array(factor) if isinstance(factor, Value) else np.asarray(float(factor))
+                    )
+                    array = np.atleast_2d(array).T if turned else array
+                    whole = whole / array if divides else whole * array
+        except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
+            return None
+        return whole if whole.shape == self.value.shape and np.isfinite(whole).all() else None
+
+
+def origin_of(weight: Value) -> Origin:
+    """The parameter that a weight is, through casts, transposes and products by constants."""
+    return _trace_back(weight) or Origin(weight)
+
+
+def _trace_back(value: Value) -> Origin | None:
+    if value.slots:
+        return Origin(value)
+    call = value.call
+    if not value.constant or call is None or call.changed or call.written:
+        return None
+    if call.label in ("mul", "div", "neg"):
+        return _product_of(value, call)
+    turns = value.rank == 2 and (call.label == "t" or (call.label in _SWAPS and _is_turn(call.args[1:])))
+    if len(call.reads) != 1 or not (turns or call.label in _PLAIN_STEPS):
+        return None
+    found = _trace_back(next(iter(call.reads.values())))
+    return found if found is None or not turns else replace(found, transposed=not found.transposed)
+
+
+def _product_of(value: Value, call: Call) -> Origin | None:
+    """The parameter of the shape of a product that is one of its factors; one that is learned before any other."""
+    first, *rest = call.args
+    factor: Any = rest[0] if rest else -1.0
+    pairs = [(first, factor), (factor, first)] if call.label == "mul" else [(first, factor)]
+    found = [
+        replace(origin, factors=(*origin.factors, (other, call.label == "div", origin.transposed)))
+        for part, other in pairs
+        if isinstance(part, Value) and part.shape == value.shape and not call.kwargs
+        for origin in [_trace_back(part)]
+        if origin is not None and not _depends(other, origin.value)
+    ]
+    return min(found, key=lambda origin: origin.value.slots[0].kind != "parameter", default=None)
+
+
+def _depends(factor: Any, root: Value) -> bool:
+    return isinstance(factor, Value) and (not factor.constant or id(root) in roots_of(factor))
 
 
 def _is_plain(weight: Value) -> bool:

@@ -61,13 +61,15 @@ def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor
     return weight, bias
 
 
-def stored_weight(model: nn.Module, place: LinearPlace) -> npt.NDArray[Any]:
-    """The weight that an operator uses, in float64."""
+def stored_weight(model: nn.Module, place: LinearPlace, scaled: bool = True) -> npt.NDArray[Any]:
+    """The weight that an operator uses, in float64; or that which its code multiplies by constants first."""
     if place.computed:
         tensor = _compute_weight(model.get_submodule(place.weight.module), place.computed)
     else:
         tensor = numbers(stored_tensors(model, place)[0])
     array = tensor.numpy()
+    if scaled and place.scaling is not None:
+        array = array * place.scaling
     return array.T if place.transposed else array
 
 
@@ -90,8 +92,10 @@ def _run_hook(hook: Any, module: nn.Module) -> Tensor:
 
 def stored_numbers(model: nn.Module, place: LinearPlace) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """The weight and the bias that an operator uses, in float64."""
-    bias = stored_tensors(model, place)[1]
-    return stored_weight(model, place), None if bias is None else numbers(bias).numpy()
+    weight, bias = stored_weight(model, place), stored_tensors(model, place)[1]
+    if bias is None:
+        return weight, None
+    return weight, numbers(bias).numpy() * (1.0 if place.bias_scaling is None else place.bias_scaling)
 
 
 def round_like(array: Array, like: Tensor) -> Tensor:

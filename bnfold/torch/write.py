@@ -28,7 +28,7 @@ from bnfold.torch.merging import compute_merged, put_merged
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
 from bnfold.torch.sandbox import copy_structure
-from bnfold.torch.stored import round_like, stored_numbers, stored_tensors
+from bnfold.torch.stored import round_like, stored_numbers, stored_tensors, stored_weight
 from bnfold.torch.tensors import leaves
 from bnfold.travel import Plan
 
@@ -146,9 +146,16 @@ def _remove_parametrization(module: nn.Module) -> None:
 
 
 def _fold(model: nn.Module, place: LinearPlace, node: Node) -> tuple[Array, Array | None]:
-    """New weight and bias in float64, laid out as they are stored."""
+    """New weight and bias in float64, laid out as they are stored.
+
+    What the code multiplies a weight by stands aside: rows and columns may be scaled before or after that.
+    """
     assert node.linear is not None
     weight, new_bias = node.linear.fold(*stored_numbers(model, place))
+    if place.scaling is not None:
+        weight = node.linear.fold_weight(stored_weight(model, place, scaled=False))
+    if new_bias is not None and place.bias_scaling is not None:
+        new_bias = new_bias / place.bias_scaling
     if node.op == "Embedding" and new_bias is not None:
         weight, new_bias = weight + new_bias, None
     return (np.ascontiguousarray(weight.T) if place.transposed else weight), new_bias
@@ -257,7 +264,7 @@ def check_fit(model: nn.Module, reading: Reading) -> Callable[[Node], str]:
             return ""
         if like.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             return f"its weight is stored as {str(like.dtype).removeprefix('torch.')}"
-        if like.dtype != torch.float16 and _is_moderate(node):
+        if like.dtype != torch.float16 and _is_moderate(node) and place.bias_scaling is None:
             return ""
         weight, bias = _fold(model, place, node)
         for what, array in (("weight", weight), ("bias", bias)):

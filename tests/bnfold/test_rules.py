@@ -85,13 +85,15 @@ def template(sentence: str) -> str:
 
 
 def some_affines(random: np.random.Generator, values: list[np.ndarray], holes: bool) -> list[Affine | None]:
-    """An affine for each of several values, for one of them, or one and the same scale for all."""
+    """An affine for each of several values, for one of them, one and the same scale for all, or the same shift, too."""
     flow = [an_affine(random, value, holes) if value.dtype.kind == "f" else None for value in values]
     kind = random.random()
     if len(flow) > 1 and kind < 0.4 and flow[1] is not None:
         flow[int(random.integers(2))] = None
     elif kind < 0.7 and not holes:
         flow = [Affine.of(np.full((1,) * value.ndim, 2.0), random.normal()) for value in values]
+    elif kind < 0.85 and not holes:
+        flow = [Affine.of(np.full((1,) * value.ndim, 2.0), 1.5) for value in values]
     return flow
 
 
@@ -265,6 +267,14 @@ REFUSALS: list[tuple[str, Node, list[Affine | None], str]] = [
     ("up", node("Mul", "column column"), [COLUMNS], "no operand of `n` (Mul) can take the scale"),
     ("up", node("Add", "column column"), [Affine.along(3, 4, 1.0, np.arange(6.0))],
      "no operand of `n` (Add) can take the shift"),
+    ("up", node("Einsum", kept=((0, -1, 2, 3),)), [SCALES], "no operand of `n` (Einsum) can take the scale"),
+    ("up", node("Einsum", "dim", kept=((0, 1, 2, 3),)), [SCALES], "no operand of `n` (Einsum) can take the scale"),
+    ("up", node("Einsum", "unknown", kept=((0, 1, 2, 3),)), [SCALES], "the shape around `n` (Einsum) is not known"),
+    ("down", node("Einsum", kept=((0, -1, 2, 3),)), [SCALES],
+     "`n` (Einsum) mixes positions on which the affine differs"),
+    ("down", node("Einsum", kept=((0, 1, 2, -1),)), [CHANNELS], "`n` (Einsum) lets no shift through"),
+    ("up", node("MatMul", linear=Linear("oi", 6, 6, 3, 3, bare=True)), [CHANNELS],
+     "`n` (MatMul) has its channels on axis 3, and the affine varies along axis 1"),
     ("down", node("Div", "x z"), [None, SCALES], "`n` (Div) divides by it"),
     ("up", node("AveragePool", axes=(2, 3), partial="it counts zero padding"), [CHANNELS],
      "`n` (AveragePool) lets no shift through: it counts zero padding"),
@@ -276,6 +286,9 @@ REFUSALS: list[tuple[str, Node, list[Affine | None], str]] = [
     ("up", node("MaxPool", axes=(2, 3)), [NEGATIVE], "`n` (MaxPool) lets no negative scale through"),
     ("down", node("MaxPool", "x", "y z", axes=(2, 3)), [ZERO],
      "`n` (MaxPool) also says where the largest is, which only a positive scale keeps"),
+    ("up", node("Max", "x z"), [NEGATIVE], "`n` (Max) lets no negative scale through"),
+    ("down", node("Min", "x z"), [CHANNELS, None],
+     "`n` (Min) has another operand that is not scaled and shifted alike"),
     ("up", node("Relu"), [CHANNELS], "`n` (Relu) lets no shift through"),
     ("down", node("PRelu"), [NEGATIVE], "`n` (PRelu) lets no negative scale through"),
     ("down", node("PRelu", "x z"), [None, SCALES], "an operand that cannot carry an affine would have to"),

@@ -61,6 +61,21 @@ def _matmul(node: Node, weights: dict[str, Any], x: np.ndarray) -> np.ndarray:
     return y if bias is None else y + bias
 
 
+def _einsum(node: Node, weights: dict[str, Any], *xs: np.ndarray) -> np.ndarray:
+    if node.linear is None:
+        places = iter(xs)
+        operands = [
+            weights[node.name][0] if part == "w" else next(places) for part in node.attributes["operands"]
+        ]
+        return np.einsum(node.attributes["equation"], *operands)
+    weight, bias = node.linear.fold(*weights[node.place])
+    matrix = weight if node.linear.order == "oi" else weight.T
+    y = np.moveaxis(np.moveaxis(xs[0], node.linear.in_axis, -1) @ matrix.T, -1, node.linear.out_axis)
+    if bias is None:
+        return y
+    return y + bias.reshape(-1, *[1] * (y.ndim - 1 - node.linear.out_axis))
+
+
 def _embedding(node: Node, weights: dict[str, Any], x: np.ndarray) -> np.ndarray:
     table, bias = node.linear.fold(*weights[node.place])
     y = table[np.abs(np.rint(x * 7)).astype(int) % len(table)]
@@ -129,6 +144,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "MatMul": _matmul,
     "InputProduct": _matmul,
     "Embedding": _embedding,
+    "Einsum": _einsum,
     "BatchNormalization": _affine,
     "Affine": _affine,
     "Identity": lambda node, w, x: x,
@@ -158,6 +174,8 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "Sub": lambda node, w, x, y: x - y,
     "Mul": lambda node, w, x, y: x * y,
     "Div": lambda node, w, x, y: x / y,
+    "Max": lambda node, w, *xs: np.maximum.reduce(np.broadcast_arrays(*xs)),
+    "Min": lambda node, w, *xs: np.minimum.reduce(np.broadcast_arrays(*xs)),
     "AveragePool": lambda node, w, x: _windows(node, x, 0.0).mean(-1),
     "LpPool": lambda node, w, x: np.sqrt((_windows(node, x, 0.0) ** 2).sum(-1)),
     "ReduceL1": lambda node, w, x: _norm(node, x, 1),
@@ -165,6 +183,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "MaxPool": _max_pool,
     "ReduceMean": lambda node, w, x: x.mean(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
     "ReduceMax": lambda node, w, x: x.max(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
+    "ReduceMin": lambda node, w, x: x.min(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
     "ReduceSum": lambda node, w, x: x.sum(node.attributes["axes"], keepdims=node.attributes["keepdims"]),
     "Relu": lambda node, w, x: np.maximum(x, 0),
     "LeakyRelu": lambda node, w, x: np.where(x < 0, 0.1 * x, x),
@@ -321,12 +340,50 @@ def matmul(sketch: Sketch, op: str, value: str = "", out: int = 0) -> str:
     out = out or sketch.choose(x.shape[-1], x.shape[-1], 5)
     order, axis = sketch.choose("oi", "io"), x.ndim - 1
     size = (out, x.shape[-1]) if order == "oi" else (x.shape[-1], out)
-    sketch.weights[sketch.next_name(op)] = (
-        sketch.random.normal(size=size) / 3,
-        sketch.random.normal(size=out),
-    )
-    linear = Linear(order, x.shape[-1], out, axis, axis, centre=() if out == x.shape[-1] else None)
+    bare = sketch.chance(0.3)
+    bias = None if bare else sketch.random.normal(size=out)
+    sketch.weights[sketch.next_name(op)] = sketch.random.normal(size=size) / 3, bias
+    centre = () if out == x.shape[-1] else None
+    linear = Linear(order, x.shape[-1], out, axis, axis, centre=centre, bare=bare)
     return sketch.add(op, value, linear=linear)[0]
+
+
+def einsum(sketch: Sketch, op: str) -> None:
+    """A matrix along any axis, its outputs on any; or sums of products of two values, or of one and a constant."""
+    value = sketch.pick(lambda x: 2 <= x.ndim <= 4)
+    x, random = sketch.values[value], sketch.random
+    letters = "abcd"[: x.ndim]
+    if sketch.chance(0.6):
+        source, target = (int(random.integers(x.ndim)) for _ in range(2))
+        out, order = sketch.choose(x.shape[source], 4, 5), sketch.choose("oi", "io")
+        size = (out, x.shape[source]) if order == "oi" else (x.shape[source], out)
+        sketch.weights[sketch.next_name(op)] = random.normal(size=size) / 3, None
+        biasless = sketch.choose("", "", "it has no bias")
+        square = source == target and out == x.shape[source]
+        centre = () if square else None
+        linear = Linear(
+            order, x.shape[source], out, source, target, centre=centre, biasless=biasless, bare=True
+        )
+        sketch.add(op, value, linear=linear)
+        return
+    summed = sketch.choose("", *letters[1:])
+    result = "".join(random.permutation([letter for letter in letters if letter != summed] + ["z"]))
+    other = "".join(random.permutation([*summed, "z", sketch.choose(*letters)]))
+    other = "".join(dict.fromkeys(other))
+    size = [x.shape[letters.index(letter)] if letter != "z" else 3 for letter in other]
+    words, operands, inputs = (letters, other), ("x", "w"), [value]
+    if sketch.chance(0.4):
+        operands, inputs = ("x", "x"), [value, sketch.input(f"side {'x'.join(map(str, size))}", *size)]
+    else:
+        sketch.weights[sketch.next_name(op)] = random.normal(size=size), None
+    if sketch.chance(0.3):
+        words, operands, inputs = words[::-1], operands[::-1], inputs[::-1]
+    kept = tuple(
+        tuple(result.find(letter) for letter in word)
+        for word, part in zip(words, operands, strict=True)
+        if part == "x"
+    )
+    sketch.add(op, *inputs, kept=kept, operands=operands, equation=f"{','.join(words)}->{result}")
 
 
 def embedding(sketch: Sketch, op: str) -> None:
@@ -466,6 +523,8 @@ def combine(sketch: Sketch, op: str) -> None:
         shape = np.broadcast_shapes(*[sketch.values[value].shape for value in operands])
         wide = sketch.chance(0.4)
         operands.append(sketch.pick(lambda x: _broadcasts(x.shape, shape) if wide else x.shape == shape))  # noqa: B023
+    if op in ("Max", "Min") and len(set(operands)) == 1:
+        raise Unsuitable
     sketch.random.shuffle(operands)
     if op == "Div":
         operands[1] = _away_from_zero(sketch, operands[1])
@@ -593,6 +652,21 @@ def dense(sketch: Sketch) -> None:
     sketch.add("Concat", value, conv(sketch, "Conv", value, same=True), axis=1)
 
 
+def compare(sketch: Sketch) -> None:
+    """Max-feature-map: the larger half of the channels, or of two convolutions."""
+    value = sketch.pick(lambda x: x.ndim == 4 and x.shape[1] % 2 == 0 and min(x.shape[2:]) >= 3)
+    size = sketch.values[value].shape[1] // 2
+    if sketch.chance(0.5):
+        halves = sketch.add(
+            "Split", conv(sketch, "Conv", value, same=True), count=2, axis=1, sizes=(size, size)
+        )
+    else:
+        halves = tuple(conv(sketch, "Conv", value, same=True) for _ in range(2))
+    (most,) = sketch.add(sketch.choose("Max", "Min"), *halves)
+    norm = sketch.random.normal(size=sketch.values[most].shape[1])
+    sketch.add("BatchNormalization", most, affine=Affine.along(1, 4, gammas(sketch.random, norm.size), norm))
+
+
 def opaque(sketch: Sketch) -> None:
     sketch.add("Tanh", sketch.pick())
 
@@ -604,6 +678,7 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
     "MatMul": matmul,
     "InputProduct": recurrent,
     "Embedding": embedding,
+    "Einsum": einsum,
     "BatchNormalization": batchnorm,
     "Affine": affine,
     "Reshape": reshape,
@@ -615,15 +690,15 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
     "Select": pick_rows,
     **dict.fromkeys(("Expand", "Tile"), enlarge),
     **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), blocks),
-    **dict.fromkeys(("Add", "Sub", "Sum", "Mul", "Div"), combine),
+    **dict.fromkeys(("Add", "Sub", "Sum", "Mul", "Div", "Max", "Min"), combine),
     **dict.fromkeys(
-        "AveragePool MaxPool LpPool ReduceMean ReduceMax ReduceSum ReduceL1 ReduceL2 Resize Pad".split(),  # noqa: SIM905
+        "AveragePool MaxPool LpPool ReduceMean ReduceMax ReduceMin ReduceSum ReduceL1 ReduceL2 Resize Pad".split(),  # noqa: SIM905
         window,
     ),
 }
 """How a node of each operator is drawn."""
 
-MOTIFS = (repeat, repeat, shuffle, parallel, lean, aside, gate, dense, opaque)
+MOTIFS = (repeat, repeat, shuffle, parallel, lean, aside, gate, dense, compare, opaque)
 OFTEN = ("Conv",) * 8 + ("MatMul", "Relu", "Add", "Concat", "Split", "Reshape", "Transpose", "MaxPool") * 2
 
 

@@ -383,3 +383,80 @@ def test_a_file_is_folded_for_onnxruntime_unless_it_is_said_where_it_will_run(tm
         record = tmp_path / "report.json"
         assert main([str(source), "--json", str(record), *arguments]) == 0
         assert json.loads(record.read_text())["counts"]["scale folded"] == halves
+
+
+@pytest.mark.parametrize("op", ["Max", "Min"])
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_comparison_of_values_lets_through_what_grows(op, negative):
+    text = f"""g (float[N, 3, 6, 6] x) => (float[N, 4, 6, 6] y) {{
+        c = Conv(x, w) a, d = Split<axis=1, num_outputs=2>(c) h = {op}(a, d, a) {BN} }}"""
+    numbers = norm(4)
+    numbers["s"] = np.abs(numbers["s"]) * (np.array([1, -1, 1, 1], np.float32) if negative else 1)
+    some = model(text, {"w": weights(8, 3, 1, 1), **numbers}, opset=18)
+    if negative:
+        kept(some, "lets no negative scale through")
+    else:
+        assert count(fold(some, 1)[0]) == 0
+
+
+def test_a_comparison_with_a_constant_keeps_what_is_around_it():
+    text = f"g (float[N, 3, 6, 6] x) => (float[N, 4, 6, 6] y) {{ c = Conv(x, w) h = Max(c, zero) {BN} }}"
+    numbers = {"w": weights(4, 3, 1, 1), "zero": np.zeros((), np.float32), **norm(4)}
+    kept(model(text, numbers, opset=18), "is not linear")
+
+
+EINSUMS = [
+    ("bi,io->bo", "N, 3", (3, 4), "N, 4", False),
+    ("io,bi->bo", "N, 3", (3, 4), "N, 4", True),
+    ("bi,oi", "N, 3", (4, 3), "N, 4", False),
+    ("bci,oc->boi", "N, 3, 5", (4, 3), "N, 4, 5", False),
+    ("b...i,io->bo...", "N, 5, 3", (3, 4), "N, 4, 5", False),
+    ("bchw,co->bohw", "N, 3, 5, 6", (3, 4), "N, 4, 5, 6", False),
+]
+
+
+@pytest.mark.parametrize(("equation", "given", "shape", "made", "first"), EINSUMS)
+def test_an_einsum_by_a_matrix_absorbs_from_both_sides_and_certifies(
+    equation, given, shape, made, first, tmp_path, run_module
+):
+    axis = 2 if equation.startswith("b...i") else 1
+    text = f"""g (float[{given}] x) => (float[{made}] y) {{
+        {"t = Identity(x)" if axis == 1 else "t = Transpose<perm=[0, 2, 1]>(x)"}
+        n = BatchNormalization(t, ns, nb, nm, nv)
+        {"u = Identity(n)" if axis == 1 else "u = Transpose<perm=[0, 2, 1]>(n)"}
+        h = Einsum<equation="{equation}">({"w, u" if first else "u, w"}) {BN} }}"""
+    below = {f"n{name}": array for name, array in norm(3).items()}
+    some = model(text, {"w": weights(*shape), **below, **norm(4)}, opset=18)
+    folded, _ = fold(some, 2)
+    assert count(folded) == 0
+    onnx.save(some, tmp_path / "a.onnx")
+    done = run_module("bnfold.fold", "a.onnx", "-o", "b.onnx", "--certificate", "c.json")
+    assert done.returncode == 0, done.stderr
+    checked = run_module("bnfold", "verify", "a.onnx", "b.onnx", "--certificate", "c.json")
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "given"),
+    [("nctv,vw->nctw", (5, 5), "N, 4, 6, 5"), ("nctv,vw->nwct", (5, 5), "N, 4, 6, 5"),
+     ("kvw,nkctv->nctw", (2, 5, 5), "N, 2, 4, 6, 5")],
+)  # fmt: skip
+def test_a_scale_passes_an_einsum_along_another_axis(equation, shape, given):
+    """Mixed positions let no shift through; what is left of the BatchNorm is one addition."""
+    ranks = len(given.split(","))
+    channel = ranks - 3
+    back = {"nwct": "[0, 2, 3, 1]"}.get(equation[-4:], "[0, 1, 2, 3]")
+    text = f"""g (float[{given}] x) => (float[N, 4, 6, 5] y) {{
+        f = Transpose<perm={[a for a in range(ranks) if a != channel] + [channel]}>(x)
+        g = MatMul(f, mat)
+        c = Transpose<perm={[*range(channel), ranks - 1, *range(channel, ranks - 1)]}>(g)
+        e = Einsum<equation="{equation}">({"c, w" if ranks == 4 else "w, c"})
+        h = Transpose<perm={back}>(e) {BN} }}"""
+    tensors = {"w": weights(*shape), "mat": weights(4, 4), **norm(4)}
+    _, report = fold(model(text, tensors, opset=18), 0, 1)
+    assert report.count("scale folded") == 1
+
+
+def test_an_einsum_that_takes_a_diagonal_stays():
+    text = f"""g (float[N, 4, 4] x) => (float[N, 4] y) {{ h = Einsum<equation="bii,io->bo">(x, w) {BN} }}"""
+    kept(model(text, {"w": weights(4, 4), **norm(4)}, opset=18), "is not linear")

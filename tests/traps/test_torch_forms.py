@@ -194,6 +194,46 @@ def test_a_hand_written_batchnorm_in_training_mode_is_not_folded():
     assert report.count("folded") == 0
 
 
+SPELLINGS = {
+    "the lecture's": lambda n, h: n.gain * (h - n.mean) / n.std + n.bias,
+    "in brackets": lambda n, h: n.gain * ((h - n.mean) / n.std) + n.bias,
+    "by a root": lambda n, h: (h - n.mean) / torch.sqrt(n.var + 1e-5) * n.gain + n.bias,
+    "by an inverse root": lambda n, h: (h - n.mean) * torch.rsqrt(n.var + 1e-5),
+    "at once": lambda n, h: torch.addcmul(n.bias, (h - n.mean) / n.std, n.gain),
+}
+
+
+class WrittenOut(nn.Module):
+    def __init__(self, formula):
+        super().__init__()
+        self.first, self.formula = nn.Linear(6, 5), formula
+        self.gain, self.bias = nn.Parameter(torch.rand(1, 5) + 0.5), nn.Parameter(torch.randn(1, 5))
+        for name, numbers in (
+            ("mean", torch.randn(1, 5)),
+            ("std", torch.rand(1, 5) + 1),
+            ("var", torch.rand(5)),
+        ):
+            self.register_buffer(name, numbers)
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return torch.tanh(self.norm(self.formula(self, self.first(x))))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_formula_written_out_in_other_code_is_owed_a_verdict_and_lets_others_pass(spelling):
+    """What it is made of cannot be taken out of that code, but what stands below goes by."""
+    model = WrittenOut(SPELLINGS[spelling])
+    _, report = check(model, torch.randn(4, 6), folded=["norm"], kept=["mean"])
+    (verdict,) = (verdict for verdict in report.verdicts if verdict.name == "mean")
+    assert verdict.reason == "it is written out in the code of `WrittenOut`; make it a module of its own"
+
+
+def test_a_value_that_is_standardised_is_not_taken_for_a_batchnorm():
+    model = WrittenOut(lambda n, h: (h - n.mean) / n.std)
+    check(model, torch.randn(4, 6), folded=["norm"])
+
+
 class DirectCall(nn.Module):
     def __init__(self):
         super().__init__()

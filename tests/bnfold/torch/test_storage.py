@@ -71,7 +71,14 @@ def test_a_parametrized_weight_is_bound_to_the_module_that_computes_it():
 
 
 def test_a_weight_that_is_computed_while_the_model_runs_has_no_place():
-    assert read_net(lambda net, x: F.linear(x, net.a.weight * 2)).linears == {}
+    assert read_net(lambda net, x: F.linear(x, net.a.weight.exp())).linears == {}
+
+
+def test_a_weight_that_is_scaled_by_constants_has_the_place_of_its_parameter():
+    place = place_of(lambda net, x: F.linear(x, (net.a.weight * 2).t(), net.a.bias / 4))
+    assert (place.weight.name, place.bias.name, place.transposed) == ("a.weight", "a.bias", True)
+    assert (place.scaling == 2).all()
+    assert (place.bias_scaling == 0.25).all()
 
 
 def test_a_weight_that_is_read_otherwise_as_well_has_no_place():
