@@ -165,13 +165,19 @@ def open_side(model: Any, label: str = "the model", folder: Path | None = None) 
     raise InputError(f"{type(model).__name__} is neither an nn.Module nor an ONNX model")
 
 
-def open_file(name: str | Path, factory: str | None = None, shapes: Sequence[str] | None = None) -> Side:
+def open_file(
+    name: str | Path,
+    factory: str | None = None,
+    shapes: Sequence[str] | None = None,
+    **choices: str | None,
+) -> Side:
     """One side, of what the user names: a file, or "package.module:factory".
 
     Args:
         name: an ONNX file, a checkpoint, an exported program, weights of what `factory` builds, or a factory itself.
         factory: "package.module:factory", for weights.
         shapes: of the inputs of a module, as `bnfold.torch.make_inputs` reads them.
+        **choices: of weights, `key` and `prefix`, and `arguments` of what builds their module, as JSON.
 
     Raises:
         InputError: there is no such file, or it cannot be used.
@@ -180,13 +186,13 @@ def open_file(name: str | Path, factory: str | None = None, shapes: Sequence[str
     given: tuple[Any, ...] = (path, label, factory, shapes)
     frontend, opening = "torch", "open_file"
     if not path.exists() and ":" in label:
-        opening, given = "open_factory", (label, shapes)
+        opening, given, choices = "open_factory", (label, shapes, choices.get("arguments")), {}
     elif not path.is_file():
         raise InputError(f"{path}: {'it is a folder' if path.is_dir() else 'no such file'}")
     elif is_onnx(path):
-        frontend, given = "onnx", (path, label)
+        frontend, given, choices = "onnx", (path, label), {}
     import_module(frontend)  # what is missing is said first of what is needed most
-    side: Side = getattr(import_module(f"bnfold.{frontend}.side"), opening)(*given)
+    side: Side = getattr(import_module(f"bnfold.{frontend}.side"), opening)(*given, **choices)
     return side
 
 

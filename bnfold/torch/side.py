@@ -28,7 +28,7 @@ from bnfold.divergence import Recording
 from bnfold.equivalence import Outputs, Unavailable
 from bnfold.errors import InputError, UnreadableModel
 from bnfold.torch.double import double
-from bnfold.torch.files import load_factory, load_folded, load_state, make_inputs
+from bnfold.torch.files import load_factory, load_folded, load_state, make_inputs, read_arguments
 from bnfold.torch.fold import Narrow, coarsest_dtype, run, widened
 from bnfold.torch.program import load_module, without_own_advice
 from bnfold.torch.sandbox import arrange, first_line, restored, undisturbed
@@ -366,19 +366,27 @@ def open_model(model: nn.Module, label: str = "the module", folder: Any = None) 
     return ModuleSide(model, label)
 
 
-def open_factory(name: str, shapes: Sequence[str] | None) -> ModuleSide:
-    """What "package.module:factory" builds, in eval mode, as one side."""
-    return ModuleSide(copy.deepcopy(load_factory(name)).eval(), name, _made_up(shapes), "made up")
+def open_factory(name: str, shapes: Sequence[str] | None, arguments: str | None = None) -> ModuleSide:
+    """What "package.module:factory" builds, in eval mode, as one side; `arguments` as `read_arguments` reads them."""
+    return ModuleSide(_built(name, arguments), name, _made_up(shapes), "made up")
 
 
-def open_file(path: Path, label: str, factory: str | None, shapes: Sequence[str] | None) -> ModuleSide:
+def open_file(
+    path: Path, label: str, factory: str | None, shapes: Sequence[str] | None, **choices: str | None
+) -> ModuleSide:
     """A checkpoint, an exported program, or the weights of what a factory builds, as one side.
+
+    Args:
+        path, label: the file, and what it is called.
+        factory, shapes: what builds the module of weights, and its inputs.
+        **choices: `arguments` of the factory, `key` and `prefix` of the weights in the file.
 
     Raises:
         InputError: the file cannot be read, or holds the weights of another module.
     """
     if factory is not None:
-        return ModuleSide(_load_weights(path, factory, shapes), label, _made_up(shapes), "made up")
+        module = _load_weights(path, factory, shapes, **choices)
+        return ModuleSide(module, label, _made_up(shapes), "made up")
     from bnfold import checkpoint
 
     if checkpoint.identify(path) == "exported program":
@@ -395,10 +403,16 @@ def _made_up(shapes: Sequence[str] | None) -> Any:
     return make_inputs(shapes) if shapes else None
 
 
-def _load_weights(path: Path, factory: str, shapes: Sequence[str] | None) -> nn.Module:
+def _built(factory: str, arguments: str | None) -> nn.Module:
+    return copy.deepcopy(load_factory(factory, read_arguments(arguments))).eval()
+
+
+def _load_weights(
+    path: Path, factory: str, shapes: Sequence[str] | None, arguments: str | None = None, **where: str | None
+) -> nn.Module:
     """What a factory builds, with the weights of a file, folded or not."""
-    module = copy.deepcopy(load_factory(factory)).eval()
-    _, state, _ = load_state(path, module.state_dict())
+    module = _built(factory, arguments)
+    _, state, _ = load_state(path, module.state_dict(), **where)
     try:
         module.load_state_dict(state)
         return module
@@ -406,7 +420,7 @@ def _load_weights(path: Path, factory: str, shapes: Sequence[str] | None) -> nn.
         if not shapes:
             fact = f"{path} does not hold the weights of what {factory} builds"
             raise InputError(f"{fact}; if they are folded ones, give --input SHAPE") from error
-    return load_folded(copy.deepcopy(load_factory(factory)).eval(), make_inputs(shapes), state)
+    return load_folded(_built(factory, arguments), make_inputs(shapes), state)
 
 
 def _are_positional(inputs: Any) -> bool:
