@@ -76,6 +76,9 @@ class Side(Protocol):
     def run_exactly(self, cases: Sequence[Case], own: Sequence[Outputs] | None) -> list[Outputs]:
         """What it computes in float64, from the weights that it has; `own` is what it computes in its own dtype."""
 
+    def run_nudged(self, cases: Sequence[Case], exact: bool, units: float, seed: int) -> list[Outputs]:
+        """What it computes in float64 or in its own dtype, with its weights moved by units in their last place."""
+
     def soften(self) -> Callable[[Case], Outputs]:
         """Run the model with rectifiers that leak, so that a direction is seen where they are shut."""
 
@@ -385,9 +388,10 @@ class _Runs:
     def run_after(self, folded: Any) -> list[Outputs]:
         return [self.pair.run(case)[1] for case in self.cases]
 
-    def run_nudged(self) -> list[Outputs]:
-        before, unit = self.pair.before, UNIT_ROUNDOFF[self.dtype]
-        return [before.run(before.accept(nudged(case, unit))) for case in self.cases]
+    def run_nudged(self, exact: bool, units: float, seed: int) -> list[Outputs]:
+        before, unit = self.pair.before, UNIT_ROUNDOFF["float64" if exact else self.dtype]
+        cases = [before.accept(nudged(case, units * unit, seed)) for case in self.cases]
+        return before.run_nudged(cases, exact, units, seed)
 
     def nearest(self) -> tuple[list[Outputs], list[Outputs]]:
         """What was computed in the models' own dtypes, or else in float64."""

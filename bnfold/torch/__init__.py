@@ -14,7 +14,7 @@
     retrace      the folded model's calls, against the plan  fold        read, travel, write, compare
     modules      what stands where a BatchNorm was           side        a module as one side of a verification
     files        weights of a model that a factory builds    program     exported programs (.pt2)
-    states       where in a file a state dict lies
+    states       where in a file a state dict lies           nudge       every number moved a little
 
 `example_inputs` is everywhere a tensor, a tuple of positional arguments, a dict of keyword arguments, or a pair of a
 tuple and a dict.

@@ -10,7 +10,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from bnfold.errors import InputError, UnreadableModel
 from bnfold.torch.double import double
 from bnfold.torch.files import load_factory, load_folded, load_state, make_inputs, read_arguments
 from bnfold.torch.fold import Narrow, coarsest_dtype, run, widened
+from bnfold.torch.nudge import nudge
 from bnfold.torch.program import load_module, without_own_advice
 from bnfold.torch.sandbox import arrange, first_line, restored, undisturbed
 from bnfold.torch.stored import to_float64
@@ -172,6 +173,22 @@ class ModuleSide:
         if watch.seen:
             self.doubt = f"not compared in float64: {self.label} fixes a narrower dtype by itself"
         return outputs
+
+    def run_nudged(self, cases: Sequence[Case], exact: bool, units: float, seed: int) -> list[Outputs]:
+        """What a copy computes whose weights are moved by units in their last place.
+
+        Raises:
+            Unavailable: it does not run with those.
+        """
+        try:
+            moved = nudge(self._twin if exact else self.model, units, seed, whole=exact)
+            inputs = [self._inputs(case) for case in cases]
+            if exact:
+                inputs = [tree_map_only(Tensor, widened, each) for each in inputs]
+            with double() if exact else nullcontext():
+                return [_named(run(moved, each)) for each in inputs]
+        except Exception as error:
+            raise Unavailable(first_line(error)) from error
 
     @cached_property
     def _twin(self) -> nn.Module:
