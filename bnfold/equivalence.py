@@ -214,8 +214,10 @@ class Comparison:
             return evidence
 
     def _ask(self, own: Pair, exact: Pair | None, dtype: str, noise: float = 0.0) -> tuple[Evidence, ...]:
-        more = {"noise": noise, "jitter": self.jitter}
-        return judge(own, exact, dtype, self.changed, self.runs.examples, rounded=self.rounded, **more)
+        examples, rounded = self.runs.examples, self.rounded
+        return judge(
+            own, exact, dtype, self.changed, examples, rounded=rounded, noise=noise, jitter=self.jitter
+        )
 
     def _measure_jitter(self, before: Sequence[Outputs]) -> float:
         """What one rounding of every number does to the float64 outputs; 0 of a jump, which is no measure of it."""

@@ -1,6 +1,7 @@
-"""A model in float64 shows no noise of its own: what its roundings may do is measured, and a wrong fold is still caught.
+"""A model in float64 shows no noise of its own: what roundings do is measured, and a wrong fold is still caught.
 
-A shift that a BatchNorm takes away again costs as many digits as it is large, before the fold and after it in other places.
+A shift that a BatchNorm takes away again costs as many digits as it is large, before the fold and after it, but in
+other places.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 
 import bnfold.onnx
 from bnfold.errors import InputError, NotEquivalent
-from bnfold.onnx import proof
+from bnfold.onnx import runs
 from bnfold.onnx.edit import Forget, Insert, Remove, Rewire, Store, apply
 from bnfold.onnx.run import to_float64
 from bnfold.onnx.write import fits, write
@@ -114,24 +114,24 @@ def test_an_initializer_that_is_not_finite_is_refused_by_name():
 
 def test_a_fold_reads_its_model_once(monkeypatch):
     read, seen = bnfold.onnx.read, []
-    for module in (bnfold.onnx, proof):
+    for module in (bnfold.onnx, runs):
         monkeypatch.setattr(module, "read", lambda *a, **o: seen.append(1) or read(*a, **o), raising=False)
     assert bnfold.onnx.fold(chain())[1].verified
     assert len(seen) == 1
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nudged_inputs_are_run_only_where_the_comparison_fails(monkeypatch, fails):
+def test_nudged_numbers_are_run_only_where_the_comparison_fails(monkeypatch, fails):
     from bnfold import equivalence
 
-    nudge, judge, seen = proof._nudge, equivalence.judge, []
+    nudge, judge, seen = runs.nudge, equivalence.judge, []
 
     def refuse(*asked, noise=0.0, **more):
         if fails and not noise:
             raise NotEquivalent("made up")
         return judge(*asked, noise=noise, **more)
 
-    monkeypatch.setattr(proof, "_nudge", lambda *a: seen.append(1) or nudge(*a))
+    monkeypatch.setattr(runs, "nudge", lambda *a: seen.append(1) or nudge(*a))
     monkeypatch.setattr(equivalence, "judge", refuse)
     assert bnfold.onnx.fold(chain())[1].verified
     assert bool(seen) == fails
