@@ -10,7 +10,7 @@ import numpy as np
 
 from bnfold.equivalence import Outputs
 
-__all__ = ["Array", "Case", "Form", "count_examples", "is_float", "nudged", "perturbed", "renamed"]
+__all__ = ["Array", "Case", "Form", "count_examples", "is_float", "move", "nudged", "perturbed", "renamed"]
 
 Array = np.ndarray[Any, Any]
 
@@ -61,17 +61,18 @@ def perturbed(case: Case, seed: int = 0) -> Iterator[Case]:
         yield replace(case, label=f"perturbed {case.label}", arrays=tuple(map(shake, case.arrays)))
 
 
-def nudged(case: Case, unit: float) -> Case:
-    """The same, every float moved up or down by two unit roundoffs."""
-    random = np.random.default_rng(1)
+def nudged(case: Case, step: float, seed: int) -> Case:
+    """The same, every float moved up or down by two times a relative step."""
+    random = np.random.default_rng(seed)
+    return replace(case, arrays=tuple(move(array, step, random) for array in case.arrays))
 
-    def nudge(array: Array) -> Array:
-        if not is_float(array):
-            return array
-        signs = random.integers(2, size=array.shape) * 2 - 1
-        return np.asarray((array.astype(np.float64) * (1 + 2 * unit * signs)).astype(array.dtype))
 
-    return replace(case, arrays=tuple(map(nudge, case.arrays)))
+def move(array: Array, step: float, random: np.random.Generator) -> Array:
+    """Every float of an array moved up or down by two times a relative step; other numbers as they are."""
+    if not is_float(array):
+        return array
+    signs = random.integers(2, size=array.shape) * 2 - 1
+    return np.asarray((array.astype(np.float64) * (1 + 2 * step * signs)).astype(array.dtype))
 
 
 def renamed(outputs: Outputs, like: Outputs) -> Outputs:

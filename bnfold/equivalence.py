@@ -5,14 +5,19 @@ Two questions, asked separately, of outputs that the frontends computed:
 - *Is the algebra right?* Both models in float64, the folded one with weights that were not rounded to the storage
   dtype. The difference is held to 1e-12 of the largest output, or to the rounding noise of the model itself where that
   is more: a deep net amplifies every rounding, and by the same factor in every precision, so the noise that the
-  *unfolded* model shows in its own dtype, times the ratio of the two unit roundoffs, is what float64 will show.
+  *unfolded* model shows in its own dtype, times the ratio of the two unit roundoffs, is what float64 will show. Where
+  that does not do (a float64 model shows no noise), the noise of float64 is measured in float64: all inputs and weights
+  of the unfolded model are moved by one unit in the last place, up or down. A linear operator as it is rounded is one
+  with such weights, computed exactly (Higham 2002, section 3.5: its backward error), so this is what roundings do.
 - *Is the rounding acceptable?* Both models in their own dtype, each against the float64 truth. The folded model may
   be off by a small multiple of what the unfolded one is off by, plus one unit roundoff for each operator that was
   given new weights, since each of those was rounded once. Where the unfolded model itself overflows in its own dtype,
   there is no noise to measure, and only the first question is asked.
 
-`Comparison` asks them of one fold. Where the answer is no, it asks once more, granting the folded model what one
-rounding of the inputs does to the unfolded one: a model that jumps (a hard attention) is moved far by any rounding.
+`Comparison` asks them of one fold. Where the answer is no, it asks once more, granting the folded model in its own
+dtype what one rounding of inputs and weights does to the unfolded one: a model that jumps (a hard attention, a choice
+of the best) is moved far by any rounding. A note says so then. In float64 nothing is granted to jumps: what roundings
+do grows with the roundings, and a response that does not is no measure of them.
 
 Neither bound is a round number that somebody chose to make a model pass: one is measured on the model that nobody
 touched, the other is Higham's (2002, "Accuracy and Stability of Numerical Algorithms", section 3.1) unit roundoff per
@@ -58,6 +63,18 @@ UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, 
 """Half the distance from 1 to the next number, by dtype."""
 
 _MARGIN = 8.0
+
+DRAWS = 3
+"""How often the unfolded model is nudged in float64, where it is; the largest response counts."""
+
+TRIES = 12
+"""How often at most in its own dtype: a choice between two that are nearly equal falls out the same in half of all."""
+
+STRIDE = 2.0**10
+"""A nudge of so many units tells a response that grows from a jump."""
+
+GROWTH = 2.0**5
+"""As much as this the response to that nudge has to be larger; in a linear model, `STRIDE` times but for roundings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +135,14 @@ class Runs(Protocol):
     def run_after(self, folded: Any) -> Sequence[Outputs]:
         """The folded model in its own dtype."""
 
-    def run_nudged(self) -> Sequence[Outputs]:
-        """The unfolded model in its own dtype, every input moved by about one unit roundoff."""
+    def run_nudged(self, exact: bool, units: float, seed: int) -> Sequence[Outputs]:
+        """The unfolded model, every input and weight moved up or down by so many units in the last place.
+
+        Args:
+            exact: whether in float64, by units of float64; else in its own dtype.
+            units: how many.
+            seed: of the directions.
+        """
 
 
 class Comparison:
@@ -140,6 +163,23 @@ class Comparison:
         self.notes: list[str] = []
         self.before = self._attempt(runs.run_before)
         self.exact = self._attempt(runs.run_exactly)
+        self.jitter = 0.0
+        if self.exact is not None and not self._is_exact(self.exact):
+            self.jitter = self._measure_jitter(self.exact[0])
+
+    def _is_exact(self, exact: Pair) -> bool:
+        """Whether the float64 outputs agree with nothing granted to the arithmetic of float64."""
+        own = exact if self.before is None else (self.before, self.before)
+        try:
+            self._ask(own, exact, self._held_to)
+        except NotEquivalent:
+            return False
+        return True
+
+    @property
+    def _held_to(self) -> str:
+        """The dtype whose roundings show; float64 where only it could be run, unless the weights are rounded."""
+        return self.runs.dtype if self.before is not None or self.rounded else "float64"
 
     def _attempt(self, run: Callable[[], _T]) -> _T | None:
         try:
@@ -149,33 +189,53 @@ class Comparison:
             return None
 
     def judge(self, folded: Any) -> tuple[Evidence, ...]:
-        """Compare with the folded model; no evidence where the unfolded one could not be run at all.
+        """Compare with the folded model; no evidence where the unfolded one could not be run, or gives no numbers.
 
         Raises:
             NotEquivalent: it computes something else.
         """
         if self.before is None:
-            dtype = self.runs.dtype if self.rounded else "float64"
-            return () if self.exact is None else self._ask(self.exact, self.exact, dtype)
+            return () if self.exact is None else self._ask(self.exact, self.exact, self._held_to)
         own, dtype = (self.before, self.runs.run_after(folded)), self.runs.dtype
+        if not any(np.size(array) for outputs in self.before for array in outputs.values()):
+            self.notes.append("unverified: the outputs hold no numbers for inputs of these sizes")
+            return ()
         try:
             return self._ask(own, self.exact, dtype)
         except NotEquivalent:
             if self.runs.doubt and self.exact is not None:
                 self.notes.append(self.runs.doubt)
                 return self._ask(own, None, dtype)
-            return self._ask(own, self.exact, dtype, self._sensitivity(self.before))
+            if dtype == "float64" and self.exact is not None:
+                raise
+            sensitivity = self._respond(self.before, False)
+            evidence = self._ask(own, self.exact, dtype, sensitivity)
+            moved = (
+                f"one rounding of inputs and weights moves the outputs by {sensitivity:.1e} of the largest"
+            )
+            self.notes.append(f"in {dtype} {moved}: what is compared there says no more than that")
+            return evidence
 
     def _ask(self, own: Pair, exact: Pair | None, dtype: str, noise: float = 0.0) -> tuple[Evidence, ...]:
-        examples = self.runs.examples
-        return judge(own, exact, dtype, self.changed, examples, rounded=self.rounded, noise=noise)
+        examples, rounded = self.runs.examples, self.rounded
+        return judge(
+            own, exact, dtype, self.changed, examples, rounded=rounded, noise=noise, jitter=self.jitter
+        )
 
-    def _sensitivity(self, before: Sequence[Outputs]) -> float:
-        """How far the outputs move when every input moves by one unit roundoff: what any rounding may do to them."""
+    def _measure_jitter(self, before: Sequence[Outputs]) -> float:
+        """What one rounding of every number does to the float64 outputs; 0 of a jump, which is no measure of it."""
+        near, far = self._respond(before, True), self._respond(before, True, STRIDE)
+        return near if GROWTH * near <= far < np.inf else 0.0
+
+    def _respond(
+        self, before: Sequence[Outputs], exact: bool, units: float = 1.0, seeds: Sequence[int] = range(DRAWS)
+    ) -> float:
+        """How far the outputs move when every input and weight does, at most of some draws; 0 where it is not known."""
         try:
-            return measure(before, self.runs.run_nudged(), discrete=False).deviation
+            nudged = [self.runs.run_nudged(exact, units, seed) for seed in seeds]
         except Unavailable:
             return 0.0
+        return max(measure(before, near, discrete=False).deviation for near in nudged)
 
 
 def judge(
@@ -187,6 +247,7 @@ def judge(
     exhaustive: bool = False,
     rounded: bool = False,
     noise: float = 0.0,
+    jitter: float = 0.0,
 ) -> tuple[Evidence, ...]:
     """Ask both questions.
 
@@ -200,6 +261,7 @@ def judge(
         rounded: whether the second model's weights were rounded to `dtype` before they came to `exact`, as those of a
             finished model were; then float64 shows that rounding, and is held to the bound of the second question.
         noise: what is known of the unfolded model's own noise besides its distance from float64.
+        jitter: what one rounding of all numbers does to its outputs in float64, if that is known.
 
     Returns:
         One `Evidence` per question; float64 models and models that cannot run in float64 are asked one.
@@ -217,11 +279,16 @@ def judge(
         return (_evidence(dtype, own[0], worst, bound, source, inputs, exhaustive),)
     own = _where_finite(own[0], own[0]), _where_finite(own[1], own[0])
     truth = _where_finite(exact[0], own[0])
-    noise = max(noise, measure(truth, own[0], discrete=False).deviation) if dtype != "float64" else 0.0
-    carried = _MARGIN**2 * noise * UNIT_ROUNDOFF["float64"] / unit
+    shown = measure(truth, own[0], discrete=False).deviation if dtype != "float64" else 0.0
+    noise = max(noise, shown) if dtype != "float64" else jitter
+    carried = _MARGIN**2 * shown * UNIT_ROUNDOFF["float64"] / unit
     within = _MARGIN * noise + rounding
     because = f"{_MARGIN:g} x (unfolded error {noise:.1e} + {changed + 1} roundings of {unit:.1e})"
-    bound, source = max((ALGEBRA, "of the largest output"), (carried, "the model's own noise"))
+    bound, source = max(
+        (ALGEBRA, "of the largest output"),
+        (carried, "the model's own noise"),
+        (_MARGIN * jitter, f"{_MARGIN:g} x what one rounding of inputs and weights does ({jitter:.1e})"),
+    )
     if rounded:
         bound, source = max((bound, source), (within, because))
     worst = compare(*exact, bound, "float64", discrete=True)

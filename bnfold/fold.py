@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 STDOUT = Path("-")
+_OF_WEIGHTS = ("model_args", "key", "prefix")
+"""What only weights need, which come with `--model`."""
+
 _EVERY = 1_000_000
 """As many inputs are all tried, where a model has no more."""
 
@@ -111,8 +114,16 @@ def _parser() -> Parser:
         "--model", metavar="PACKAGE.MODULE:FACTORY", help="what builds the module; imported and called"
     )
     torch.add_argument(
-        "--input", action="append", metavar="SHAPE", help="1x3x224x224, once per positional argument"
+        "--model-args", metavar="JSON", help="""what the factory is called with: '{"depth": 50}', or [50]"""
     )
+    torch.add_argument(
+        "--input",
+        action="append",
+        metavar="[NAME=]SHAPE",
+        help="1x3x224x224, once per argument; mask=1x16:bool by name, batch.image=1x3x8x8 in a dict",
+    )
+    torch.add_argument("--key", help="where in the file the weights lie (ema, ema.state_dict)")
+    torch.add_argument("--prefix", help="what stands before the names of the weights (net.)")
     return parser
 
 
@@ -187,7 +198,7 @@ def _choices(options: argparse.Namespace) -> dict[str, Any]:
 def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
     from bnfold import onnx as frontend
 
-    _refuse(options, "model", "input")
+    _refuse(options, "model", *_OF_WEIGHTS, "input")
     report = frontend.fold_file(
         options.file,
         None if options.dry_run else options.output,
@@ -204,8 +215,10 @@ def _fold_torch(options: argparse.Namespace) -> tuple[Report, str]:
     from bnfold import checkpoint
 
     _refuse(options, "inputs", "freeze_initializers", "duplicate", "certificate")
-    if options.model is None and checkpoint.identify(options.file) != "exported program":
-        return _fold_checkpoint(options)
+    if options.model is None:
+        _refuse(options, *_OF_WEIGHTS)
+        if checkpoint.identify(options.file) != "exported program":
+            return _fold_checkpoint(options)
     from bnfold import torch as frontend
 
     report = frontend.fold_checkpoint_file(
@@ -213,6 +226,9 @@ def _fold_torch(options: argparse.Namespace) -> tuple[Report, str]:
         None if options.dry_run else options.output,
         model=options.model,
         shapes=options.input,
+        arguments=frontend.read_arguments(options.model_args),
+        key=options.key,
+        prefix=options.prefix,
         **_choices(options),
     )
     return report, f"wrote {options.output}"

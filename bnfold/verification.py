@@ -76,6 +76,9 @@ class Side(Protocol):
     def run_exactly(self, cases: Sequence[Case], own: Sequence[Outputs] | None) -> list[Outputs]:
         """What it computes in float64, from the weights that it has; `own` is what it computes in its own dtype."""
 
+    def run_nudged(self, cases: Sequence[Case], exact: bool, units: float, seed: int) -> list[Outputs]:
+        """What it computes in float64 or in its own dtype, with its weights moved by units in their last place."""
+
     def soften(self) -> Callable[[Case], Outputs]:
         """Run the model with rectifiers that leak, so that a direction is seen where they are shut."""
 
@@ -165,13 +168,19 @@ def open_side(model: Any, label: str = "the model", folder: Path | None = None) 
     raise InputError(f"{type(model).__name__} is neither an nn.Module nor an ONNX model")
 
 
-def open_file(name: str | Path, factory: str | None = None, shapes: Sequence[str] | None = None) -> Side:
+def open_file(
+    name: str | Path,
+    factory: str | None = None,
+    shapes: Sequence[str] | None = None,
+    **choices: str | None,
+) -> Side:
     """One side, of what the user names: a file, or "package.module:factory".
 
     Args:
         name: an ONNX file, a checkpoint, an exported program, weights of what `factory` builds, or a factory itself.
         factory: "package.module:factory", for weights.
         shapes: of the inputs of a module, as `bnfold.torch.make_inputs` reads them.
+        **choices: of weights, `key` and `prefix`, and `arguments` of what builds their module, as JSON.
 
     Raises:
         InputError: there is no such file, or it cannot be used.
@@ -180,13 +189,13 @@ def open_file(name: str | Path, factory: str | None = None, shapes: Sequence[str
     given: tuple[Any, ...] = (path, label, factory, shapes)
     frontend, opening = "torch", "open_file"
     if not path.exists() and ":" in label:
-        opening, given = "open_factory", (label, shapes)
+        opening, given, choices = "open_factory", (label, shapes, choices.get("arguments")), {}
     elif not path.is_file():
         raise InputError(f"{path}: {'it is a folder' if path.is_dir() else 'no such file'}")
     elif is_onnx(path):
-        frontend, given = "onnx", (path, label)
+        frontend, given, choices = "onnx", (path, label), {}
     import_module(frontend)  # what is missing is said first of what is needed most
-    side: Side = getattr(import_module(f"bnfold.{frontend}.side"), opening)(*given)
+    side: Side = getattr(import_module(f"bnfold.{frontend}.side"), opening)(*given, **choices)
     return side
 
 
@@ -379,9 +388,10 @@ class _Runs:
     def run_after(self, folded: Any) -> list[Outputs]:
         return [self.pair.run(case)[1] for case in self.cases]
 
-    def run_nudged(self) -> list[Outputs]:
-        before, unit = self.pair.before, UNIT_ROUNDOFF[self.dtype]
-        return [before.run(before.accept(nudged(case, unit))) for case in self.cases]
+    def run_nudged(self, exact: bool, units: float, seed: int) -> list[Outputs]:
+        before, unit = self.pair.before, UNIT_ROUNDOFF["float64" if exact else self.dtype]
+        cases = [before.accept(nudged(case, units * unit, seed)) for case in self.cases]
+        return before.run_nudged(cases, exact, units, seed)
 
     def nearest(self) -> tuple[list[Outputs], list[Outputs]]:
         """What was computed in the models' own dtypes, or else in float64."""

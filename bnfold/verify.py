@@ -52,7 +52,15 @@ def _parser() -> Parser:
     torch = parser.add_argument_group("modules")
     torch.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="what builds the module of weights")
     torch.add_argument("--model-b", metavar="PACKAGE.MODULE:FACTORY", help="that of B, if it is another one")
-    torch.add_argument("--input", action="append", metavar="SHAPE", help="1x3x224x224, once per argument")
+    torch.add_argument("--model-args", metavar="JSON", help="what it is called with, an object or a list")
+    torch.add_argument(
+        "--input",
+        action="append",
+        metavar="[NAME=]SHAPE",
+        help="1x3x224x224, once per argument; see bnfold fold",
+    )
+    torch.add_argument("--key", help="where in A and B the weights lie (ema, ema.state_dict)")
+    torch.add_argument("--prefix", help="what stands before the names of the weights in A and B (net.)")
     return parser
 
 
@@ -61,8 +69,9 @@ def _run(options: argparse.Namespace) -> int:
     out = sys.stderr if options.json == STDOUT else sys.stdout
     for shown in _prove(options):
         print(f"proved: {shown}", file=out)
-    before = open_file(options.before, options.model, options.input)
-    after = open_file(options.after, options.model_b or options.model, options.input)
+    choices = {"arguments": options.model_args, "key": options.key, "prefix": options.prefix}
+    before = open_file(options.before, options.model, options.input, **choices)
+    after = open_file(options.after, options.model_b or options.model, options.input, **choices)
     found = verify_sides(before, after, options.inputs, options.tolerance, locate=True)
     with together():
         _keep(options, found)

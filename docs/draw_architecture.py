@@ -30,7 +30,7 @@ PLACES: dict[tuple[str, str], str] = {
         "import",
     ): "read simplify norms aliasing storage steps determinism naming tails calls trials alignment sizes idle",
     ("torch", "write"): "write merging stored modules",
-    ("torch", "run and compare"): "fold retrace sandbox double",
+    ("torch", "run and compare"): "fold retrace sandbox double nudge",
     ("", "lower"): "canonical algebra window",
     ("", "import"): "ir",
     ("", "decide"): "travel rules duplicate merge operators decide",
@@ -39,12 +39,12 @@ PLACES: dict[tuple[str, str], str] = {
     ("onnx", "lower"): "lower context",
     ("onnx", "import"): "read",
     ("onnx", "write"): "write merging slots edit",
-    ("onnx", "run and compare"): "runs run reference inputs certify",
+    ("onnx", "run and compare"): "runs run reference inputs certify nudge",
 }
 """Which modules stand where, by lane and stage."""
 
 BESIDE = {
-    "torch": "archive files program side",
+    "torch": "archive files program side states",
     "": "archive ascent calibrate cases checkpoint cli command divergence errors exclusive fold layers output "
     "page printed pytest_plugin pytest_report shapes verification verify wording",
     "onnx": "files side",

@@ -323,7 +323,7 @@ def _compare(
 
 def _judge(comparison: Comparison, folded: onnx.ModelProto | Path) -> tuple[Evidence, ...]:
     evidence = comparison.judge(folded)
-    if not evidence:
+    if not evidence and comparison.before is None:
         raise InputError("the folded model could not be run in float64")
     return evidence
 

@@ -120,7 +120,8 @@ def make(
 
 def _shape(item: onnx.ValueInfoProto) -> list[Dim]:
     dims = item.type.tensor_type.shape.dim
-    return [int(dim.dim_value) if dim.dim_value > 0 else dim.dim_param or None for dim in dims]
+    fixed = [dim.HasField("dim_value") and dim.dim_value >= 0 for dim in dims]
+    return [int(d.dim_value) if known else d.dim_param or None for d, known in zip(dims, fixed, strict=True)]
 
 
 def _kind(item: onnx.ValueInfoProto) -> int:

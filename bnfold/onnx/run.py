@@ -29,7 +29,7 @@ from bnfold.onnx.files import size
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.inputs import Feed
 
-__all__ = ["Outputs", "Runner", "run", "to_float64"]
+__all__ = ["Outputs", "Runner", "fixed_values", "run", "to_float64", "widen"]
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 
@@ -182,7 +182,7 @@ def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed]) -> list[Outputs]:
     Raises:
         InputError: some operator has no float64.
     """
-    wide = [{name: _wide(array) for name, array in feed.items()} for feed in feeds]
+    wide = [{name: widen(array) for name, array in feed.items()} for feed in feeds]
     names = [output.name for output in model.graph.output]
     if not any(node.op_type in ("Conv", "ConvTranspose") for node in nodes(model)):
         try:
@@ -195,7 +195,8 @@ def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed]) -> list[Outputs]:
     return [name_outputs(names, results) for results in evaluate(seed(model), wide)]
 
 
-def _wide(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def widen(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """An array in float64 if it holds floats."""
     return array.astype(np.float64) if array.dtype.kind == "f" or array.dtype.name == "bfloat16" else array
 
 
@@ -215,15 +216,20 @@ def _graph_to_float64(graph: onnx.GraphProto, wide: onnx.GraphProto, folder: Pat
             copy = getattr(wide, name).add()
             copy.CopyFrom(item)
             _type_to_float64(copy.type)
-    fixed = {
-        node.input[place] for node in graph.node for place in _fixed_inputs(node) if place < len(node.input)
-    }
+    fixed = fixed_values(graph)
     for tensor in graph.initializer:
         _tensor_to_float64(tensor, wide.initializer.add(), folder, tensor.name in fixed)
     for sparse in graph.sparse_initializer:
         _tensor_to_float64(densify(sparse), wide.initializer.add(), folder, sparse.values.name in fixed)
     for node in graph.node:
         _node_to_float64(node, wide.node.add(), folder, bool(fixed.intersection(node.output)))
+
+
+def fixed_values(graph: onnx.GraphProto) -> set[str]:
+    """What is float32 whatever the data is, and says sizes."""
+    return {
+        node.input[place] for node in graph.node for place in _fixed_inputs(node) if place < len(node.input)
+    }
 
 
 def _fixed_inputs(node: onnx.NodeProto) -> tuple[int, ...]:

@@ -18,14 +18,16 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.archive import load_arrays
+from bnfold.cases import move
 from bnfold.equivalence import UNIT_ROUNDOFF, Unavailable
 from bnfold.errors import InputError
 from bnfold.onnx import inputs as made
 from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.files import stored_tensors
 from bnfold.onnx.inputs import Feed
+from bnfold.onnx.nudge import nudge
 from bnfold.onnx.read import ImportedModel
-from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, to_float64
+from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, to_float64, widen
 
 __all__ = ["DOUBTFUL", "HEAVY", "SLOW", "ModelRuns", "agree", "check_runs"]
 
@@ -145,12 +147,27 @@ class ModelRuns:
         runner = Runner(folded, self.folder)
         return [runner(feed) for feed in self.feeds]
 
-    def run_nudged(self) -> list[Outputs]:
-        """Run the original on inputs that lie beside those that it ran on."""
-        runner, random = Runner(self.original, self.imported.folder), np.random.default_rng(1)
-        unit = UNIT_ROUNDOFF[self.dtype]
-        near = ({name: _nudge(array, unit, random) for name, array in feed.items()} for feed in self.feeds)
-        return [runner(feed) for feed in near]
+    def run_nudged(self, exact: bool, units: float, seed: int) -> list[Outputs]:
+        """Run the original with numbers that lie beside its own and those of the inputs.
+
+        Raises:
+            Unavailable: it does not run with those.
+        """
+        unit = UNIT_ROUNDOFF["float64" if exact else self.dtype] * units
+        random = np.random.default_rng(seed)
+        try:
+            model = nudge(self._widened() if exact else self.original, self.imported.folder, units, seed)
+            feeds = [
+                {name: widen(array) if exact else array for name, array in feed.items()}
+                for feed in self.feeds
+            ]
+            near = [{name: move(array, unit, random) for name, array in feed.items()} for feed in feeds]
+            if exact:
+                return run_exactly(model, near)
+            runner = Runner(model, self.imported.folder)
+            return [runner(feed) for feed in near]
+        except InputError as error:
+            raise Unavailable(str(error)) from error
 
     def _run_wide_instead(self, error: InputError) -> Callable[[Feed], Outputs]:
         """Run in float64 what onnxruntime has no kernel for (bfloat16 on a CPU)."""
@@ -248,14 +265,6 @@ def agree(exact: Sequence[Outputs], own: Sequence[Outputs], tolerance: float) ->
             if any(np.nanmax(np.abs(a - b), initial=0.0) > tolerance * max(peak, 1e-4) for a, b in wide):
                 return False
     return True
-
-
-def _nudge(array: np.ndarray[Any, Any], unit: float, random: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Move every number by up to two unit roundoffs, of those that are floats."""
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        return array
-    moved = array.astype(np.float64) * (1 + 2 * unit * random.uniform(-1, 1, array.shape))
-    return np.asarray(moved.astype(array.dtype))
 
 
 def _given(inputs: Any) -> list[Feed] | None:

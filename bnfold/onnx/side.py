@@ -23,6 +23,7 @@ from bnfold.onnx import files, to_proto
 from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.inputs import Feed
+from bnfold.onnx.nudge import nudge
 from bnfold.onnx.read import read
 from bnfold.onnx.run import Runner, run_exactly, to_float64
 from bnfold.onnx.runs import DOUBTFUL, HEAVY, SLOW, ModelRuns, agree
@@ -177,6 +178,24 @@ class ModelSide:
         except InputError as error:
             raise Unavailable(f"not compared in float64: {error}") from error
         return list(outputs)
+
+    def run_nudged(self, cases: Sequence[Case], exact: bool, units: float, seed: int) -> list[Outputs]:
+        """What it computes with its weights moved by units in their last place.
+
+        Raises:
+            Unavailable: it does not run with those.
+        """
+        try:
+            model = nudge(self._wide if exact else self.model, self.folder, units, seed)
+            feeds = [self._feeds(case) for case in cases]
+            whole = [feed for pieces in feeds for feed in pieces]
+            runner = None if exact else Runner(model, self.folder)
+            ran = iter(run_exactly(model, whole) if runner is None else map(runner, whole))
+            return [
+                _joined(case, [next(ran) for _ in pieces]) for case, pieces in zip(cases, feeds, strict=True)
+            ]
+        except InputError as error:
+            raise Unavailable(str(error)) from error
 
     def _renamed(self, own: Sequence[Outputs]) -> list[dict[str, Array]]:
         """Outputs that may go by the names of another model, by those of this one."""

@@ -14,6 +14,7 @@
     retrace      the folded model's calls, against the plan  fold        read, travel, write, compare
     modules      what stands where a BatchNorm was           side        a module as one side of a verification
     files        weights of a model that a factory builds    program     exported programs (.pt2)
+    states       where in a file a state dict lies           nudge       every number moved a little
 
 `example_inputs` is everywhere a tensor, a tuple of positional arguments, a dict of keyword arguments, or a pair of a
 tuple and a dict.
@@ -21,7 +22,14 @@ tuple and a dict.
 
 from __future__ import annotations
 
-from bnfold.torch.files import fold_checkpoint_file, load_factory, load_folded, load_state, make_inputs
+from bnfold.torch.files import (
+    fold_checkpoint_file,
+    load_factory,
+    load_folded,
+    load_state,
+    make_inputs,
+    read_arguments,
+)
 from bnfold.torch.fold import fold, run
 from bnfold.torch.program import fold_program, fold_program_file
 from bnfold.torch.read import Reading, read
@@ -38,6 +46,7 @@ __all__ = [
     "load_state",
     "make_inputs",
     "read",
+    "read_arguments",
     "run",
     "write",
 ]

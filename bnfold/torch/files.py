@@ -2,10 +2,10 @@
 
     fold_checkpoint_file("weights.pt", "out.pt", model="package.module:factory", shapes=["1x3x224x224"])
 
-The file holds a state dict, a dict with one under `state_dict`, `model` or `model_state_dict`, or is a `.safetensors`
-file; it is read within the limits of `bnfold.archive`, and nothing in it chooses what is imported. The output has the
-form of the input: the same other entries, and the same prefix that a wrapper gave every name (`module.` of a model
-trained in parallel, `_orig_mod.` of a compiled one, `model.` of a Lightning module). It belongs to the *folded* module,
+The file holds a state dict, or a dict with one (see `bnfold.torch.states`), or is a `.safetensors` file; it is read
+within the limits of `bnfold.archive`, and nothing in it chooses what is imported. The output has the form of the input:
+the same other entries, and the same prefix that a wrapper gave every name (`module.` of a model trained in parallel,
+`_orig_mod.` of a compiled one, `model.` of a Lightning module, any other). It belongs to the *folded* module,
 which `load_folded` makes of what the factory builds. With `-o out.pt2` the folded module is written as an exported
 program instead, which needs no factory any more.
 """
@@ -13,6 +13,7 @@ program instead, which needs no factory any more.
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,24 +34,26 @@ from bnfold.torch.fold import fold
 from bnfold.torch.merging import compute_merged, merge_as_stored, put_merged, touched_modules
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd
 from bnfold.torch.read import read
+from bnfold.torch.sandbox import arrange
+from bnfold.torch.states import Stored, find_state
 from bnfold.torch.tensors import inside
 from bnfold.torch.write import become, settle_weight
 
-__all__ = ["fold_checkpoint_file", "load_factory", "load_folded", "load_state", "make_inputs"]
+__all__ = [
+    "Arguments",
+    "fold_checkpoint_file",
+    "load_factory",
+    "load_folded",
+    "load_state",
+    "make_inputs",
+    "read_arguments",
+]
+
+Arguments = Mapping[str, Any] | Sequence[Any]
+"""What a factory is called with: by name, or one after the other."""
 
 MOST_NUMBERS = 2**28
 """An example input has so many numbers at most: 1 GiB of float32, and each is held several times."""
-
-_KEYS = ("state_dict", "model_state_dict", "model")
-
-_WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that only a wrapper gives."""
-
-_OWNERS = (*_WRAPPERS, "model.", "net.", "network.", "backbone.")
-"""Prefixes that an owner of the model gives, or that are the model's own."""
-
-_COUNTERS = ("total_ops", "total_params")
-"""Buffers that a profiler (thop) leaves in every module."""
 
 
 def fold_checkpoint_file(
@@ -59,6 +62,9 @@ def fold_checkpoint_file(
     *,
     model: str | None = None,
     shapes: Sequence[str] | None = None,
+    arguments: Arguments = (),
+    key: str | None = None,
+    prefix: str | None = None,
     **options: Any,
 ) -> Report:
     """Fold the weights in a file and write them to another one.
@@ -66,8 +72,10 @@ def fold_checkpoint_file(
     Args:
         source: a state dict (see above), or an exported program (`.pt2`), which needs no `model`.
         target: where to write; None writes nothing.
-        model: "package.module:factory"; the factory is called without arguments.
-        shapes: one per positional argument, see `make_inputs`.
+        model: "package.module:factory".
+        shapes: one per argument, see `make_inputs`.
+        arguments: what the factory is called with.
+        key, prefix: see `load_state`.
         **options: see `bnfold.torch.fold`.
 
     Raises:
@@ -81,14 +89,14 @@ def fold_checkpoint_file(
     if not shapes:
         raise InputError("name the shape of each input of the model, as in --input 1x3x224x224")
     inputs = make_inputs(shapes)
-    module = load_factory(model)
-    container, state, prefix = load_state(source, module.state_dict())
-    _fill(module, state, source)
+    module = load_factory(model, arguments)
+    stored = find_state(_read(Path(source)), source, module.state_dict(), key, prefix)
+    _fill(module, stored.state, source)
     folded, report = fold(module.eval(), inputs, **options)
     if target is not None:
-        _save(folded, inputs, Path(target), container, prefix)
+        _save(folded, inputs, Path(target), stored)
     note = "these are weights of the folded module; bnfold.torch.load_folded(model, inputs, state) loads them"
-    notes = [*_describe_choice(container), *([note] if Path(target or "").suffix != ".pt2" else [])]
+    notes = [*stored.describe(), *([note] if Path(target or "").suffix != ".pt2" else [])]
     return replace(report, notes=(*report.notes, *notes))
 
 
@@ -158,8 +166,12 @@ def _leftover(norm: NormPlace, state: Mapping[str, Tensor]) -> nn.Module | None:
     return ChannelAdd(bias) if weight is None else ChannelMulAdd(weight, bias)
 
 
-def load_factory(name: str) -> nn.Module:
+def load_factory(name: str, arguments: Arguments = ()) -> nn.Module:
     """Import and call what builds a module, "package.module:factory", as named by the user on the command line.
+
+    Args:
+        name: of the factory, or of a module that is there.
+        arguments: what it is called with, positional ones or those by name.
 
     Raises:
         InputError: it cannot be imported, or builds no module.
@@ -177,31 +189,81 @@ def load_factory(name: str) -> nn.Module:
             factory = getattr(factory, part)
     except Exception as error:  # whatever the user's own module runs into
         raise InputError(f"{name} cannot be imported: {error or type(error).__name__}") from error
-    return _build(name, factory)
+    return _build(name, factory, arguments)
 
 
-def _build(name: str, factory: Callable[[], Any]) -> nn.Module:
+def _build(name: str, factory: Callable[..., Any], arguments: Arguments) -> nn.Module:
+    if isinstance(factory, nn.Module):
+        if arguments:
+            raise InputError(f"{name} is a module already and takes no arguments; leave --model-args out")
+        return factory
+    named = arguments if isinstance(arguments, Mapping) else {}
     try:
-        module = factory if isinstance(factory, nn.Module) else factory()
+        module = factory(**named) if named else factory(*arguments)
     except Exception as error:
-        raise InputError(
-            f"{name} cannot be called without arguments: {type(error).__name__}: {error}"
-        ) from error
+        how = "with these arguments" if arguments else "without arguments"
+        way = "" if arguments else "; name them with --model-args"
+        raise InputError(f"{name} cannot be called {how}: {type(error).__name__}: {error}{way}") from error
     if not isinstance(module, nn.Module):
         raise InputError(f"{name} builds a {type(module).__name__}, which is no nn.Module")
     return module
 
 
-def make_inputs(shapes: Sequence[str]) -> tuple[Tensor, ...]:
-    """Random inputs of given shapes: "1x3x224x224" for float32, "2x16:int64" (or bool, float16, ...) for others.
-
-    Whole numbers are 0 and 1, so that they are rows of any embedding.
+def read_arguments(text: str | None) -> Arguments:
+    """What a factory is called with, as JSON: an object for arguments by name, a list for positional ones.
 
     Raises:
-        InputError: a shape cannot be read, has more than `MOST_NUMBERS` numbers, or a type of which torch makes none.
+        InputError: it is neither.
+    """
+    try:
+        arguments = json.loads(text) if text else []
+    except ValueError as error:
+        raise InputError(f"--model-args {text!r:.100} is no JSON: {error}") from error
+    if not isinstance(arguments, dict | list):
+        raise InputError(
+            f'--model-args {text!r:.100} is neither an object, as {{"depth": 50}}, nor a list, as [50]'
+        )
+    return arguments
+
+
+def make_inputs(shapes: Sequence[str]) -> Any:
+    """Random inputs of given shapes: "1x3x224x224" for float32, "2x16:int64" (or bool, float16, ...) for others.
+
+    Whole numbers are 0 and 1, so that they are rows of any embedding. "mask=2x16:bool" is an argument by name;
+    "batch.image=1x3x8x8" is the entry `image` of a dict that is one, and so on.
+
+    Returns:
+        A tuple of tensors; where some have names, the pair of it and a dict, as `bnfold.fold` takes it.
+
+    Raises:
+        InputError: a shape cannot be read, has more than `MOST_NUMBERS` numbers, or a type of which torch makes none;
+            or a name is no place of its own.
     """
     generator = torch.Generator().manual_seed(0)
-    return tuple(_make_input(text, generator) for text in shapes)
+    positional: list[Tensor] = []
+    named: dict[str, Any] = {}
+    for text in shapes:
+        name, equals, shape = text.rpartition("=")
+        tensor = _make_input(shape, generator)
+        if equals:
+            _put_input(named, name.split("."), tensor, text)
+        else:
+            positional.append(tensor)
+    return (tuple(positional), named) if named else tuple(positional)
+
+
+def _put_input(entries: dict[str, Any], names: list[str], tensor: Tensor, text: str) -> None:
+    """Put a tensor where its name says, in dicts that are made on the way."""
+    *outer, last = names
+    for name in outer:
+        inner = entries.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"--input {text}: `{name}` is a tensor already, and no dict; name another one")
+        entries = inner
+    if last in entries or not all(names):
+        fact = "is named twice" if last in entries else "has no name"
+        raise InputError(f"--input {text}: it {fact}; write NAME=SHAPE, once each")
+    entries[last] = tensor
 
 
 def _make_input(text: str, generator: torch.Generator) -> Tensor:
@@ -233,64 +295,25 @@ def _read_shape(text: str) -> tuple[list[int], torch.dtype]:
     return shape, dtype
 
 
-def load_state(path: str | Path, names: Collection[str] | None = None) -> tuple[Any, dict[str, Tensor], str]:
+def load_state(
+    path: str | Path,
+    names: Collection[str] | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
+) -> tuple[Any, dict[str, Tensor], str]:
     """The state dict in a file: what was read, the tensors by name, and the prefix that every name had.
 
     Args:
         path: the file.
-        names: those that the model has. They tell a prefix from a part of the model, and a profiler's counters from
-            its buffers; without them, what only a wrapper gives is taken off.
+        names: those that the model has. They tell a prefix from a part of the model, a profiler's counters from
+            its buffers, and one of several state dicts; without them, what only a wrapper gives is taken off.
+        key, prefix: where it is and what to take off, instead of what is found (see `bnfold.torch.states`).
 
     Raises:
-        InputError: it cannot be read, or holds no state dict.
+        InputError: it cannot be read, holds no state dict, or several of which none is the model's before others.
     """
-    container = _read(Path(path))
-    key = _find_key(container)
-    state = container if key is None else container[key]
-    if not _is_state(state):
-        raise InputError(f"{path} holds no state dict: it should be one, or have one under `state_dict`")
-    if names is not None:
-        state = {name: t for name, t in state.items() if name in names or not name.endswith(_COUNTERS)}
-    prefix = _find_prefix(state, names)
-    return container, {name.removeprefix(prefix): tensor for name, tensor in state.items()}, prefix
-
-
-def _is_state(value: Any) -> bool:
-    """Whether a value is a dict of tensors by name, and not empty."""
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
-    )
-
-
-def _find_key(container: Any) -> str | None:
-    """Where in a container the state dict lies that is folded; None where it is the container itself."""
-    given = container if isinstance(container, dict) else {}
-    return next((key for key in _KEYS if isinstance(given.get(key), dict)), None)
-
-
-def _find_prefix(state: Mapping[str, Tensor], names: Collection[str] | None) -> str:
-    """What wrappers and owners put before every name: as much as it takes to find one of the model's names."""
-    prefix, known = "", _WRAPPERS if names is None else _OWNERS
-    while not (names and any(name.removeprefix(prefix) in names for name in state)):
-        more = next((one for one in known if all(name.startswith(prefix + one) for name in state)), None)
-        if more is None:
-            break
-        prefix += more
-    return prefix
-
-
-def _describe_choice(container: Any) -> list[str]:
-    """One note where a file holds more than one state dict; none where there was nothing to choose."""
-    taken = _find_key(container)
-    others = (
-        [] if taken is None else [key for key, one in container.items() if key != taken and _is_state(one)]
-    )
-    if not others:
-        return []
-    named = ", ".join(f"`{key}`" for key in others)
-    return [f"the weights under `{taken}` were folded; those under {named} are left as they are"]
+    stored = find_state(_read(Path(path)), path, names, key, prefix)
+    return stored.container, stored.state, stored.prefix
 
 
 def _read(path: Path) -> Any:
@@ -317,19 +340,22 @@ def _fill(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> No
         module.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise InputError(f"{source} holds the weights of another model: {lines[0]:.300}") from error
+        raise InputError(
+            f"{source} holds the weights of another model: {lines[0]:.300}; --key and --prefix choose others"
+        ) from error
 
 
-def _save(folded: nn.Module, inputs: tuple[Tensor, ...], target: Path, container: Any, prefix: str) -> None:
+def _save(folded: nn.Module, inputs: Any, target: Path, stored: Stored) -> None:
     with replacing(target) as temporary:
         if target.suffix == ".pt2":
-            torch.export.save(torch.export.export(folded, inputs), temporary)
+            args, kwargs = arrange(inputs)
+            torch.export.save(torch.export.export(folded, args, kwargs), temporary)
             return
-        state = {f"{prefix}{name}": tensor.detach() for name, tensor in folded.state_dict().items()}
+        state = {name: tensor.detach() for name, tensor in folded.state_dict().items()}
         if target.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, temporary)
+            named = stored.named(state)
+            save_file({name: tensor.contiguous().clone() for name, tensor in named.items()}, temporary)
             return
-        key = _find_key(container)
-        torch.save(state if key is None else {**container, key: state}, temporary)
+        torch.save(stored.replaced(state), temporary)

@@ -9,6 +9,7 @@ dtypes and so cannot run in float64) is said in the report's notes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from bnfold.report import Report
 from bnfold.torch.double import double
 from bnfold.torch.idle import Idle
 from bnfold.torch.merging import merge_read
+from bnfold.torch.nudge import nudge, nudge_inputs
 from bnfold.torch.read import Reading, read
 from bnfold.torch.retrace import find_fault, find_unmergeable, read_again, refuse_everything, runs_alike
 from bnfold.torch.sandbox import (
@@ -259,7 +261,7 @@ class ModuleRuns:
         self.model, self.edit, self.writes, self.inplace = model, edit, writes, inplace
         self.inputs = [example_inputs, *_perturbed(example_inputs)]
         self.dtype, self.examples = coarsest_dtype(model, dtypes), len(self.inputs)
-        self.doubt = ""
+        self.doubt, self.gone = "", False
         tensors = [tensor for _, tensor in leaves(example_inputs)]
         everything = (*model.parameters(), *model.buffers(), *tensors)
         self.possible = not any(t.device.type == "meta" or nn.parameter.is_lazy(t) for t in everything)
@@ -286,8 +288,7 @@ class ModuleRuns:
         """
         self._require_numbers()
         try:
-            twin = to_float64(self.model)
-            wide = [torch.utils._pytree.tree_map_only(Tensor, widened, each) for each in self.inputs]
+            twin, wide = to_float64(self.model), self._wide()
             with double(), Narrow() as watch:
                 before: list[Outputs] = [_run(twin, each, self.writes) for each in wide]
         except Exception as error:
@@ -305,21 +306,28 @@ class ModuleRuns:
         Raises:
             UnreadableModel: it does not run.
         """
+        self.gone = self.inplace
         return self._run_folded(folded, self.inputs)
 
-    def run_nudged(self) -> list[Outputs]:
-        """Run the unfolded module on inputs that lie beside those that it ran on.
+    def run_nudged(self, exact: bool, units: float, seed: int) -> list[Outputs]:
+        """Run the unfolded module with numbers that lie beside its own and those of the inputs.
 
         Raises:
             Unavailable: it is not there any more, or only those values suit it.
         """
-        if self.inplace:
+        if self.gone:
             raise Unavailable("the module was folded in place")
         try:
-            near = [_nudged(each, UNIT_ROUNDOFF[self.dtype]) for each in self.inputs]
-            return [_run(self.model, each, self.writes) for each in near]
+            model = nudge(to_float64(self.model) if exact else self.model, units, seed, whole=exact)
+            inputs = nudge_inputs(self._wide() if exact else self.inputs, units, seed)
+            with double() if exact else nullcontext():
+                return [_run(model, each, self.writes) for each in inputs]
         except Exception as error:
             raise Unavailable(first_line(error)) from error
+
+    def _wide(self) -> list[Any]:
+        """The inputs in float64."""
+        return [torch.utils._pytree.tree_map_only(Tensor, widened, each) for each in self.inputs]
 
     def _require_numbers(self) -> None:
         if not self.possible:
@@ -333,19 +341,6 @@ class ModuleRuns:
                 f"the folded model does not run: {type(error).__name__}: {first_line(error)}; "
                 "some code uses a BatchNorm otherwise than by calling it"
             ) from error
-
-
-def _nudged(example_inputs: Any, unit: float) -> Any:
-    """The example inputs, each float moved up or down by one unit roundoff."""
-    generator = torch.Generator().manual_seed(1)
-
-    def nudge(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.layout is not torch.strided:
-            return tensor
-        signs = torch.randint(2, tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        return tensor.detach() * (1 + 2 * unit * signs).to(tensor.device, tensor.dtype)
-
-    return torch.utils._pytree.tree_map_only(Tensor, nudge, example_inputs)
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from bnfold.divergence import Recording
 from bnfold.equivalence import Outputs, Unavailable
 from bnfold.errors import InputError, UnreadableModel
 from bnfold.torch.double import double
-from bnfold.torch.files import load_factory, load_folded, load_state, make_inputs
+from bnfold.torch.files import load_factory, load_folded, load_state, make_inputs, read_arguments
 from bnfold.torch.fold import Narrow, coarsest_dtype, run, widened
+from bnfold.torch.nudge import nudge
 from bnfold.torch.program import load_module, without_own_advice
 from bnfold.torch.sandbox import arrange, first_line, restored, undisturbed
 from bnfold.torch.stored import to_float64
@@ -172,6 +173,22 @@ class ModuleSide:
         if watch.seen:
             self.doubt = f"not compared in float64: {self.label} fixes a narrower dtype by itself"
         return outputs
+
+    def run_nudged(self, cases: Sequence[Case], exact: bool, units: float, seed: int) -> list[Outputs]:
+        """What a copy computes whose weights are moved by units in their last place.
+
+        Raises:
+            Unavailable: it does not run with those.
+        """
+        try:
+            moved = nudge(self._twin if exact else self.model, units, seed, whole=exact)
+            inputs = [self._inputs(case) for case in cases]
+            if exact:
+                inputs = [tree_map_only(Tensor, widened, each) for each in inputs]
+            with double() if exact else nullcontext():
+                return [_named(run(moved, each)) for each in inputs]
+        except Exception as error:
+            raise Unavailable(first_line(error)) from error
 
     @cached_property
     def _twin(self) -> nn.Module:
@@ -366,19 +383,27 @@ def open_model(model: nn.Module, label: str = "the module", folder: Any = None) 
     return ModuleSide(model, label)
 
 
-def open_factory(name: str, shapes: Sequence[str] | None) -> ModuleSide:
-    """What "package.module:factory" builds, in eval mode, as one side."""
-    return ModuleSide(copy.deepcopy(load_factory(name)).eval(), name, _made_up(shapes), "made up")
+def open_factory(name: str, shapes: Sequence[str] | None, arguments: str | None = None) -> ModuleSide:
+    """What "package.module:factory" builds, in eval mode, as one side; `arguments` as `read_arguments` reads them."""
+    return ModuleSide(_built(name, arguments), name, _made_up(shapes), "made up")
 
 
-def open_file(path: Path, label: str, factory: str | None, shapes: Sequence[str] | None) -> ModuleSide:
+def open_file(
+    path: Path, label: str, factory: str | None, shapes: Sequence[str] | None, **choices: str | None
+) -> ModuleSide:
     """A checkpoint, an exported program, or the weights of what a factory builds, as one side.
+
+    Args:
+        path, label: the file, and what it is called.
+        factory, shapes: what builds the module of weights, and its inputs.
+        **choices: `arguments` of the factory, `key` and `prefix` of the weights in the file.
 
     Raises:
         InputError: the file cannot be read, or holds the weights of another module.
     """
     if factory is not None:
-        return ModuleSide(_load_weights(path, factory, shapes), label, _made_up(shapes), "made up")
+        module = _load_weights(path, factory, shapes, **choices)
+        return ModuleSide(module, label, _made_up(shapes), "made up")
     from bnfold import checkpoint
 
     if checkpoint.identify(path) == "exported program":
@@ -395,10 +420,16 @@ def _made_up(shapes: Sequence[str] | None) -> Any:
     return make_inputs(shapes) if shapes else None
 
 
-def _load_weights(path: Path, factory: str, shapes: Sequence[str] | None) -> nn.Module:
+def _built(factory: str, arguments: str | None) -> nn.Module:
+    return copy.deepcopy(load_factory(factory, read_arguments(arguments))).eval()
+
+
+def _load_weights(
+    path: Path, factory: str, shapes: Sequence[str] | None, arguments: str | None = None, **where: str | None
+) -> nn.Module:
     """What a factory builds, with the weights of a file, folded or not."""
-    module = copy.deepcopy(load_factory(factory)).eval()
-    _, state, _ = load_state(path, module.state_dict())
+    module = _built(factory, arguments)
+    _, state, _ = load_state(path, module.state_dict(), **where)
     try:
         module.load_state_dict(state)
         return module
@@ -406,7 +437,7 @@ def _load_weights(path: Path, factory: str, shapes: Sequence[str] | None) -> nn.
         if not shapes:
             fact = f"{path} does not hold the weights of what {factory} builds"
             raise InputError(f"{fact}; if they are folded ones, give --input SHAPE") from error
-    return load_folded(copy.deepcopy(load_factory(factory)).eval(), make_inputs(shapes), state)
+    return load_folded(_built(factory, arguments), make_inputs(shapes), state)
 
 
 def _are_positional(inputs: Any) -> bool:

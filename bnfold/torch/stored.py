@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace
 from bnfold.torch.tensors import leaves
 
-__all__ = ["round_like", "stored_numbers", "stored_tensors", "stored_weight", "to_float64"]
+__all__ = ["copy_with", "round_like", "stored_numbers", "stored_tensors", "stored_weight", "to_float64"]
 
 
 def to_float64(model: nn.Module) -> nn.Module:
@@ -25,22 +26,31 @@ def to_float64(model: nn.Module) -> nn.Module:
     Raises:
         Exception: whatever the module raises when it is copied.
     """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            for _, tensor in leaves([module._parameters, module._buffers, vars(module)]):
-                memo.setdefault(id(tensor), _widened(tensor))
-    twin = copy.deepcopy(model, memo)
+    twin = copy_with(model, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     for module in twin.modules():
         if isinstance(module, torch.jit.ScriptModule):
             module.double()
     return twin
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    wide = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
-    wide = wide.clone() if wide.dtype == tensor.dtype else wide
-    return nn.Parameter(wide, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide
+def copy_with(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a module, its tensors changed.
+
+    Raises:
+        Exception: whatever the module raises when it is copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for _, tensor in leaves([module._parameters, module._buffers, vars(module)]):
+                memo.setdefault(id(tensor), _changed(tensor, change))
+    return copy.deepcopy(model, memo)
+
+
+def _changed(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    new = change(tensor.detach())
+    new = new.clone() if new.dtype == tensor.dtype else new
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
 def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor | None]:

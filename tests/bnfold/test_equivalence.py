@@ -182,9 +182,18 @@ class Made:
     dtype, examples = "float32", 64
 
     def __init__(
-        self, before: Any, exact: Any, after: Any = None, nudged: Any = None, doubt: str = ""
+        self,
+        before: Any,
+        exact: Any,
+        after: Any = None,
+        nudged: Any = None,
+        doubt: str = "",
+        near: Any = None,
+        far: Any = None,
     ) -> None:
-        self.results, self.doubt, self.calls = [before, exact, after, nudged], doubt, list[int]()
+        unknown = Unavailable("unknown")
+        self.results = [before, exact, after, nudged, near or unknown, far or unknown]
+        self.doubt, self.calls = doubt, list[int]()
 
     def _give(self, which: int) -> Any:
         self.calls.append(which)
@@ -202,8 +211,8 @@ class Made:
         assert folded == "folded"
         return self._give(2)
 
-    def run_nudged(self) -> Any:
-        return self._give(3)
+    def run_nudged(self, exact: bool, units: float, seed: int) -> Any:
+        return self._give(4 if exact and units == 1 else 5 if exact else 3)
 
 
 def questions(comparison: Comparison) -> list[str]:
@@ -218,9 +227,50 @@ def test_a_comparison_that_agrees_runs_each_model_once_and_nudges_nothing() -> N
 
 
 def test_the_folded_model_runs_last_since_it_may_be_the_unfolded_one_edited() -> None:
-    runs = Made(*pair(np.float32, *folded()))
+    runs = Made(pair(np.float32, *folded())[0], pair(np.float64, *folded()))
     Comparison(runs, 1)
     assert runs.calls == [0, 1]
+
+
+def moved(outputs: Any, by: float) -> Any:
+    """Outputs, each larger by something."""
+    return [{"logits": row["logits"] + by} for row in outputs]
+
+
+def test_a_float64_model_is_granted_what_one_rounding_of_its_numbers_does_and_no_more() -> None:
+    before, _ = pair(np.float64, *folded())
+
+    def ask(off: float, near: float, far: float) -> list[str]:
+        after = moved(before, off)
+        runs = Made(before, (before, after), after, near=moved(before, near), far=moved(before, far))
+        runs.dtype = "float64"
+        return questions(Comparison(runs, 1))
+
+    assert ask(3e-11, 5e-12, 5e-9) == ["float64"]
+    for off, near, far in ((1e-10, 5e-12, 5e-9), (3e-11, 0.0, 0.0), (3e-11, 1e-13, 1e-10)):
+        with pytest.raises(NotEquivalent, match="in float64"):
+            ask(off, near, far)
+
+
+def test_a_response_that_does_not_grow_is_a_jump_and_excuses_nothing_in_float64() -> None:
+    before, _ = pair(np.float64, *folded())
+    after = moved(before, 3e-11)
+    for far in (5e-12, 1e-10, np.nan):
+        runs = Made(before, (before, after), after, near=moved(before, 5e-12), far=moved(before, far))
+        runs.dtype = "float64"
+        with pytest.raises(NotEquivalent, match="in float64"):
+            Comparison(runs, 1).judge("folded")
+
+
+def test_what_one_rounding_does_in_float64_is_measured_before_the_model_is_edited_and_only_if_asked() -> None:
+    before, after = pair(np.float32, *folded())
+    exact, _ = pair(np.float64, *folded())
+    off = moved(exact, 1e-9), moved(exact, 2e-6)
+    runs = Made(before, (exact, off[0]), after, near=moved(exact, 1e-9), far=off[1])
+    comparison = Comparison(runs, 1)
+    assert set(runs.calls) == {0, 1, 4, 5}
+    assert questions(comparison) == ["float64", "float32"]
+    assert 3 not in runs.calls
 
 
 def test_a_model_that_jumps_is_granted_what_rounded_inputs_do_to_it_and_no_more() -> None:
@@ -229,7 +279,9 @@ def test_a_model_that_jumps_is_granted_what_rounded_inputs_do_to_it_and_no_more(
     off = [{"logits": row["logits"] + np.float32(3e-4)} for row in before]
     near = [{"logits": row["logits"] - np.float32(3e-4)} for row in before]
     jumping, steady = Made(before, exact, off, near), Made(before, exact, off, before)
-    assert questions(Comparison(jumping, 1)) == ["float64", "float32"]
+    comparison = Comparison(jumping, 1)
+    assert questions(comparison) == ["float64", "float32"]
+    assert any("one rounding of inputs and weights moves the outputs" in note for note in comparison.notes)
     with pytest.raises(NotEquivalent):
         Comparison(steady, 1).judge("folded")
     with pytest.raises(NotEquivalent):

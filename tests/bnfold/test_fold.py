@@ -231,6 +231,11 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is(model, tm
         ("ckpt", ["--duplicate"]),
         ("ckpt", ["--freeze-initializers"]),
         ("ckpt", ["--input", "1x3"]),
+        *(
+            (kind, [option, "x"])
+            for kind in ("model", "ckpt")
+            for option in ("--key", "--prefix", "--model-args")
+        ),
     ],
 )
 def test_an_option_that_would_not_be_heeded_is_refused(name, option, model, ckpt, capsys):

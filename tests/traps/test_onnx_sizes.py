@@ -153,3 +153,26 @@ def test_sizes_that_a_resize_keeps_in_proportion_are_not_those_that_it_is_given(
     some = graph('h = Resize<keep_aspect_ratio_policy="not_larger">(k, , , to) y = Conv(h, u)')
     some.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 3, 8, 4]), "to"))
     assert bnfold.onnx.read(some).graph.shapes["h"][2:] != (8, 4)
+
+
+def test_an_input_that_declares_a_size_of_0_is_made_up_with_it():
+    """A cache that is empty at first."""
+    text = """g (float[1, 3, 0] past, float[1, 3, 8] x) => (float[1, 4, 6] y) {
+        c = Concat<axis=2>(past, x)
+        h = Conv(c, w)
+        y = BatchNormalization(h, s, b, m, v)
+    }"""
+    _, report = bnfold.onnx.fold(model(text, {"w": weights(4, 3, 3), **norm(4)}))
+    assert report.verified
+    assert [item.question for item in report.evidence] == ["float64", "float32"]
+
+
+def test_outputs_without_numbers_verify_nothing():
+    text = """g (float[0, 3] x) => (float[0, 4] y) {
+        h = MatMul(x, w)
+        y = BatchNormalization(h, s, b, m, v)
+    }"""
+    _, report = bnfold.onnx.fold(model(text, {"w": weights(3, 4), **norm(4)}))
+    assert [verdict.outcome for verdict in report.verdicts] == ["folded"]
+    assert not report.verified
+    assert any("the outputs hold no numbers" in note for note in report.notes)

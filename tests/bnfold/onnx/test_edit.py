@@ -121,17 +121,17 @@ def test_a_fold_reads_its_model_once(monkeypatch):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nudged_inputs_are_run_only_where_the_comparison_fails(monkeypatch, fails):
+def test_nudged_numbers_are_run_only_where_the_comparison_fails(monkeypatch, fails):
     from bnfold import equivalence
 
-    nudge, judge, seen = runs._nudge, equivalence.judge, []
+    nudge, judge, seen = runs.nudge, equivalence.judge, []
 
     def refuse(*asked, noise=0.0, **more):
         if fails and not noise:
             raise NotEquivalent("made up")
         return judge(*asked, noise=noise, **more)
 
-    monkeypatch.setattr(runs, "_nudge", lambda *a: seen.append(1) or nudge(*a))
+    monkeypatch.setattr(runs, "nudge", lambda *a: seen.append(1) or nudge(*a))
     monkeypatch.setattr(equivalence, "judge", refuse)
     assert bnfold.onnx.fold(chain())[1].verified
     assert bool(seen) == fails

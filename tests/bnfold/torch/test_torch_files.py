@@ -11,9 +11,18 @@ import torch
 from benchmarks.branches import BRANCHES
 from benchmarks.branches import build as build_branches
 from bnfold import InputError
-from bnfold.torch.files import fold_checkpoint_file, load_factory, load_folded, load_state, make_inputs
+from bnfold.fold import main
+from bnfold.torch.files import (
+    fold_checkpoint_file,
+    load_factory,
+    load_folded,
+    load_state,
+    make_inputs,
+    read_arguments,
+)
 from bnfold.torch.fold import fold
 from bnfold.torch.program import fold_program
+from bnfold.verify import main as verify_command
 from tests.torch_architectures import ARCHITECTURES, ResNet
 from tests.torch_models import randomise
 
@@ -90,10 +99,139 @@ def test_which_of_several_state_dicts_was_taken_is_said(model, tmp_path):
     assert len(after["model"]) < len(after["model_ema"]) == len(state)
 
 
+def saved(container, model, tmp_path, **options):
+    """What is in the file that folding the weights in a container gives."""
+    torch.save(container, tmp_path / "in.pt")
+    report = fold_checkpoint_file(
+        tmp_path / "in.pt", tmp_path / "out.pt", model=FACTORY, shapes=["1x3x16x16"], **options
+    )
+    assert report.verified
+    return torch.load(tmp_path / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("prefix", ["student.", "teacher.net.", "a.b.c."])
+def test_any_prefix_that_all_names_have_is_taken_off_and_put_back(model, tmp_path, prefix):
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    after = saved(state, model, tmp_path)
+    assert len(after) < len(state)
+    assert all(name.startswith(prefix) for name in after)
+
+
+@pytest.mark.parametrize("key", ["ema", "model_ema", "state_dict_ema", "generator", "ema.model", "a.b.c"])
+def test_the_only_state_dict_in_a_file_is_found_under_any_key(model, tmp_path, key):
+    held = model.state_dict()
+    for part in reversed(key.split(".")):
+        held = {part: held, "epoch": 3}
+    after = saved(held, model, tmp_path)
+    assert after["epoch"] == 3
+    for part in key.split("."):
+        after = after[part]
+    assert 0 < len(after) < len(model.state_dict())
+
+
+def test_the_state_dict_that_has_names_of_the_model_is_found_beside_others(model, tmp_path):
+    other = {"embed.weight": torch.ones(3)}
+    after = saved({"text": other, "image": model.state_dict()}, model, tmp_path)
+    assert torch.equal(after["text"]["embed.weight"], other["embed.weight"])
+    assert len(after["image"]) < len(model.state_dict())
+    after = saved({"model": other, "ema": model.state_dict()}, model, tmp_path)
+    assert len(after["ema"]) < len(model.state_dict())
+
+
+def test_several_state_dicts_of_one_model_are_chosen_from_by_key_alone(model, tmp_path):
+    state = model.state_dict()
+    container = {"online": state, "target": {name: tensor.clone() for name, tensor in state.items()}}
+    with pytest.raises(
+        InputError, match=r"several state dicts, under `online`, `target`; choose one with --key"
+    ):
+        saved(container, model, tmp_path)
+    after = saved(container, model, tmp_path, key="target")
+    assert len(after["target"]) < len(after["online"]) == len(state)
+    assert len(saved({"model": state, "ema": state}, model, tmp_path, key="ema")["model"]) == len(state)
+    with pytest.raises(InputError, match=r"no state dict under `nothing`; there are some under `online`"):
+        saved(container, model, tmp_path, key="nothing")
+
+
+def test_a_prefix_that_some_names_have_is_taken_off_where_it_is_named(model, tmp_path):
+    state = {f"student.{name}": tensor for name, tensor in model.state_dict().items()}
+    others = {"loss.weight": torch.ones(2), "queue": torch.ones(3)}
+    for prefix in ("student", "student."):
+        after = saved({**state, **others}, model, tmp_path, prefix=prefix)
+        assert torch.equal(after["queue"], others["queue"])
+        assert sum(name.startswith("student.") for name in after) == len(after) - 2 < len(state)
+    with pytest.raises(InputError, match=r"no name begins with teacher\.; they begin with"):
+        saved(state, model, tmp_path, prefix="teacher")
+    with pytest.raises(InputError, match="--key and --prefix choose others"):
+        saved({**state, **others}, model, tmp_path)
+
+
 def test_a_dict_whose_keys_are_no_names_is_no_state_dict(tmp_path):
     torch.save({0: torch.ones(1)}, tmp_path / "in.pt")
     with pytest.raises(InputError, match="holds no state dict"):
         load_state(tmp_path / "in.pt")
+
+
+class Wants(torch.nn.Module):
+    """Built with arguments, and called with a dict and a keyword."""
+
+    def __init__(self, channels, *, kernel=1):
+        super().__init__()
+        self.conv, self.bn = torch.nn.Conv2d(3, channels, kernel), torch.nn.BatchNorm2d(channels)
+
+    def forward(self, batch, *, scale):
+        return self.bn(self.conv(batch["image"])) * scale
+
+
+WANTS = "tests.bnfold.torch.test_torch_files:Wants"
+
+
+@pytest.mark.parametrize("arguments", ['{"channels": 4, "kernel": 3}', "[4]"])
+def test_a_factory_is_called_with_arguments_and_its_module_with_names(tmp_path, arguments):
+    given = read_arguments(arguments)
+    model = randomise(load_factory(WANTS, given))
+    source = tmp_path / "in.pt"
+    torch.save(model.state_dict(), source)
+    inputs = ["--input", "batch.image=2x3x5x5", "--input", "scale=1"]
+    built = ["--model", WANTS, "--model-args", arguments]
+    assert main([str(source), *built, *inputs]) == 0
+    folded = torch.load(tmp_path / "in.folded.pt", weights_only=True)
+    assert set(folded) == {"conv.weight", "conv.bias"}
+    assert verify_command([str(source), str(tmp_path / "in.folded.pt"), *built, *inputs]) == 0
+    folded["conv.bias"][0] += 1
+    torch.save(folded, tmp_path / "in.folded.pt")
+    assert verify_command([str(source), str(tmp_path / "in.folded.pt"), *built, *inputs]) == 1
+
+
+@pytest.mark.slow
+def test_a_program_of_a_module_that_is_called_by_name_is_written(tmp_path):
+    torch.save(Wants(4).state_dict(), tmp_path / "in.pt")
+    shapes = ["batch.image=2x3x5x5", "scale=1"]
+    target = tmp_path / "out.pt2"
+    report = fold_checkpoint_file(tmp_path / "in.pt", target, model=WANTS, shapes=shapes, arguments=[4])
+    assert report.verified
+    program = torch.export.load(target).module()
+    assert program(batch={"image": torch.randn(2, 3, 5, 5)}, scale=torch.ones(1)).shape == (2, 4, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model-args", "{"], "is no JSON"),
+        (["--model-args", "3"], "is neither an object"),
+        (["--model-args", "[]"], "cannot be called without arguments"),
+        (["--model-args", '{"depth": 3}'], "cannot be called with these arguments"),
+        (["--model-args", "[4]", "--input", "a=1", "--input", "a=1"], "it is named twice"),
+        (["--model-args", "[4]", "--input", "a=1", "--input", "a.b=1"], "`a` is a tensor already"),
+        (["--model-args", "[4]", "--input", "=1"], "it has no name"),
+    ],
+)
+def test_arguments_and_names_that_cannot_be_used_are_one_line(tmp_path, capsys, arguments, says):
+    torch.save(Wants(4).state_dict(), tmp_path / "in.pt")
+    given = arguments if "--input" in arguments else [*arguments, "--input", "1"]
+    assert main([str(tmp_path / "in.pt"), "--model", WANTS, *given]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
