@@ -172,7 +172,7 @@ def test_the_output_depends_on_every_input_enough_for_a_wrong_fold_to_show(name)
     assert deviation(run(module, inputs), run(module, other)) > 1e-2
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", ["DenseNet-121", "x-vector", "LeViT-128S", "ShuffleNet v2", "tabular"])
 def test_a_variance_off_by_a_fraction_of_a_percent_is_caught(name):
     module, inputs = double(*build(name, "mixed", small=True))
     folded, _ = bnfold.fold(module, inputs, verify=False)

@@ -28,10 +28,25 @@ from export import convert
 ROAD = ["Gather", "Flatten", "Gemm", "Tanh", "Gemm", "Tanh", "Gemm"]
 
 
-def test_the_signature_the_nodes_and_nothing_to_compute_but_the_net(ckpt: Path) -> None:
-    exported = export.export(ckpt)
-    proto = onnx.load(ckpt.with_suffix(".onnx"))
-    assert exported.path == ckpt.with_suffix(".onnx")
+@pytest.fixture(scope="module")
+def source(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of a checkpoint, in a folder in which nobody but `exported` writes."""
+    path = tmp_path_factory.mktemp("exported") / "ckpt.pt"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(source: Path) -> convert.Exported:
+    """Return what became of it."""
+    return export.export(source)
+
+
+def test_the_signature_the_nodes_and_nothing_to_compute_but_the_net(
+    source: Path, exported: convert.Exported
+) -> None:
+    proto = onnx.load(exported.path)
+    assert exported.path == source.with_suffix(".onnx")
     assert exported.size == exported.path.stat().st_size
     assert list(exported.operators) == [node.op_type for node in proto.graph.node] == ROAD
     entry, result = proto.graph.input[0], proto.graph.output[0]
@@ -46,9 +61,10 @@ def test_the_signature_the_nodes_and_nothing_to_compute_but_the_net(ckpt: Path) 
     }
 
 
-def test_every_context_gives_what_the_net_with_its_batchnorms_gives(ckpt: Path) -> None:
-    exported = export.export(ckpt)
-    given = checkpoints.load(ckpt)
+def test_every_context_gives_what_the_net_with_its_batchnorms_gives(
+    source: Path, exported: convert.Exported
+) -> None:
+    given = checkpoints.load(source)
     contexts = given.input.every()
     session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
     ran = np.concatenate([session.run(None, {"context": one[None].numpy()})[0] for one in contexts])
@@ -60,11 +76,10 @@ def test_every_context_gives_what_the_net_with_its_batchnorms_gives(ckpt: Path) 
     assert exported.evidence.bound < 1e-5
 
 
-def test_the_metadata_tells_where_it_came_from_and_no_more(ckpt: Path, tmp_path: Path) -> None:
-    export.export(ckpt)
-    proto = onnx.load(ckpt.with_suffix(".onnx"))
+def test_the_metadata_tells_where_it_came_from_and_no_more(source: Path, exported: convert.Exported) -> None:
+    proto = onnx.load(exported.path)
     metadata: dict[str, Any] = {entry.key: entry.value for entry in proto.metadata_props}
-    assert metadata.pop("source_sha256") == sha256(ckpt.read_bytes()).hexdigest()
+    assert metadata.pop("source_sha256") == sha256(source.read_bytes()).hexdigest()
     read = {key: json.loads(value) for key, value in metadata.items()}
     assert set(read) == {"vocabulary", "input", "verdicts", "versions"}
     assert "".join(read["vocabulary"]) == ".abcdefghijklmnopqrstuvwxyz"
@@ -73,14 +88,14 @@ def test_the_metadata_tells_where_it_came_from_and_no_more(ckpt: Path, tmp_path:
     assert outcomes == [(f"bn{i}", "folded", [f"linear{i}"]) for i in (1, 2, 3)]
     assert read["versions"]["torch"] == torch.__version__
     assert read["versions"]["trained"]["bnfold"] == bnfold.__version__
-    assert str(tmp_path).encode() not in ckpt.with_suffix(".onnx").read_bytes()
+    assert str(source.parent).encode() not in exported.path.read_bytes()
 
 
-def test_the_same_checkpoint_gives_the_same_bytes(ckpt: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    export.export(ckpt, tmp_path / "a.onnx")
-    export.export(ckpt, tmp_path / "elsewhere" / "b.onnx")
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "elsewhere" / "b.onnx").read_bytes()
+def test_the_same_checkpoint_gives_the_same_bytes(
+    ckpt: Path, tmp_path: Path, exported: convert.Exported
+) -> None:
+    export.export(ckpt, tmp_path / "b.onnx")
+    assert (tmp_path / "b.onnx").read_bytes() == exported.path.read_bytes()
 
 
 def test_a_folded_checkpoint_gives_the_same_net_and_keeps_its_verdicts(ckpt: Path) -> None:

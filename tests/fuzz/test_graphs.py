@@ -63,6 +63,8 @@ LIES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a small kernel lies in the corner of a large one": (kernels, "_taps", _in_the_corner),
     "what is merged may be read by others": (HOST, "_check_between", lambda *given: None),
 }
+SHOWN = {"what is merged may be read by others": ("low rank", "crop")}
+"""By which features alone a lie shows that others seldom show."""
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -70,6 +72,7 @@ def test_a_fold_that_is_wrong_is_found(lie: str, monkeypatch: pytest.MonkeyPatch
     for proof in ("check", "check_merges"):  # which would not let it be wrong
         monkeypatch.setattr(decide, proof, lambda *given: None)
     monkeypatch.setattr(*LIES[lie])
-    found = next(one for seed in range(600) if complaint(judge, one := draw(FEATURES, seed)))
+    features = {name: FEATURES[name] for name in SHOWN.get(lie, FEATURES)}
+    found = next(one for seed in range(600) if complaint(judge, one := draw(features, seed)))
     monkeypatch.undo()
     assert not complaint(judge, found), "it is wrong without the lie, too"

@@ -216,7 +216,7 @@ def test_an_interrupt_leaves_a_usable_checkpoint(names: Path, tmp_path: Path) ->
         assert process.stdout is not None
         assert "parameters" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=300)
     assert process.returncode == 130, error
     assert error == ""
     found = load(tmp_path / "ckpt.pt")

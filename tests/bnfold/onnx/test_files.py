@@ -213,8 +213,8 @@ ONE_EACH = {"all_tensors_to_one_file": False, "location": None}
     [
         (replace_by_another, {}),
         (replace_by_another, {"location": "weights/net.bin"}),
-        (replace_by_another, ONE_EACH),
-        (fold_in_place, {}),
+        pytest.param(replace_by_another, ONE_EACH, marks=pytest.mark.slow),
+        pytest.param(fold_in_place, {}, marks=pytest.mark.slow),
         (fold_in_place, ONE_EACH),
         (replace_what_another_tool_wrote, {}),
     ],
