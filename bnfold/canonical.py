@@ -113,7 +113,7 @@ def contraction(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | 
 def product_of(words: Sequence[str], result: str, constant: int, dims: Sequence[int]) -> Linear | None:
     """An Einsum by a constant matrix as a product along one axis, where it is one: all other axes stay in order.
 
-    A sum over an axis of size 1 is none, since that is repeated for as many numbers as the other operand has.
+    Not covered: an axis of size 1 in the matrix that the value has more of; who calls compares the sizes.
     """
     data, weight = words[1 - constant], words[constant]
     inner, outer = set(data) & set(weight) - set(result), set(weight) & set(result) - set(data)
@@ -123,8 +123,6 @@ def product_of(words: Sequence[str], result: str, constant: int, dims: Sequence[
     if data.replace(i, "") != result.replace(o, ""):
         return None
     sizes = dict(zip(weight, dims, strict=True))
-    if sizes[i] == 1:
-        return None
     order, axes = ("io" if weight[0] == i else "oi"), (data.index(i), result.index(o))
     return matrix(order, sizes[i], sizes[o], *axes, bare=True)
 
