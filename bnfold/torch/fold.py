@@ -8,7 +8,7 @@ dtypes and so cannot run in float64) is said in the report's notes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from bnfold.exclusive import exclusive
 from bnfold.ir import Node
 from bnfold.merge import Merged, settle
 from bnfold.report import Report
+from bnfold.simulation import NotProved
 from bnfold.torch.double import double
 from bnfold.torch.idle import Idle
 from bnfold.torch.merging import merge_read
@@ -40,10 +41,13 @@ from bnfold.torch.sandbox import (
     restored,
     undisturbed,
 )
-from bnfold.torch.stored import stored_numbers, to_float64
+from bnfold.torch.stored import measure, stored_numbers, to_float64
 from bnfold.torch.tensors import leaves, put_back
 from bnfold.torch.write import check_fit, write
 from bnfold.travel import Options, Plan
+
+_SMALL = 1 << 20
+"""Of a model of as many numbers, each new one is checked, unless it is said otherwise."""
 
 __all__ = ["Narrow", "coarsest_dtype", "decide", "fold", "run", "widened"]
 
@@ -55,6 +59,7 @@ def fold(
     *,
     inplace: bool = False,
     verify: bool = True,
+    check_weights: bool | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Report]:
     """Fold every BatchNorm of a module that can be folded.
@@ -65,6 +70,8 @@ def fold(
             and a dict. Their values matter only to models that branch on them.
         inplace: edit the module itself instead of a copy.
         verify: compare the outputs before and after.
+        check_weights: check each new number to half a unit in its last place, a second for a million; None: of models
+            of up to a million numbers. Not with `inplace`, which leaves nothing to check against.
         **options: see `travel.Options` (`halves`, `lower`, `merge`).
 
     Returns:
@@ -84,8 +91,32 @@ def fold(
     sizes = (size, _count(folded))
     verdicts = settle(plan.verdicts, plan.graph, merged)
     proof = proved.describe(reading.graph, plan, merged)
+    if not inplace and (size <= _SMALL if check_weights is None else check_weights):
+        proof += tuple(_check_weights(model, folded, reading, plan, merged))
     report = Report(verdicts, evidence, (*notes, *reading.notes), sizes, limits, proof=proof)
     return folded, merged.tell(report, plan.graph)
+
+
+def _check_weights(
+    before: nn.Module, after: nn.Module, reading: Reading, plan: Plan, merged: Merged
+) -> Iterator[str]:
+    """One sentence on how right the new numbers are, those of merged operators and of scaled weights aside.
+
+    Raises:
+        NotProved: one is wrong.
+    """
+    shares = {
+        node.name: measure(before, after, reading.linears[node.name], node.linear)
+        for node in plan.graph.nodes
+        if node.linear is not None and node.linear.changed and node.name not in merged.nodes
+    }
+    known = {name: share for name, share in shares.items() if share is not None}
+    for name, share in known.items():
+        if not share <= 1.0:
+            raise NotProved(f"the numbers of `{name}` are not what they should be")
+    if known:
+        worst = max(known.values()) / 2
+        yield f"the weights of {len(known)} operators, the worst number within {worst:.3f} units in its last place"
 
 
 def _compare(

@@ -163,9 +163,8 @@ def _check_reads(trace: Trace, item: DraftNode, used: Mapping[int, str]) -> None
 
 
 def _factors_of(item: DraftNode, value: Value) -> dict[int, Value]:
-    """What scales the weight or bias of an operator, and must stay as it is."""
-    assert isinstance(item.place, LinearPlace)
-    if value is item.weight and item.place.computed:
+    """What scales the weight or bias of an operator, and must stay as it is; nothing of what else its call is."""
+    if not isinstance(item.place, LinearPlace) or (value is item.weight and item.place.computed):
         return {}
     factors = (factor for factor, _, _ in origin_of(value).factors if isinstance(factor, Value))
     return {root: slot for factor in factors for root, slot in roots_of(factor).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bnfold.algebra import Array, round_to_odd
+from bnfold.algebra import Array, Linear, round_to_odd
+from bnfold.equivalence import UNIT_ROUNDOFF
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace
 from bnfold.torch.tensors import leaves
+from bnfold.weights import measure_bias, measure_weight
 
-__all__ = ["copy_with", "round_like", "stored_numbers", "stored_tensors", "stored_weight", "to_float64"]
+__all__ = [
+    "copy_with",
+    "measure",
+    "round_like",
+    "stored_numbers",
+    "stored_tensors",
+    "stored_weight",
+    "to_float64",
+]
 
 
 def to_float64(model: nn.Module) -> nn.Module:
@@ -117,3 +128,28 @@ def round_like(array: Array, like: Tensor) -> Tensor:
     if tensor.shape != like.shape:
         return tensor.to(like.device)
     return torch.empty_like(like, requires_grad=False).copy_(tensor)
+
+
+def measure(before: nn.Module, after: nn.Module, place: LinearPlace, linear: Linear) -> float | None:
+    """How far the numbers of a folded operator are off, as a share of what they may be (see `bnfold.weights`).
+
+    Args:
+        before: the module as it was read.
+        after: the folded one.
+        place: where the operator keeps its numbers.
+        linear: what it has absorbed.
+
+    Returns:
+        At most 1 where every number is right; None where code multiplies what is stored, which is rounded besides, and
+        where there are no numbers.
+    """
+    like = stored_tensors(before, place)[0]
+    dtype = str(like.dtype).removeprefix("torch.")
+    scaled = place.scaling is not None or place.bias_scaling is not None
+    if scaled or dtype not in UNIT_ROUNDOFF or like.device.type == "meta":
+        return None
+    weight, bias = stored_numbers(before, place)
+    new, own = stored_numbers(after, replace(place, computed=""))
+    looks_up = bool(linear.sealed) and place.bias is None
+    share = measure_weight(linear, weight, new, dtype, looks_up)
+    return share if looks_up else max(share, measure_bias(linear, weight, bias, own, dtype))
