@@ -120,6 +120,9 @@ def run_tests(file: Path) -> Verdicts:
     import pytest
 
     os.environ["CI"] = "1"
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = (
+        "1"  # bnfold's own would be rewritten, which is too late here
+    )
     os.chdir(CHECKOUT)
     recorder = Recorder()
     pytest.main([str(file), "-q", "-p", "no:cacheprovider"], plugins=[recorder])

@@ -170,7 +170,8 @@ def _absorb_before(node: Node, around: Surroundings, given: Flow) -> Answer:
 def passes(linear: Linear, affine: Affine, axis: int) -> bool:
     """Whether a scale along other axes than this one, on which the matrix works, goes by: `W (s x) = s (W x)`."""
     others = bool(affine.axes) and axis not in affine.axes
-    return others and linear.is_bare and affine.is_linear
+    fits = max(linear.in_axis, linear.out_axis) < affine.rank  # a declared rank may be wrong
+    return others and fits and linear.is_bare and affine.is_linear
 
 
 def moved(affine: Affine, source: int, target: int) -> Affine:

@@ -165,5 +165,5 @@ def test_the_record_holds_what_the_report_holds(report: Report) -> None:
     assert record == json.loads(json.dumps({"counts": counts, "verified": report.verified, **asdict(report)}))
     assert list(record) == [
         "counts", "verified", "verdicts", "evidence", "notes", "parameters", "limits", "merges", "operators",
-        "multiply_adds",
+        "multiply_adds", "proof",
     ]  # fmt: skip
