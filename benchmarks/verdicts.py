@@ -99,15 +99,6 @@ class Recorder:
         self.calls += 1
         self.found[f"{self.test}#{self.calls}"] = records(verdicts)
 
-    def pytest_sessionstart(self) -> None:
-        """Let Hypothesis draw the same examples in every run: not from the numbers in the code, which change with it.
-
-        pytest rewrites Hypothesis first, and warns where it is too late.
-        """
-        from hypothesis.internal.conjecture import providers
-
-        providers._get_local_constants = lambda: providers._local_constants
-
     def pytest_runtest_setup(self, item: Any) -> None:
         import torch
 
@@ -116,13 +107,19 @@ class Recorder:
 
 
 def run_tests(file: Path) -> Verdicts:
-    """Run the tests of a file, and record; whether they pass is not asked."""
+    """Run the tests of a file, and record; whether they pass is not asked.
+
+    Hypothesis draws the same examples in every run: not from the numbers that stand in the code, which change with it.
+    """
     import pytest
+    from hypothesis.internal.conjecture import providers
 
     os.environ["CI"] = "1"
+    providers._get_local_constants = lambda: providers._local_constants
     os.chdir(CHECKOUT)
     recorder = Recorder()
-    pytest.main([str(file), "-q", "-p", "no:cacheprovider"], plugins=[recorder])
+    early = "ignore::pytest.PytestAssertRewriteWarning"  # what is imported here already, plugins among it
+    pytest.main([str(file), "-q", "-p", "no:cacheprovider", "-W", early], plugins=[recorder])
     return recorder.found
 
 
