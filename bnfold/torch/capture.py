@@ -568,7 +568,7 @@ def _add_survivors(memory: Memory, outputs: dict[str, Value], ignored: set[int])
 def _unheld(kept: list[Tensor], alive: list[Tensor]) -> set[int]:
     """Those of the kept tensors that no Python code holds: they live on as what another tensor is a view of."""
     viewed = {id(tensor._base) for tensor in alive}
-    tensors = [tensor for tensor in kept if id(tensor) in viewed]
+    tensors = tuple(tensor for tensor in kept if id(tensor) in viewed)  # passed as it is, so it is known
     found = gc.get_referrers(*tensors) if tensors else ()
     mine = {id(kept), id(alive), id(tensors)}
     holders = [holder for holder in found if id(holder) not in mine and not isinstance(holder, FrameType)]
