@@ -21,7 +21,7 @@ MatMul, ConvTranspose). Seen as `(g, o, i, k)` they coincide, and each formula i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from bnfold.window import Window
 
-__all__ = ["Affine", "Array", "Linear", "batchnorm", "round_to"]
+__all__ = ["Affine", "Array", "Linear", "batchnorm", "round_to", "widen"]
 
 Array = npt.NDArray[np.float64]
 
@@ -157,6 +157,14 @@ class Affine:
         return np.broadcast_to(self.scale.ravel(), size), np.broadcast_to(self.shift.ravel(), size)
 
 
+def widen(affine: Affine | None, rank: int) -> Affine:
+    """An affine of an operand that is broadcast to this rank; None stands for the identity."""
+    if affine is None:
+        return Affine.identity(rank)
+    shape = (1,) * (rank - affine.rank) + affine.scale.shape
+    return Affine(affine.scale.reshape(shape), affine.shift.reshape(shape))
+
+
 def batchnorm(
     mean: npt.ArrayLike,
     var: npt.ArrayLike,
@@ -212,6 +220,11 @@ class Linear:
     before: tuple[Array, Array] | None = None
     after: tuple[Array, Array] | None = None
     parallel: Array | None = field(default=None)
+
+    def form(self, *aside: str) -> dict[str, Any]:
+        """What it is, by attribute, whatever it has absorbed; without the attributes that are to be set aside."""
+        taken = {"before", "after", "parallel", *aside}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in taken}
 
     @property
     def changed(self) -> bool:

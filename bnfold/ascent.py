@@ -13,9 +13,9 @@ approximation"): the mean over `DIRECTIONS` random vectors d of +1 and -1 of (D(
 first axis of all inputs and outputs counts examples, each example climbs by itself.
 
 Two models that differ in a rectified branch are equal wherever that is shut, and the gradient is zero there. So what is
-climbed is the difference of the two models with rectifiers that leak (y + 0.1 (x - y) for y = relu(x)), on both sides
-alike, which keeps a fold through a rectifier a fold; what counts is how far the models themselves differ on the way.
-Where even those differ by rounding alone there is no slope, and a step goes in a random direction.
+climbed is the difference of the two models with rectifiers that leak (y + `LEAK` (x - y) for y = relu(x)), on both
+sides alike, which keeps a fold through a rectifier a fold; what counts is how far the models themselves differ on the
+way. Where even those differ by rounding alone there is no slope, and a step goes in a random direction.
 
 Not covered: inputs without floats; models that take more than `SLOW` seconds for a run; a branch behind another bend
 than a rectifier that is as flat. An ascent that finds nothing proves nothing.
@@ -33,7 +33,10 @@ from bnfold.cases import Array, Case, is_float, renamed
 from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, Unavailable, measure
 from bnfold.errors import InputError, UnreadableModel
 
-__all__ = ["Objective", "climb"]
+__all__ = ["LEAK", "Objective", "climb"]
+
+LEAK = 0.1
+"""The slope of a softened rectifier where it is shut, on both sides."""
 
 STEPS = 8
 DIRECTIONS = 8

@@ -5,7 +5,7 @@ and what was merged. `apply` makes of the graph of the source, read anew, the gr
 `simulation.check` and `response.check_merges` prove that both compute the same. `match` then finds in the graph that
 the result does have, node by node, the one that it should have.
 
-    {"format": "bnfold certificate", "version": 1, ..., "record": {...}}
+    {"format": "bnfold certificate", "version": 1, ..., "done": {...}}
 
 Nothing of `travel` or `merge` is asked, nor trusted: a record that says too little or the wrong thing proves nothing.
 
@@ -15,7 +15,7 @@ Not covered: the numbers of either model, and what the files say that a graph do
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -133,7 +133,7 @@ def apply(graph: Graph, done: Record) -> Applied:
         affine = _affine(numbers)
         if old.affine is None or affine.rank != old.affine.rank:
             raise Refuse(f"`{name}` cannot be what is left of it")
-        nodes[name] = replace(old, op=old.op, affine=affine)
+        nodes[name] = replace(old, affine=affine)
     for name in done.erased:
         if graph[name].affine is None:
             raise Refuse(f"`{name}` cannot be gone")
@@ -317,14 +317,7 @@ def _check_alike(node: Node, twin: Node) -> None:
         alike = node.op == twin.op and _are_equal(node.attributes, twin.attributes)
         alike = alike and (node.linear is None) == (twin.linear is None)
         if node.linear is not None and twin.linear is not None:
-            names = {each.name for each in fields(Linear)} - {
-                "before",
-                "after",
-                "parallel",
-                "biasless",
-                "bare",
-            }
-            alike = alike and all(getattr(node.linear, name) == getattr(twin.linear, name) for name in names)
+            alike = alike and node.linear.form("biasless", "bare") == twin.linear.form("biasless", "bare")
     if not alike:
         raise Refuse(f"`{twin.name}` ({twin.op}) stands where `{node.name}` ({node.op}) should")
 

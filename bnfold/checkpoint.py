@@ -71,6 +71,7 @@ _DTYPES = {
 _STATE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64}
 _LARGEST_LISTING = 2**31
 _LARGEST_RECORD = 1_000_000
+_MOST_EXAMPLES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ class InputDomain:
         places = base ** torch.arange(size - 1, -1, -1)
         digits = torch.arange(count)[:, None] // places % base + self.low
         return digits.reshape(count, *self.shape).to(_DTYPES[self.dtype])
+
+    def examples(self, sampled: int = 64) -> tuple[Tensor, bool]:
+        """Return inputs to compare nets on, and whether they are all there are: a million at most, else a sample."""
+        exhaustive = self.count is not None and self.count <= _MOST_EXAMPLES
+        return (self.every() if exhaustive else self.sample(sampled)), exhaustive
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
         """Draw `(count, *shape)` examples: uniform over the alphabet, or else standard normal."""

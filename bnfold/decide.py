@@ -85,11 +85,10 @@ def claim(one: Merge, stored: Stored) -> Claim:
 
 
 def _held(graph: Graph) -> Iterator[frozenset[str]]:
-    """The BatchNorms to leave where they are: none, those that multiply by zero, all."""
-    norms = [node for node in graph.nodes if node.is_batchnorm and node.affine is not None]
-    yield frozenset()
-    yield frozenset(node.name for node in norms if node.affine is not None and np.any(node.affine.scale == 0))
-    yield frozenset(node.name for node in norms)
+    """The BatchNorms to leave where they are: none, those that multiply by zero, all; no set of them twice."""
+    norms = {node.name: node.affine for node in graph.nodes if node.is_batchnorm and node.affine is not None}
+    zeros = frozenset(name for name, affine in norms.items() if np.any(affine.scale == 0))
+    yield from dict.fromkeys((frozenset[str](), zeros, frozenset(norms)))
 
 
 def _without(graph: Graph, held: frozenset[str]) -> Graph:

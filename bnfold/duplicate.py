@@ -49,7 +49,7 @@ def copy_producers(graph: Graph, batchnorms: Iterable[str]) -> tuple[Graph, froz
 
 def original(question: Callable[[Node], str]) -> Callable[[Node], str]:
     """Ask a question about a linear node of the operator that it is a copy of."""
-    return lambda node: question(replace(node, name=node.copied[0] if node.copied else node.name))
+    return lambda node: question(replace(node, name=node.original))
 
 
 def _is_shared(graph: Graph, value: str) -> bool:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnfold import fold
 from bnfold.archive import is_onnx
-from bnfold.command import Parser
+from bnfold.command import Parser, add_weights
 from bnfold.errors import InputError, run_command
 from bnfold.output import check_target, replacing, together
 from bnfold.printed import Printed
@@ -44,9 +44,6 @@ __all__ = ["main"]
 STDOUT = Path("-")
 _OF_WEIGHTS = ("model_args", "key", "prefix")
 """What only weights need, which come with `--model`."""
-
-_EVERY = 1_000_000
-"""As many inputs are all tried, where a model has no more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,21 +106,7 @@ def _parser() -> Parser:
     onnx.add_argument(
         "--certificate", type=Path, metavar="FILE", help="write what `bnfold verify` checks again, elsewhere"
     )
-    torch = parser.add_argument_group("weights of a module")
-    torch.add_argument(
-        "--model", metavar="PACKAGE.MODULE:FACTORY", help="what builds the module; imported and called"
-    )
-    torch.add_argument(
-        "--model-args", metavar="JSON", help="""what the factory is called with: '{"depth": 50}', or [50]"""
-    )
-    torch.add_argument(
-        "--input",
-        action="append",
-        metavar="[NAME=]SHAPE",
-        help="1x3x224x224, once per argument; mask=1x16:bool by name, batch.image=1x3x8x8 in a dict",
-    )
-    torch.add_argument("--key", help="where in the file the weights lie (ema, ema.state_dict)")
-    torch.add_argument("--prefix", help="what stands before the names of the weights (net.)")
+    add_weights(parser.add_argument_group("weights of a module"))
     return parser
 
 
@@ -249,9 +232,7 @@ def _fold_checkpoint(options: argparse.Namespace) -> tuple[Report, str]:
         )
 
     source = checkpoint.load(options.file)
-    count = source.input.count
-    exhaustive = count is not None and count <= _EVERY
-    inputs = source.input.every() if exhaustive else source.input.sample(64)
+    inputs, exhaustive = source.input.examples()
     model, report = fold(source.model, inputs, verify=options.verify, merge=options.merge, halves=False)
     evidence = (replace(item, inputs=len(inputs), exhaustive=exhaustive) for item in report.evidence)
     report = replace(report, evidence=tuple(evidence), notes=tuple(_notes_on(report)))

@@ -74,6 +74,11 @@ class Node:
         return self.site or self.name
 
     @property
+    def original(self) -> str:
+        """The name of the node that it is a copy of, or its own."""
+        return self.copied[0] if self.copied else self.name
+
+    @property
     def is_batchnorm(self) -> bool:
         """Whether it is owed a verdict."""
         return self.op == "BatchNormalization"

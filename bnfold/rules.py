@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from bnfold.algebra import Affine, Array, Linear
+from bnfold.algebra import Affine, Array, Linear, widen
 from bnfold.errors import Refuse
 from bnfold.ir import Dim, Node, Shape
 
@@ -524,7 +524,7 @@ def _expand_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 
 
 def _expand_down(node: Node, around: Surroundings, given: Flow) -> Answer:
-    return [_widen(_only(given), len(_shape(node, around, node.outputs[0])))]
+    return [widen(_only(given), len(_shape(node, around, node.outputs[0])))]
 
 
 EXPAND = Row(_expand_up, _expand_down, "all", carries=True)
@@ -545,11 +545,6 @@ def _narrow(node: Node, around: Surroundings, affine: Affine, value: str) -> Aff
         raise Refuse(f"`{node.name}` ({node.op}) repeats `{value}` along an axis on which the affine varies")
     keep = affine.scale.shape[missing:]
     return Affine(affine.scale.reshape(keep), affine.shift.reshape(keep))
-
-
-def _widen(affine: Affine, rank: int) -> Affine:
-    shape = (1,) * (rank - affine.rank) + affine.scale.shape
-    return Affine(affine.scale.reshape(shape), affine.shift.reshape(shape))
 
 
 def _tile_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
@@ -641,7 +636,7 @@ def _add_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 def _add_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     """Operands that were all scaled alike leave that scale and the sum of their shifts."""
     rank = len(_shape(node, around, node.outputs[0]))
-    each = [Affine.identity(rank) if affine is None else _widen(affine, rank) for affine in given]
+    each = [widen(affine, rank) for affine in given]
     if any(not _alike(each[0].scale, other.scale) for other in each):
         raise Refuse(f"`{node.name}` ({node.op}) has another operand that is not scaled")
     shifts = (sign_of(node, place) * affine.shift for place, affine in enumerate(each))
@@ -682,7 +677,7 @@ def _multiply_down(node: Node, around: Surroundings, given: Flow) -> Answer:
             continue
         if node.op == "Div" and place:
             raise Refuse(f"`{node.name}` (Div) divides by it")
-        product = _widen(_linear_only(node, affine), rank).after(product)
+        product = widen(_linear_only(node, affine), rank).after(product)
     return [product.collapse()]
 
 
@@ -737,7 +732,7 @@ def _compare_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 
 def _compare_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     rank = len(_shape(node, around, node.outputs[0]))
-    first, *others = (Affine.identity(rank) if affine is None else _widen(affine, rank) for affine in given)
+    first, *others = (widen(affine, rank) for affine in given)
     if not all(first.equals(other) for other in others):
         raise Refuse(f"`{node.name}` ({node.op}) has another operand that is not scaled and shifted alike")
     return [_monotone(node, first)]

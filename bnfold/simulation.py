@@ -29,11 +29,11 @@ are not proved: where channels are multiplied by zero twice in a row, no map say
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from bnfold.algebra import Affine, Array, Linear
+from bnfold.algebra import Affine, Array, Linear, widen
 from bnfold.errors import NotEquivalent, Refuse
 from bnfold.ir import Graph, Node, Shape
 from bnfold.rules import TABLE, Row, moved, sign_of
@@ -107,7 +107,7 @@ class _Proof:
         self.ranks = _ranks(before)
         self.twins: dict[str, list[Node]] = {}
         for node in after.nodes:
-            self.twins.setdefault(node.copied[0] if node.copied else node.name, []).append(node)
+            self.twins.setdefault(node.original, []).append(node)
         computed = {value for node in before.nodes for value in node.outputs}
         read = {*before.inputs, *before.outputs, *(v for node in before.nodes for v in node.inputs)}
         self.known: dict[str, dict[str, _Relation]] = {value: {value: _EQUAL} for value in read - computed}
@@ -215,7 +215,7 @@ class _Proof:
         shape, noise = self.shape(node.outputs[0]), max(relation.noise for relation in given)
         if shape is None or all(affine is None for affine in flow):
             return flow
-        first, *others = (_widened(affine, len(shape)) for affine in flow)
+        first, *others = (widen(affine, len(shape)) for affine in flow)
         return [first] * len(flow) if all(_agree(first, other, noise) for other in others) else flow
 
     def _down(self, node: Node, row: Row, flow: Sequence[Affine | None]) -> Sequence[Affine | None]:
@@ -287,8 +287,8 @@ class _Proof:
         shape = self.shape(node.outputs[0])
         rank = self._widest(node, given) if shape is None else len(shape)
         noise = sum(relation.noise for relation in given)
-        original = [_widened(relation.original, rank) for relation in given]
-        folded = [_widened(relation.folded, rank) for relation in given]
+        original = [widen(relation.original, rank) for relation in given]
+        folded = [widen(relation.folded, rank) for relation in given]
         one, more = _total([sign * each.shift for sign, each in zip(signs, original, strict=True)])
         other, most = _total([sign * each.shift for sign, each in zip(signs, folded, strict=True)])
         left = {value: Affine.of(scale, 0.0) for value, scale in beside.items()}
@@ -370,8 +370,7 @@ def _are_alike(first: Node, second: Node) -> bool:
 
 def _is_same_operator(old: Linear, new: Linear) -> bool:
     """Whether one linear operator is another one that has absorbed something."""
-    names = {each.name for each in fields(Linear)} - {"before", "after", "parallel"}
-    return not old.changed and all(getattr(old, name) == getattr(new, name) for name in names)
+    return not old.changed and old.form() == new.form()
 
 
 def _obstacle(linear: Linear) -> str:
@@ -441,14 +440,6 @@ def _ratio(first: Sequence[Affine], second: Sequence[Affine], noise: float) -> A
     ratio = np.where(np.isnan(ratio), 1.0, ratio)
     pairs = zip(first, second, strict=True)
     return ratio if all(_are_close(ratio * one.scale, other.scale, noise) for one, other in pairs) else None
-
-
-def _widened(affine: Affine | None, rank: int) -> Affine:
-    """A map of an operand that is broadcast to this rank."""
-    if affine is None:
-        return Affine.identity(rank)
-    shape = (1,) * (rank - affine.rank) + affine.scale.shape
-    return Affine(affine.scale.reshape(shape), affine.shift.reshape(shape))
 
 
 def _are_close(first: Array, second: Array, noise: float, scale: Array | float = 0.0) -> bool:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bnfold.archive import is_onnx
-from bnfold.command import Parser
+from bnfold.command import Parser, add_weights
 from bnfold.errors import InputError, run_command
 from bnfold.output import check_target, replacing, together
 from bnfold.verification import Verification, open_file, verify_sides
@@ -49,18 +49,11 @@ def _parser() -> Parser:
     add("--certificate", type=Path, metavar="FILE", help="prove what this says of two ONNX files, first")
     add("--json", type=Path, metavar="FILE", help="write the record as JSON, too; - for stdout")
     add("--worst", type=Path, metavar="NPZ", help="keep the input on which they differ most")
-    torch = parser.add_argument_group("modules")
-    torch.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="what builds the module of weights")
-    torch.add_argument("--model-b", metavar="PACKAGE.MODULE:FACTORY", help="that of B, if it is another one")
-    torch.add_argument("--model-args", metavar="JSON", help="what it is called with, an object or a list")
-    torch.add_argument(
-        "--input",
-        action="append",
-        metavar="[NAME=]SHAPE",
-        help="1x3x224x224, once per argument; see bnfold fold",
+    modules = parser.add_argument_group("modules")
+    add_weights(modules)
+    modules.add_argument(
+        "--model-b", metavar="PACKAGE.MODULE:FACTORY", help="that of B, if it is another one"
     )
-    torch.add_argument("--key", help="where in A and B the weights lie (ema, ema.state_dict)")
-    torch.add_argument("--prefix", help="what stands before the names of the weights in A and B (net.)")
     return parser
 
 

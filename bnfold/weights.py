@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from bnfold.algebra import Array, Linear
 
-__all__ = ["measure_bias", "measure_weight", "smallest"]
+__all__ = ["measure", "measure_bias", "measure_weight", "smallest"]
 
 _EPS = 2.0**-53
 _SPLIT = 2.0**27 + 1.0
@@ -31,6 +31,17 @@ _TYPES = {"float64": (52, -1022), "float32": (23, -126), "float16": (10, -14), "
 
 Pair = tuple[Array, Array]
 """An unevaluated sum: a number, and what is missing from it."""
+
+
+Numbers = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
+"""The weight and the bias of an operator, as `Linear.fold` takes them."""
+
+
+def measure(linear: Linear, numbers: Numbers, new: Numbers, dtype: str, looks_up: bool = False) -> float:
+    """How far the worst number of an operator is off: of its weight and of its bias; see `measure_weight`."""
+    (weight, bias), (made, own) = numbers, new
+    share = measure_weight(linear, weight, made, dtype, looks_up)
+    return share if looks_up else max(share, measure_bias(linear, weight, bias, own, dtype))
 
 
 def measure_weight(

@@ -32,7 +32,6 @@ from export.session import open_session
 
 __all__ = ["Examples", "choose_examples", "prove"]
 
-_EVERY = 1_000_000
 _NUMBERS = 2**20
 
 
@@ -46,10 +45,8 @@ class Examples:
 
 def choose_examples(domain: InputDomain) -> Examples:
     """Return every example where there are at most a million; else 64, or fewer where one is large."""
-    if domain.count is not None and domain.count <= _EVERY:
-        return Examples(domain.every(), exhaustive=True)
     numbers = max(1, int(np.prod(domain.shape)))
-    return Examples(domain.sample(min(64, max(4, _NUMBERS // numbers))))
+    return Examples(*domain.examples(min(64, max(4, _NUMBERS // numbers))))
 
 
 def prove(content: bytes, model: nn.Module, examples: Examples) -> Evidence:

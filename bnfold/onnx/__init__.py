@@ -23,7 +23,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 from onnx import TensorProto
 
@@ -32,7 +31,6 @@ from bnfold.decide import decide, describe
 from bnfold.errors import BnfoldError, InputError
 from bnfold.merge import Merged, settle
 from bnfold.onnx import files
-from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.edit import Edit, Store, apply
 from bnfold.onnx.functions import inline
 from bnfold.onnx.merging import merge_imported
@@ -267,7 +265,7 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
     decision, hidden, notes = _choose(model, folder, choices)
     imported, verdicts = decision.imported, (*decision.verdicts, *hidden)
     notes += imported.notes
-    before = _count(imported.model)
+    before = files.count_floats(imported.model)
     if not choices.verify:
         _refuse(imported.contradiction)
     if not decision.does_something:
@@ -283,7 +281,9 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
         _freeze(folded)
     _check_validity(folded, model, choices.verify)
     proof = describe(imported.graph, decision.plan, decision.merged)
-    report = Report(verdicts, notes=tuple(notes), parameters=(before, _count(folded)), proof=proof)
+    report = Report(
+        verdicts, notes=tuple(notes), parameters=(before, files.count_floats(folded)), proof=proof
+    )
     report = decision.merged.tell(report, decision.plan.graph)
     external = {edit.name: edit.location for edit in edits if isinstance(edit, Store) and edit.location}
     return _Folded(folded, report, decision, external, comparison)
@@ -405,12 +405,6 @@ def _freeze(model: onnx.ModelProto) -> None:
         for place in range(len(model.graph.input) - 1, -1, -1):
             if model.graph.input[place].name in stored:
                 del model.graph.input[place]
-
-
-def _count(model: onnx.ModelProto) -> int:
-    """How many floating-point numbers a model stores."""
-    tensors = (t for t in files.stored_tensors(model) if t.data_type in FLOATS)
-    return sum(int(np.prod(tensor.dims, dtype=np.int64)) for tensor in tensors)
 
 
 # ---------------------------------------------------------------- model classes

@@ -41,12 +41,12 @@ from bnfold.onnx.files import load_file
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.functions import inline
 from bnfold.onnx.read import ImportedModel, read
-from bnfold.onnx.slots import RECURRENT, find_slots, state_bias, stored_bias, stored_weight
+from bnfold.onnx.slots import RECURRENT, find_slots, state_bias, stored_numbers
 from bnfold.report import Report
 from bnfold.response import check_merges
 from bnfold.simulation import NotProved
 from bnfold.simulation import check as check_algebra
-from bnfold.weights import measure_bias, measure_weight, smallest
+from bnfold.weights import measure, smallest
 
 __all__ = ["KEY", "Certificate", "carried", "check", "check_files", "digest", "load", "make"]
 
@@ -200,15 +200,16 @@ def carried(source: Path, result: Path) -> list[str]:
     Raises:
         NotProved: it does not follow, and why.
     """
-    before, after = load_file(source), load_file(result)
+    after = load_file(result)
     found = [item.value for item in after.metadata_props if item.key == KEY]
     if not found:
         return []
-    told = Certificate.from_json(found[0], f"the certificate that {result} carries")
-    pairs = ((before, source, told.source), (after, result, told.result))
-    if any(digest(model, path.parent) != wanted for model, path, wanted in pairs):
-        return []
-    return check(before, after, told, source.parent, result.parent)
+    before, told = (
+        load_file(source),
+        Certificate.from_json(found[0], f"the certificate that {result} carries"),
+    )
+    folders = source.parent, result.parent
+    return [] if _stranger(before, after, told, *folders) else _show(before, after, told, *folders)
 
 
 def check(
@@ -231,14 +232,35 @@ def check(
     Raises:
         NotProved: it does not follow, and why.
     """
-    for name, model, place, wanted in (
-        ("first", source, folder, certificate.source),
-        ("second", result, other, certificate.result),
-    ):
-        if digest(model, place) != wanted:
-            raise NotProved(
-                f"the certificate is of other models: the {name} one is not that of which it speaks"
-            )
+    stranger = _stranger(source, result, certificate, folder, other)
+    if stranger:
+        raise NotProved(
+            f"the certificate is of other models: the {stranger} one is not that of which it speaks"
+        )
+    return _show(source, result, certificate, folder, other)
+
+
+def _stranger(
+    source: onnx.ModelProto,
+    result: onnx.ModelProto,
+    certificate: Certificate,
+    folder: Path | None,
+    other: Path | None,
+) -> str:
+    """Which one of two models a certificate is not of; empty where it is of both."""
+    if digest(source, folder) != certificate.source:
+        return "first"
+    return "second" if digest(result, other) != certificate.result else ""
+
+
+def _show(
+    source: onnx.ModelProto,
+    result: onnx.ModelProto,
+    certificate: Certificate,
+    folder: Path | None,
+    other: Path | None,
+) -> list[str]:
+    """Check a certificate on the models that it is of."""
     try:
         with np.errstate(all="ignore"):
             return _Check(source, result, certificate, folder, other).run()
@@ -266,14 +288,8 @@ class _Check:
             source = inline(source)[0] or source
         frozen = self.frozen = bool(reading.get("frozen"))
         self.before = read(source, folder, freeze_initializers=frozen, demote=reading.get("plain", ()))
-        self.after = read(
-            result, other, freeze_initializers=frozen, demote=self._plain(result, other, frozen)
-        )
+        self.after = _read_plainly(result, other, frozen)
         self.applied = apply(self.before.graph, self.done)
-
-    def _plain(self, result: onnx.ModelProto, folder: Path | None, frozen: bool) -> frozenset[str]:
-        """Spelt-out affines count as what they are: whether one is a BatchNorm matters to nobody here."""
-        return read(result, folder, freeze_initializers=frozen).tentative
 
     def run(self) -> list[str]:
         before, applied = self.before.graph, self.applied
@@ -333,7 +349,7 @@ class _Check:
         for name, twin in found.nodes.items():
             node = self.applied.merged[name]
             if name not in merged:
-                mine, linear = first.refs[node.copied[0] if node.copied else name], node.linear is not None
+                mine, linear = first.refs[node.original], node.linear is not None
                 apart = self._apart(node, mine[0], second.refs[twin.name][0])
                 for ref, other in list(zip(mine, second.refs[twin.name], strict=not linear))[
                     : 1 if linear else None
@@ -368,14 +384,11 @@ class _Check:
     def _share(self, node: Node, twin: Node) -> float:
         assert node.linear is not None
         assert twin.linear is not None
-        mine = find_slots(self.before, node.copied[0] if node.copied else node.name)
+        numbers = stored_numbers(self.before, node.original, node.linear)
+        new = stored_numbers(self.after, twin.name, twin.linear)
         theirs = find_slots(self.after, twin.name)
-        weight, bias = stored_weight(self.before, mine), stored_bias(self.before, mine, node.linear)
-        new, own = stored_weight(self.after, theirs), stored_bias(self.after, theirs, twin.linear)
-        looks_up = bool(node.linear.sealed)
         dtype = _dtype(self.after, theirs.ref.inputs[theirs.weight])
-        share = measure_weight(node.linear, weight, new, dtype, looks_up)
-        return share if looks_up else max(share, measure_bias(node.linear, weight, bias, own, dtype))
+        return measure(node.linear, numbers, new, dtype, bool(node.linear.sealed))
 
     def _affine_share(self, value: str, should: Affine, does: Affine, size: Affine) -> float:
         """The same of affine maps that are left: each number may be rounded twice, and each term of it."""
@@ -398,15 +411,13 @@ class _Check:
 
         def stored(node: Node) -> Any:
             assert node.linear is not None
-            slots = find_slots(self.before, node.copied[0] if node.copied else node.name)
-            return stored_weight(self.before, slots), stored_bias(self.before, slots, node.linear)
+            return stored_numbers(self.before, node.original, node.linear)
 
         def numbers(name: str) -> Any:
             twin = into[name]
             assert twin.linear is not None
-            slots = find_slots(self.after, twin.name)
-            bias = stored_bias(self.after, slots, twin.linear)
-            seen = twin.linear.view(np.asarray(stored_weight(self.after, slots), np.float64))
+            weight, bias = stored_numbers(self.after, twin.name, twin.linear)
+            seen = twin.linear.view(np.asarray(weight, np.float64))
             kernel = twin.linear.window.kernel if twin.linear.window is not None else ()
             own = np.zeros(twin.linear.outputs) if bias is None else bias
             if any(size != 1 for size in own.shape[:-1]):
@@ -493,6 +504,13 @@ class _Values:
             raise Refuse(f"`{twin.name}` ({twin.op}) has other settings than `{node.name}`")
         inputs = zip_longest(node.inputs, twin.inputs, fillvalue="")
         return [*inputs, *zip(node.results, twin.results, strict=True)]
+
+
+def _read_plainly(model: onnx.ModelProto, folder: Path | None, frozen: bool) -> ImportedModel:
+    """A model whose spelt-out affines count as what they are: whether one is a BatchNorm matters to nobody here."""
+    imported = read(model, folder, freeze_initializers=frozen)
+    plain = imported.tentative
+    return read(model, folder, freeze_initializers=frozen, demote=plain) if plain else imported
 
 
 def _settings(ref: NodeRef, linear: bool = False) -> Iterator[bytes]:

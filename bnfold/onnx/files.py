@@ -28,7 +28,7 @@ from onnx import TensorProto
 from bnfold.archive import name_stranger
 from bnfold.errors import InputError
 from bnfold.onnx.accept import accept
-from bnfold.onnx.constant_folding import check_external, map_bytes, width
+from bnfold.onnx.constant_folding import FLOATS, check_external, map_bytes, width
 from bnfold.onnx.flatten import bodies
 from bnfold.output import replacing
 
@@ -85,6 +85,12 @@ def stored_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
         for node in graph.node:
             yield from (item.t for item in node.attribute if item.type == onnx.AttributeProto.TENSOR)
             waiting += bodies(node)
+
+
+def count_floats(model: onnx.ModelProto) -> int:
+    """How many floating-point numbers a model stores."""
+    tensors = (tensor for tensor in stored_tensors(model) if tensor.data_type in FLOATS)
+    return sum(math.prod(tensor.dims) for tensor in tensors)
 
 
 def size(model: onnx.ModelProto) -> int:

@@ -28,7 +28,7 @@ from bnfold.onnx.constant_folding import FLOATS, Unworkable
 from bnfold.onnx.edit import Editor
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.read import ImportedModel
-from bnfold.onnx.slots import find_slots, stored_bias, stored_weight
+from bnfold.onnx.slots import find_slots, stored_numbers
 from bnfold.operators import Numbers, Operator
 
 __all__ = ["merge_imported", "write_merges"]
@@ -68,9 +68,8 @@ class _Host:
         """The weight and bias of a linear node, Gemm's alpha and beta in them."""
         if node.linear is None or node.name not in self.imported.refs:
             raise Refuse("its numbers are those of another node")
-        slots = find_slots(self.imported, node.name)
         try:
-            return stored_weight(self.imported, slots), stored_bias(self.imported, slots, node.linear)
+            return stored_numbers(self.imported, node.name, node.linear)
         except Unworkable as error:
             raise Refuse(str(error)) from error
 

@@ -22,8 +22,7 @@ from bnfold.cases import move
 from bnfold.equivalence import UNIT_ROUNDOFF, Unavailable
 from bnfold.errors import InputError
 from bnfold.onnx import inputs as made
-from bnfold.onnx.constant_folding import FLOATS
-from bnfold.onnx.files import stored_tensors
+from bnfold.onnx.files import count_floats
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.nudge import nudge
 from bnfold.onnx.read import ImportedModel
@@ -182,10 +181,7 @@ class ModelRuns:
         return run
 
     def _widened(self) -> onnx.ModelProto:
-        numbers = sum(
-            int(np.prod(t.dims)) for t in stored_tensors(self.imported.model) if t.data_type in FLOATS
-        )
-        if self.seconds > SLOW or numbers > HEAVY:
+        if self.seconds > SLOW or count_floats(self.imported.model) > HEAVY:
             raise InputError("it is too large to be run in float64")
         return to_float64(self.imported.model, self.imported.folder)
 

@@ -7,7 +7,7 @@ filled up with copies of the last example. Nothing here is differentiated, and t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from bnfold.ascent import LEAK
 from bnfold.cases import Array, Case
 from bnfold.divergence import Recording
 from bnfold.equivalence import Outputs, Unavailable
@@ -29,9 +30,6 @@ from bnfold.onnx.run import Runner, run_exactly, to_float64
 from bnfold.onnx.runs import DOUBTFUL, HEAVY, SLOW, ModelRuns, agree
 
 __all__ = ["ModelSide", "open_file", "open_model"]
-
-LEAK = 0.1
-"""The slope of a softened rectifier where it is shut."""
 
 
 class ModelSide:
@@ -168,11 +166,7 @@ class ModelSide:
         try:
             if self.seconds > SLOW or self._is_heavy:
                 raise InputError(f"{self.label} is too large to be run in float64")
-            feeds = [self._feeds(case) for case in cases]
-            ran = iter(run_exactly(self._wide, [feed for pieces in feeds for feed in pieces]))
-            outputs = [
-                _joined(case, [next(ran) for _ in pieces]) for case, pieces in zip(cases, feeds, strict=True)
-            ]
+            outputs = self._run_each(cases, lambda feeds: run_exactly(self._wide, feeds))
             if own is not None and not agree(outputs, self._renamed(own), DOUBTFUL):
                 raise InputError("the reference implementation disagrees with onnxruntime here")
         except InputError as error:
@@ -187,15 +181,21 @@ class ModelSide:
         """
         try:
             model = nudge(self._wide if exact else self.model, self.folder, units, seed)
-            feeds = [self._feeds(case) for case in cases]
-            whole = [feed for pieces in feeds for feed in pieces]
-            runner = None if exact else Runner(model, self.folder)
-            ran = iter(run_exactly(model, whole) if runner is None else map(runner, whole))
-            return [
-                _joined(case, [next(ran) for _ in pieces]) for case, pieces in zip(cases, feeds, strict=True)
-            ]
+            if exact:
+                return list(self._run_each(cases, lambda feeds: run_exactly(model, feeds)))
+            runner = Runner(model, self.folder)
+            return list(self._run_each(cases, lambda feeds: map(runner, feeds)))
         except InputError as error:
             raise Unavailable(str(error)) from error
+
+    def _run_each(
+        self, cases: Sequence[Case], run: Callable[[list[Feed]], Iterable[Outputs]]
+    ) -> list[dict[str, Array]]:
+        """What a run of all pieces of all cases gives for each case."""
+        feeds = [self._feeds(case) for case in cases]
+        ran = iter(run([feed for pieces in feeds for feed in pieces]))
+        pairs = zip(cases, feeds, strict=True)
+        return [_joined(case, [next(ran) for _ in pieces]) for case, pieces in pairs]
 
     def _renamed(self, own: Sequence[Outputs]) -> list[dict[str, Array]]:
         """Outputs that may go by the names of another model, by those of this one."""
@@ -211,8 +211,7 @@ class ModelSide:
 
     @cached_property
     def _is_heavy(self) -> bool:
-        stored = (t for t in files.stored_tensors(self.model) if t.data_type in FLOATS)
-        return sum(int(np.prod(t.dims)) for t in stored) > HEAVY
+        return files.count_floats(self.model) > HEAVY
 
     # -- for the ascent
 

@@ -18,6 +18,7 @@ __all__ = [
     "find_slots",
     "state_bias",
     "stored_bias",
+    "stored_numbers",
     "stored_weight",
     "with_state_bias",
 ]
@@ -89,6 +90,14 @@ def stored_bias(imported: ImportedModel, slots: Slots, linear: Linear) -> Array 
     elif slots.ref.op in RECURRENT:
         array = np.split(array, 2, axis=1)[0].ravel()
     return array * slots.beta
+
+
+def stored_numbers(
+    imported: ImportedModel, name: str, linear: Linear
+) -> tuple[np.ndarray[Any, Any], Array | None]:
+    """The weight and the bias of the linear operator of this name."""
+    slots = find_slots(imported, name)
+    return stored_weight(imported, slots), stored_bias(imported, slots, linear)
 
 
 def with_state_bias(imported: ImportedModel, ref: NodeRef, bias: Array) -> Array:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from bnfold.ascent import Objective
+from bnfold.ascent import LEAK, Objective
 from bnfold.cases import Array, Case, is_float
 from bnfold.divergence import Recording
 from bnfold.equivalence import Outputs, Unavailable
@@ -37,15 +37,6 @@ from bnfold.torch.stored import to_float64
 from bnfold.torch.tensors import leaves
 
 __all__ = ["ModuleSide", "open_factory", "open_file", "open_model"]
-
-EVERY = 1_000_000
-"""As many inputs are all tried, where the domain of a checkpoint has no more."""
-
-SAMPLES = 64
-"""As many are drawn from any other domain."""
-
-LEAK = 0.1
-"""The slope of a softened rectifier where it is shut."""
 
 
 class ModuleSide:
@@ -410,10 +401,8 @@ def open_file(
         module, recorded = load_module(path)
         return ModuleSide(module, label, recorded, "recorded")
     found = checkpoint.load(path)
-    count = found.input.count
-    if count is not None and count <= EVERY:
-        return ModuleSide(found.model, label, found.input.every(), "all")
-    return ModuleSide(found.model, label, found.input.sample(SAMPLES), "made up")
+    inputs, exhaustive = found.input.examples()
+    return ModuleSide(found.model, label, inputs, "all" if exhaustive else "made up")
 
 
 def _made_up(shapes: Sequence[str] | None) -> Any:

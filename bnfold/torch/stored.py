@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from bnfold import weights
 from bnfold.algebra import Array, Linear, round_to_odd
 from bnfold.equivalence import UNIT_ROUNDOFF
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace
 from bnfold.torch.tensors import leaves
-from bnfold.weights import measure_bias, measure_weight
 
 __all__ = [
     "copy_with",
@@ -148,8 +148,5 @@ def measure(before: nn.Module, after: nn.Module, place: LinearPlace, linear: Lin
     scaled = place.scaling is not None or place.bias_scaling is not None
     if scaled or dtype not in UNIT_ROUNDOFF or like.device.type == "meta":
         return None
-    weight, bias = stored_numbers(before, place)
-    new, own = stored_numbers(after, replace(place, computed=""))
-    looks_up = bool(linear.sealed) and place.bias is None
-    share = measure_weight(linear, weight, new, dtype, looks_up)
-    return share if looks_up else max(share, measure_bias(linear, weight, bias, own, dtype))
+    numbers, new = stored_numbers(before, place), stored_numbers(after, replace(place, computed=""))
+    return weights.measure(linear, numbers, new, dtype, bool(linear.sealed) and place.bias is None)
