@@ -14,9 +14,11 @@ Two questions, asked separately, of outputs that the frontends computed:
   given new weights, since each of those was rounded once. Where the unfolded model itself overflows in its own dtype,
   there is no noise to measure, and only the first question is asked.
 
-`Comparison` asks them of one fold. Where the answer is no, it asks once more, granting the folded model in its own
-dtype what one rounding of inputs and weights does to the unfolded one: a model that jumps (a hard attention, a choice
-of the best) is moved far by any rounding. A note says so then. In float64 nothing is granted to jumps: what roundings
+`Comparison` asks them of one fold. Where the answer is no, or the noise as large as the outputs, it asks once more. A
+model that selects (the best by top-k, what overlaps least) jumps by any rounding: it is compared where it does not, in
+runs whose choices all fall as the unfolded model's, together with what they are made from (`Alike`). Where no choice
+can be told, the folded model is granted in its own dtype what one rounding of inputs and weights does to the unfolded
+one. A note says so then. In float64 nothing is granted to jumps: what roundings
 do grows with the roundings, and a response that does not is no measure of them.
 
 Neither bound is a round number that somebody chose to make a model pass: one is measured on the model that nobody
@@ -43,6 +45,7 @@ from bnfold.report import Evidence
 __all__ = [
     "ALGEBRA",
     "UNIT_ROUNDOFF",
+    "Alike",
     "Comparison",
     "Outputs",
     "Runs",
@@ -72,6 +75,9 @@ TRIES = 12
 
 STRIDE = 2.0**10
 """A nudge of so many units tells a response that grows from a jump."""
+
+TELLING = 0.1
+"""A bound of so much of the largest output holds nothing to anything."""
 
 GROWTH = 2.0**5
 """As much as this the response to that nudge has to be larger; in a linear model, `STRIDE` times but for roundings."""
@@ -106,6 +112,24 @@ _T = TypeVar("_T")
 
 class Unavailable(Exception):
     """A run that cannot be made. Its text is what a report's notes say about that."""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Runs in which every choice (the best by top-k, what is above a threshold, a rounding) falls as in the first one.
+
+    Attributes:
+        own, exact: outputs in the model's own dtype and in float64; among them what the choices are made from. None
+            where float64 outputs prove nothing.
+        choices: how many are made.
+        after, truth: how many of them fell otherwise in the folded model, and in the unfolded one in float64.
+    """
+
+    own: Pair
+    exact: Pair | None
+    choices: int
+    after: int
+    truth: int
 
 
 class Runs(Protocol):
@@ -143,6 +167,9 @@ class Runs(Protocol):
             units: how many.
             seed: of the directions.
         """
+
+    def run_alike(self, folded: Any) -> Alike:
+        """All four, with the choices that the unfolded model makes in its own dtype; only where it makes some."""
 
 
 class Comparison:
@@ -195,26 +222,67 @@ class Comparison:
             NotEquivalent: it computes something else.
         """
         if self.before is None:
-            return () if self.exact is None else self._ask(self.exact, self.exact, self._held_to)
-        own, dtype = (self.before, self.runs.run_after(folded)), self.runs.dtype
+            return () if self.exact is None else self._judge(self.exact, folded)
+        own = self.before, self.runs.run_after(folded)
         if not any(np.size(array) for outputs in self.before for array in outputs.values()):
             self.notes.append("unverified: the outputs hold no numbers for inputs of these sizes")
             return ()
+        return self._judge(own, folded)
+
+    def _judge(self, own: Pair, folded: Any) -> tuple[Evidence, ...]:
+        """Ask; where that says no, again without a float64 that is none, or where both models choose alike."""
         try:
-            return self._ask(own, self.exact, dtype)
+            evidence = self._ask(own, self.exact, self._held_to)
         except NotEquivalent:
             if self.runs.doubt and self.exact is not None:
                 self.notes.append(self.runs.doubt)
-                return self._ask(own, None, dtype)
-            if dtype == "float64" and self.exact is not None:
-                raise
-            sensitivity = self._respond(self.before, False)
-            evidence = self._ask(own, self.exact, dtype, sensitivity)
+                self.exact = None
+                return self._judge(own, folded)
+            return self._ask_alike(folded) or self._ask_of_jumps(own)
+        return evidence if evidence[-1].bound < TELLING else self._ask_alike(folded) or evidence
+
+    def _ask_alike(self, folded: Any) -> tuple[Evidence, ...]:
+        """Compare where both models choose alike; nothing where the model does not choose, or choices cannot be led.
+
+        Raises:
+            NotEquivalent: they differ there, too.
+        """
+        try:
+            alike = self.runs.run_alike(folded)
+        except Unavailable:
+            return ()
+        if not alike.after and not alike.truth:
+            return ()
+        evidence = self._ask(alike.own, alike.exact, self._held_to)
+        if alike.exact is not None:
+            self.notes.clear()  # why float64 would not do otherwise
+        self.notes.append(
+            f"the model selects or rounds: of {alike.choices} choices {alike.after} fall otherwise in the folded model "
+            f"and {alike.truth} in float64, as values that are nearly equal do; compared with the choices of the "
+            "unfolded model, what they are made from included"
+        )
+        return evidence
+
+    def _ask_of_jumps(self, own: Pair) -> tuple[Evidence, ...]:
+        """Grant the folded model in its own dtype what one rounding does to the unfolded one, at most of some draws."""
+        dtype = self._held_to
+        if self.before is None or (dtype == "float64" and self.exact is not None):
+            return self._ask(own, self.exact, dtype)
+        sensitivity = 0.0
+        for seed in range(TRIES):
+            sensitivity = max(sensitivity, self._respond(own[0], False, seeds=(seed,)))
+            try:
+                evidence = self._ask(own, self.exact, dtype, sensitivity)
+            except NotEquivalent:
+                if seed == TRIES - 1 or not sensitivity:
+                    raise
+                continue
             moved = (
                 f"one rounding of inputs and weights moves the outputs by {sensitivity:.1e} of the largest"
             )
             self.notes.append(f"in {dtype} {moved}: what is compared there says no more than that")
-            return evidence
+            break
+        return evidence
 
     def _ask(self, own: Pair, exact: Pair | None, dtype: str, noise: float = 0.0) -> tuple[Evidence, ...]:
         examples, rounded = self.runs.examples, self.rounded

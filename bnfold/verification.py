@@ -34,7 +34,7 @@ from bnfold.archive import is_onnx, load_arrays
 from bnfold.ascent import climb
 from bnfold.cases import Array, Case, count_examples, nudged, perturbed, renamed
 from bnfold.divergence import Divergence, Recording, find_divergence
-from bnfold.equivalence import UNIT_ROUNDOFF, Comparison, Outputs, Unavailable, Worst, compare, measure
+from bnfold.equivalence import UNIT_ROUNDOFF, Alike, Comparison, Outputs, Unavailable, Worst, compare, measure
 from bnfold.errors import InputError, NotEquivalent, UnreadableModel
 from bnfold.report import Evidence
 
@@ -392,6 +392,10 @@ class _Runs:
         before, unit = self.pair.before, UNIT_ROUNDOFF["float64" if exact else self.dtype]
         cases = [before.accept(nudged(case, units * unit, seed)) for case in self.cases]
         return before.run_nudged(cases, exact, units, seed)
+
+    def run_alike(self, folded: Any) -> Alike:
+        """Never: two models of any kind need not choose in the same order."""
+        raise Unavailable("the choices of two models cannot be told apart")
 
     def nearest(self) -> tuple[list[Outputs], list[Outputs]]:
         """What was computed in the models' own dtypes, or else in float64."""

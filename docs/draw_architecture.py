@@ -30,7 +30,7 @@ PLACES: dict[tuple[str, str], str] = {
         "import",
     ): "read simplify norms aliasing storage steps determinism naming tails calls trials alignment sizes idle",
     ("torch", "write"): "write merging stored modules",
-    ("torch", "run and compare"): "fold retrace sandbox double nudge",
+    ("torch", "run and compare"): "fold retrace sandbox double nudge choices",
     ("", "lower"): "canonical algebra window",
     ("", "import"): "ir",
     ("", "decide"): "travel rules duplicate merge operators decide",
@@ -39,7 +39,7 @@ PLACES: dict[tuple[str, str], str] = {
     ("onnx", "lower"): "lower context",
     ("onnx", "import"): "read",
     ("onnx", "write"): "write merging slots edit",
-    ("onnx", "run and compare"): "runs run reference inputs certify nudge",
+    ("onnx", "run and compare"): "runs run reference inputs certify nudge choices",
 }
 """Which modules stand where, by lane and stage."""
 

@@ -19,9 +19,10 @@ from onnx import TensorProto
 
 from bnfold.archive import load_arrays
 from bnfold.cases import move
-from bnfold.equivalence import UNIT_ROUNDOFF, Unavailable
+from bnfold.equivalence import UNIT_ROUNDOFF, Alike, Pair, Unavailable
 from bnfold.errors import InputError
 from bnfold.onnx import inputs as made
+from bnfold.onnx.choices import Choices, find_choices
 from bnfold.onnx.files import count_floats
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.nudge import nudge
@@ -86,7 +87,7 @@ class ModelRuns:
         self.original = imported.model if original is None or is_random(imported.model) else original
         self.feeds: list[Feed] = []
         self.before: list[Outputs] = []
-        self.seconds = 0.0
+        self.seconds, self.is_wide = 0.0, False
 
     @property
     def dtype(self) -> str:
@@ -168,9 +169,65 @@ class ModelRuns:
         except InputError as error:
             raise Unavailable(str(error)) from error
 
+    def run_alike(self, folded: onnx.ModelProto | Path) -> Alike:
+        """Run all four with the choices of the unfolded model.
+
+        Raises:
+            Unavailable: it makes none, or other ones are made.
+        """
+        model = self.imported.model
+        choices = find_choices(model, self.imported.context)
+        if not choices:
+            raise Unavailable("the model makes no choices")
+        try:
+            if self.is_wide:
+                run = _exactly(choices.record(self._widened()))
+            else:
+                run = Runner(choices.record(model), self.imported.folder)
+            recorded = [run(feed) for feed in self.feeds]
+            first = [choices.tell(model, outputs) for outputs in recorded]
+            made = [choices.feed(outputs) for outputs in recorded]
+            exact, fell = self._follow_exactly(choices, first, made)
+            if not self.is_wide:
+                late, after = self._follow(choices, folded, made)
+                return Alike((first, late), exact, len(choices) * len(made), after, fell[0])
+        except InputError as error:
+            raise Unavailable(str(error)) from error
+        if exact is None:
+            raise Unavailable("it could not be run in float64")
+        return Alike(exact, exact, len(choices) * len(made), fell[1], fell[0])
+
+    def _follow_exactly(
+        self, choices: Choices, first: Sequence[Outputs], made: Sequence[Feed]
+    ) -> tuple[Pair | None, tuple[int, int]]:
+        """Both models in float64, where that proves anything, and how many choices of each are others."""
+        made = [{name: widen(array) for name, array in feed.items()} for feed in made]
+        try:
+            wide = self._widened()
+            before, old = self._follow(choices, wide, made, exact=True)
+            if not agree(before, first, DOUBTFUL):
+                return None, (0, 0)
+            after, new = self._follow(choices, self.edit(wide), made, exact=True)
+        except InputError:
+            return None, (0, 0)
+        return (before, after), (old, new)
+
+    def _follow(
+        self, choices: Choices, model: onnx.ModelProto | Path, made: Sequence[Feed], exact: bool = False
+    ) -> tuple[list[Outputs], int]:
+        """What a model computes with recorded choices, and how many of its own are others."""
+        folder = self.folder
+        if isinstance(model, Path):
+            model, folder = onnx.load_model(model, load_external_data=False), model.parent
+        led = choices.follow(model, made[0])
+        run = _exactly(led) if exact else Runner(led, folder)
+        outputs = [run({**feed, **also}) for feed, also in zip(self.feeds, made, strict=True)]
+        otherwise = sum(choices.count_otherwise(*each) for each in zip(outputs, made, strict=True))
+        return [choices.tell(model, each) for each in outputs], otherwise
+
     def _run_wide_instead(self, error: InputError) -> Callable[[Feed], Outputs]:
         """Run in float64 what onnxruntime has no kernel for (bfloat16 on a CPU)."""
-        wide = to_float64(self.imported.model, self.imported.folder)
+        wide, self.is_wide = to_float64(self.imported.model, self.imported.folder), True
 
         def run(feed: Feed) -> Outputs:
             try:
@@ -261,6 +318,11 @@ def agree(exact: Sequence[Outputs], own: Sequence[Outputs], tolerance: float) ->
             if any(np.nanmax(np.abs(a - b), initial=0.0) > tolerance * max(peak, 1e-4) for a, b in wide):
                 return False
     return True
+
+
+def _exactly(model: onnx.ModelProto) -> Callable[[Feed], Outputs]:
+    """Runs a model that `to_float64` made."""
+    return lambda feed: run_exactly(model, [feed])[0]
 
 
 def _given(inputs: Any) -> list[Feed] | None:

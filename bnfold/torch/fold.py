@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold import decide as proved
-from bnfold.equivalence import UNIT_ROUNDOFF, Comparison, Outputs, Unavailable
+from bnfold.equivalence import UNIT_ROUNDOFF, Alike, Comparison, Outputs, Unavailable
 from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
 from bnfold.ir import Node
 from bnfold.merge import Merged, settle
 from bnfold.report import Report
 from bnfold.simulation import NotProved
+from bnfold.torch.choices import Choice, Choosing, Tally
 from bnfold.torch.double import double
 from bnfold.torch.idle import Idle
 from bnfold.torch.merging import merge_read
@@ -355,6 +356,48 @@ class ModuleRuns:
                 return [_run(model, each, self.writes) for each in inputs]
         except Exception as error:
             raise Unavailable(first_line(error)) from error
+
+    def run_alike(self, folded: nn.Module) -> Alike:
+        """Run both with the choices of the unfolded module.
+
+        Raises:
+            Unavailable: the module makes no choices, is not there any more, or other ones are made.
+        """
+        if self.gone and self.inplace:
+            raise Unavailable("the module was folded in place")
+        try:
+            first = [self._choose(self.model, each) for each in self.inputs]
+            made = [tally.made for _, tally in first]
+            if not any(made):
+                raise Unavailable("the model makes no choices")
+            late = [self._choose(folded, *each) for each in zip(self.inputs, made, strict=True)]
+            twin, wide = to_float64(self.model), self._wide()
+            with double():
+                truth = [self._choose(twin, *each) for each in zip(wide, made, strict=True)]
+                edited = self.edit(twin)
+                exact = [self._choose(edited, *each) for each in zip(wide, made, strict=True)]
+        except Exception as error:
+            raise Unavailable(first_line(error)) from error
+        outputs = [[each for each, _ in runs] for runs in (first, late, truth, exact)]
+        fell = [
+            {(at, name) for at, (_, tally) in enumerate(run) for name in tally.otherwise}
+            for run in (late, truth)
+        ]
+        proof = None if self.doubt else (outputs[2], outputs[3])
+        return Alike((outputs[0], outputs[1]), proof, sum(map(len, made)), *map(len, fell))
+
+    def _choose(
+        self, model: nn.Module, inputs: Any, recorded: Sequence[Choice] | None = None
+    ) -> tuple[Outputs, Tally]:
+        """The outputs and the choices of one run, and among the outputs what those are made from."""
+        with Choosing(recorded) as mode:
+            outputs = _run(model, inputs, self.writes)
+        if recorded is not None and len(mode.tally.made) != len(recorded):
+            raise Unavailable("the model makes more choices, or fewer")
+        return {
+            **outputs,
+            **{name: _array(tensor) for name, tensor in mode.tally.grounds.items()},
+        }, mode.tally
 
     def _wide(self) -> list[Any]:
         """The inputs in float64."""

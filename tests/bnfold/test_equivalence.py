@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bnfold.algebra import Linear, batchnorm, round_to
-from bnfold.equivalence import ALGEBRA, Comparison, Unavailable, compare, judge, measure
+from bnfold.equivalence import ALGEBRA, TELLING, Alike, Comparison, Unavailable, compare, judge, measure
 from bnfold.errors import NotEquivalent
 
 RANDOM = np.random.default_rng(3)
@@ -190,9 +190,10 @@ class Made:
         doubt: str = "",
         near: Any = None,
         far: Any = None,
+        alike: Any = None,
     ) -> None:
         unknown = Unavailable("unknown")
-        self.results = [before, exact, after, nudged, near or unknown, far or unknown]
+        self.results = [before, exact, after, nudged, near or unknown, far or unknown, alike or unknown]
         self.doubt, self.calls = doubt, list[int]()
 
     def _give(self, which: int) -> Any:
@@ -213,6 +214,10 @@ class Made:
 
     def run_nudged(self, exact: bool, units: float, seed: int) -> Any:
         return self._give(4 if exact and units == 1 else 5 if exact else 3)
+
+    def run_alike(self, folded: Any) -> Any:
+        assert folded == "folded"
+        return self._give(6)
 
 
 def questions(comparison: Comparison) -> list[str]:
@@ -286,6 +291,30 @@ def test_a_model_that_jumps_is_granted_what_rounded_inputs_do_to_it_and_no_more(
         Comparison(steady, 1).judge("folded")
     with pytest.raises(NotEquivalent):
         Comparison(Made(before, exact, off, Unavailable("gone")), 1).judge("folded")
+
+
+def test_a_model_that_selects_is_held_to_runs_that_choose_alike() -> None:
+    own, exact = pair(np.float32, *folded()), pair(np.float64, *folded())
+    jumped, wrong = moved(own[1], 1.0), moved(own[1], 1e-3)
+
+    def ask(own_alike: Any, after: Any, truth: Any = exact[0]) -> Comparison:
+        alike = Alike(own_alike, exact, choices=9, after=2, truth=0)
+        comparison = Comparison(Made(own[0], (truth, truth), after, alike=alike), 1)
+        assert all(item.deviation <= item.bound < TELLING for item in comparison.judge("folded"))
+        return comparison
+
+    assert "of 9 choices 2 fall otherwise" in ask(own, jumped).notes[0]
+    assert "of 9 choices 2 fall otherwise" in ask(own, own[1], truth=moved(exact[0], 1.0)).notes[0]
+    for truth in (exact[0], moved(exact[0], 1.0)):
+        with pytest.raises(NotEquivalent):
+            ask((own[0], wrong), jumped, truth)
+
+
+def test_runs_that_choose_alike_anyway_excuse_nothing() -> None:
+    own, exact = pair(np.float32, *folded()), pair(np.float64, *folded())
+    alike = Alike(own, exact, choices=9, after=0, truth=0)
+    with pytest.raises(NotEquivalent):
+        Comparison(Made(own[0], exact, moved(own[1], 1.0), own[0], alike=alike), 1).judge("folded")
 
 
 def test_what_cannot_be_run_is_left_out_with_its_note() -> None:
