@@ -17,7 +17,17 @@ from torch._ops import OpOverload
 from bnfold.torch.internals import has_composite_kernel
 from bnfold.torch.tensors import leaves, returned
 
-__all__ = ["is_composite", "is_metadata", "is_pure", "name_of", "reads_shape", "tells", "written"]
+__all__ = [
+    "gives_number",
+    "is_composite",
+    "is_metadata",
+    "is_pure",
+    "makes_list",
+    "name_of",
+    "reads_shape",
+    "sized_axes",
+    "written",
+]
 
 
 @cache
@@ -76,13 +86,42 @@ def reads_shape(operator: Any) -> bool:
     return name.endswith("_like") or name.startswith("new_")
 
 
-def tells(operator: OpOverload, args: tuple[Any, ...]) -> bool:
-    """Whether it gives numbers away: as a number, or in the shape of its result."""
-    if torch.Tag.data_dependent_output in operator.tags or _tells_by_shape(operator):
-        return True
-    if operator.overloadpacket is not torch.ops.aten.index:
-        return False
-    return any(tensor.dtype in (torch.bool, torch.uint8) for _, tensor in leaves(args[1:]))
+@cache
+def gives_number(operator: OpOverload) -> bool:
+    """Whether it gives away a number of a tensor, as no tensor."""
+    return torch.Tag.data_dependent_output in operator.tags
+
+
+_FIRST = {"nonzero", "masked_select", "bincount", "unique", "_unique", "_unique2", "unique_consecutive"}
+"""Operators of whose result only the first axis is as long as the numbers say."""
+
+
+def sized_axes(operator: Any, args: Any, rank: int) -> range:
+    """Those axes of a result of that rank that may be as long as the numbers of the arguments say."""
+    if not isinstance(operator, OpOverload):
+        return range(0)
+    if operator.overloadpacket is torch.ops.aten.index:
+        masks = any(value.dtype in (torch.bool, torch.uint8) for value in _parts(args[1:]))
+        return range(rank if masks else 0)
+    if not _tells_by_shape(operator):
+        return range(0)
+    return range(min(rank, 1) if name_of(operator) in _FIRST else rank)
+
+
+def _parts(thing: Any) -> Iterator[Any]:
+    """What has a dtype in nested tuples."""
+    if isinstance(thing, tuple | list):
+        for part in thing:
+            yield from _parts(part)
+    elif hasattr(thing, "dtype"):
+        yield thing
+
+
+def makes_list(operator: Any) -> bool:
+    """Whether it gives as many tensors as a size says."""
+    return isinstance(operator, OpOverload) and any(
+        str(each.type) == "List[Tensor]" for each in operator._schema.returns
+    )
 
 
 def written(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -14,7 +14,8 @@ pass with real tensors takes a third of the time on common models (it costs a fa
 of a small image costs) and follows models that need numbers.
 
 **Branches.** Where a number that depends on the inputs leaves the tensors (`item`, `bool`, NumPy), the code that runs
-after it might have been other code. From there on nothing is trusted that passes through a module whose own forward
+after it might have been other code. So it might once somebody asks for a size that depends on numbers (of what a mask
+or `nonzero` selects); what is computed from such a tensor meanwhile is drawn as what nothing travels through. From there on nothing is trusted that passes through a module whose own forward
 was under way, nor any value that was alive: an opaque call "reads" it. What runs whole inside another module's
 forward stays as it is.
 
@@ -40,7 +41,17 @@ from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfold.torch.aten import is_composite, is_metadata, is_pure, name_of, reads_shape, tells, written
+from bnfold.torch.aten import (
+    gives_number,
+    is_composite,
+    is_metadata,
+    is_pure,
+    makes_list,
+    name_of,
+    reads_shape,
+    sized_axes,
+    written,
+)
 from bnfold.torch.internals import (
     BelowAutograd,
     autocast_devices,
@@ -110,12 +121,14 @@ class _Calls:
         with self.looking():
             return tuple(self.value(tensor) for _, tensor in leaves(thing))
 
-    def measure(self, tensor: Any) -> None:
-        """Note that somebody asks for the size or the type of a tensor."""
+    def measure(self, tensor: Any, sizes: bool = True) -> None:
+        """Note that somebody asks for the sizes of a tensor, or for its rank or type, which no numbers decide."""
         if self.sealed is None and not self.unseen and isinstance(tensor, Tensor):
             value = self.memory.noted(tensor)
             if value is not None and value.data:
                 self.measured.setdefault(value.name, []).append(self.frame)
+                if sizes and value.sized:
+                    self.branch()
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -184,9 +197,10 @@ class _Calls:
             value = self.memory.noted(tensor)
             if value is None or not (value.slots or value in call.made):
                 value = self.memory.new(tensor, call, call.constant, data)
+                value.sized = _sized(call, value) if data else value.sized
             if value not in call.made:
                 call.made.append(value)
-        told = told or (not found and result is not None)
+        told = told or (not found and result is not None) or _counts(call)
         if data and told and not _only_sizes(self.frame.module):
             self.branch()
 
@@ -306,9 +320,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run_call(self, operator: Any, args: Any, kwargs: Any) -> Any:
         call = self.calls.begin(operator, args, kwargs)
-        told = tells(operator, args)
         result, changed = self._run(operator, args, kwargs)
-        self.calls.finish(call, result, changed, told)
+        self.calls.finish(call, result, changed, gives_number(operator))
         return result
 
     def _run_part(self, sealed: _Sealed, operator: Any, args: Any, kwargs: Any) -> Any:
@@ -316,7 +329,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = self.calls.memory.noted(tensor)
             if value is not None and id(value) not in sealed.call.reads:
                 self.calls.read(sealed.call, value)
-        sealed.told |= tells(operator, args)
+        sealed.told |= gives_number(operator) or bool(sized_axes(operator, args, 1))
         result, changed = self._run(operator, args, kwargs)
         known = {id(tensor) for tensor in sealed.changed}
         sealed.changed += [tensor for tensor in changed if id(tensor) not in known]
@@ -368,7 +381,7 @@ class _Surroundings(TorchFunctionMode):
         if function in _DIFFERENTIATING or (function in _ASKING and torch.is_grad_enabled()):
             self._differentiate(function)
         if function in _MEASURING and args:
-            self.calls.measure(args[0])
+            self.calls.measure(args[0], function not in _RANK_AND_TYPE)
         if function == _SET_GRAD:
             function(*args, **kwargs)
             return self.below.settle()
@@ -418,9 +431,13 @@ _MEASURING = {
     _TENSOR.ndim.__get__,
     _TENSOR.nbytes.__get__,
     _TENSOR.dtype.__get__,
+    Tensor.stride,
     *_SIZES,
 }
 """Functions that tell the size or the type of a tensor."""
+
+_RANK_AND_TYPE = {Tensor.dim, Tensor.ndimension, _TENSOR.ndim.__get__, _TENSOR.dtype.__get__}
+"""Those that tell no sizes."""
 
 _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_copy"}
 """Functions that cast where the model says so."""
@@ -432,6 +449,22 @@ _READING = (
 )
 _REACHING = {**_OVERWRITING, **{getattr(Tensor, name): name.strip("_") for name in _READING}}
 """Functions that reach the memory of a tensor by no operator, with a name for the call; some write into it."""
+
+
+def _sized(call: Call, made: Value) -> range:
+    """The axes of what a call makes that may be as long as some numbers say: all, if that is so of one it reads."""
+    taken = any(value.sized for value in call.reads.values())
+    return range(made.rank) if taken else sized_axes(call.function, call.args, made.rank)
+
+
+def _counts(call: Call) -> bool:
+    """Whether a call returns as many tensors as some numbers say; along which axis, is asked of `unbind` alone."""
+    axes = next((value.sized for value in call.reads.values() if value.sized), range(0))
+    if not axes or not makes_list(call.function):
+        return False
+    value = next(value for value in call.reads.values() if value.sized)
+    along = call.args[1] if name_of(call.function) == "unbind" and len(call.args) > 1 else None
+    return not isinstance(along, int) or along % value.rank in axes
 
 
 def _only_sizes(module: nn.Module | None) -> bool:

@@ -140,7 +140,7 @@ class Draft:
     def _draw(self, call: Call, aliased: bool) -> None:
         self.call = call
         before = len(self.items)
-        drawn = not aliased and lower(self, call)
+        drawn = not aliased and lower(self, call) and self._holds_at_any_size(call, self.items[before:])
         taken = {name for item in self.items[before:] for name in item.inputs}
         missed = any(not v.constant and not v.slots and v.name not in taken for v in call.reads.values())
         if not drawn or missed:
@@ -148,6 +148,12 @@ class Draft:
             self._draw_opaque(call)
         for value in (*call.made, *call.written):
             self.shapes[value.name] = value.shape
+
+    def _holds_at_any_size(self, call: Call, drawn: Sequence[DraftNode]) -> bool:
+        """Whether what a call was drawn as rests on no size that numbers decide: a row or an image is as good as two."""
+        if not any(value.sized for value in (*call.reads.values(), *call.made)):
+            return True
+        return all(item.is_batchnorm or item.op in _BY_ROW for item in drawn)
 
     def _draw_opaque(self, call: Call) -> None:
         inputs = [v.name for v in call.reads.values() if not v.constant and not v.slots]
@@ -223,5 +229,8 @@ class Draft:
         except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
             return None
 
+
+_BY_ROW = ("Gemm", "MatMul")
+"""Linear operators that do the same to each row."""
 
 _TERMS = {"running_mean": "mean", "running_var": "var", "weight": "gamma", "bias": "beta"}

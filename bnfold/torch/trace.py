@@ -46,6 +46,7 @@ class Value:
         name: of a value that somebody computes or gives; unique.
         frame: the module call in whose own code it was made.
         memory: a number for the memory that it lies in; two values of one number may change together.
+        sized: the axes that may be as long as some numbers say.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +59,7 @@ class Value:
     name: str = ""
     frame: Frame | None = None
     memory: int = 0
+    sized: range = range(0)
 
     @property
     def rank(self) -> int:

@@ -237,8 +237,14 @@ def test_a_literal_that_may_be_made_of_the_inputs_is_no_constant():
         lambda x: bool(x.sum() > 0),
         lambda x: x.tolist(),
         lambda x: x.numpy(),
-        lambda x: x.nonzero(),
-        lambda x: x[x > 0],
+        lambda x: x.nonzero().shape,
+        lambda x: len(x[x > 0]),
+        lambda x: (x[x > 0] * 2).numel(),
+        lambda x: x.unique().size(0),
+        lambda x: list(x[x[:, 0] > 0]),
+        lambda x: x[x[:, 0] > 0].split(1),
+        lambda x: torch.zeros_like(x.masked_select(x > 0)),
+        lambda x: x.nonzero().stride(),
         lambda x: torch.equal(x, x),
         lambda x: torch.allclose(x, x),
         lambda x: x.untyped_storage(),
@@ -256,6 +262,30 @@ def test_where_numbers_leave_what_is_alive_is_read(tell):
     assert trace.data_dependent
     branch = next(call for call in trace.calls if call.label == "If")
     assert trace.calls[0].made[0].name in names(branch.reads.values())
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda x: x.nonzero(),
+        lambda x: torch.where(x > 0),
+        lambda x: x[x > 0].dim(),
+        lambda x: x[x > 0].sum().shape,
+        lambda x: x.masked_select(x > 0) + 1,
+        lambda x: x.unique(),
+        lambda x: torch.bincount((x[:, 0] > 0).long()),
+        lambda x: x.repeat_interleave((x[:, 0] > 0).long(), 0),
+    ],
+)
+def test_a_size_that_numbers_decide_is_no_branch_while_nobody_asks_for_it(select):
+    def forward(net, x):
+        y = x * 2
+        select(x)
+        return y
+
+    trace = traced(forward)
+    assert not trace.data_dependent
+    assert "If" not in labels(trace)
 
 
 @pytest.mark.parametrize("tell", [lambda net: net.scale.sum().item(), lambda net: bool(net.scale.any())])
