@@ -44,7 +44,7 @@ PLACES: dict[tuple[str, str], str] = {
 """Which modules stand where, by lane and stage."""
 
 BESIDE = {
-    "torch": "archive files program side states",
+    "torch": "archive files program recompose side states",
     "": "archive ascent calibrate cases checkpoint cli command divergence errors exclusive fold layers output "
     "page printed pytest_plugin pytest_report shapes verification verify wording",
     "onnx": "files side",

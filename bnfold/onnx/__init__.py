@@ -32,7 +32,7 @@ from bnfold.errors import BnfoldError, InputError
 from bnfold.merge import Merged, settle
 from bnfold.onnx import files
 from bnfold.onnx.edit import Edit, Store, apply
-from bnfold.onnx.functions import inline
+from bnfold.onnx.functions import inline, left_in_functions
 from bnfold.onnx.merging import merge_imported
 from bnfold.onnx.read import ImportedModel, read
 from bnfold.onnx.run import run
@@ -297,18 +297,19 @@ def _choose(
     Where it does not, the BatchNorms in their bodies are owed a verdict all the same.
     """
     decision = _decide(model, folder, choices)
+    left = left_in_functions(model)
     inlined, names = inline(model)
-    if inlined is None:
-        return decision, [], []
+    if inlined is None or not names:
+        return decision, left, []
     other = _decide(inlined, folder, choices)
     if other.erased > decision.erased:
         return (
             replace(other, inlined=True),
-            [],
+            left,
             [f"the functions {', '.join(names)} were inlined, since all calls share their bodies"],
         )
     seen = {verdict.name for verdict in decision.verdicts}
-    return decision, [verdict for verdict in other.verdicts if verdict.name not in seen], []
+    return decision, [*left, *(verdict for verdict in other.verdicts if verdict.name not in seen)], []
 
 
 def _compare(

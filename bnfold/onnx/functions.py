@@ -1,16 +1,25 @@
 """A model's own functions, inlined where something in them could be folded.
 
-A function's body is shared by all of its calls, so nothing can be folded into it as it stands.
+A function's body is shared by all of its calls, so nothing can be folded into it as it stands. ONNX's inliner takes a
+function only if it imports the operator set that the model does; one that imports another version, in which all of its
+operators are the same, is taken to import the model's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import onnx
 
-__all__ = ["inline"]
+from bnfold.onnx.flatten import bodies
+from bnfold.report import Verdict
+
+__all__ = ["inline", "left_in_functions"]
 
 _LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
 _SHARED = frozenset({"BatchNormalization", *_LINEAR})
+_ONNX = ("", "ai.onnx")
 
 
 def inline(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, list[str]]:
@@ -24,9 +33,74 @@ def inline(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, list[str]]:
     if not wanted or not (inside or any(node.op_type == "BatchNormalization" for node in model.graph.node)):
         return None, []
     try:
-        return inliner.inline_selected_functions(model, wanted), [name for _, name in wanted]
+        inlined = inliner.inline_selected_functions(_of_one_version(model), wanted)
     except (onnx.checker.ValidationError, ValueError, RuntimeError):
         return None, []
+    left = {(f.domain, f.name) for f in inlined.functions}
+    return inlined, [name for domain, name in wanted if (domain, name) not in left]
+
+
+def left_in_functions(model: onnx.ModelProto) -> list[Verdict]:
+    """What is said of the BatchNorms in functions of another version, which nothing is inlined of."""
+    version = _version(model)
+    return [
+        Verdict(f"{function.name}.{node.name or node.output[0]}", "kept", reason=_why(function, version))
+        for function in model.functions
+        if _version(function) != version and not _is_the_same(function, version)
+        for node in _nodes(function)
+        if node.op_type == "BatchNormalization" and node.domain in _ONNX
+    ]
+
+
+def _why(function: onnx.FunctionProto, version: int) -> str:
+    changed = next(node.op_type for node in _nodes(function) if not _stays(node, _version(function), version))
+    return (
+        f"it is in the function `{function.name}` of operator set {_version(function)}, and the model's is {version}, "
+        f"in which {changed} is another; write both for one"
+    )
+
+
+def _of_one_version(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, or a copy in which functions import its own version where that changes none of their operators."""
+    version = _version(model)
+    if all(_version(function) == version for function in model.functions):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for function in copy.functions:
+        for item in function.opset_import:
+            if item.domain in _ONNX and _is_the_same(function, version):
+                item.version = version
+    return copy
+
+
+def _version(holder: Any) -> int:
+    """The version of ONNX's own operators that a model or a function imports."""
+    return next((item.version for item in holder.opset_import if item.domain in _ONNX), 1)
+
+
+def _is_the_same(function: onnx.FunctionProto, version: int) -> bool:
+    return all(_stays(node, _version(function), version) for node in _nodes(function))
+
+
+def _stays(node: onnx.NodeProto, *versions: int) -> bool:
+    """Whether an operator is one and the same in some versions."""
+    if node.domain not in _ONNX:
+        return True
+    try:
+        since = {onnx.defs.get_schema(node.op_type, version, "").since_version for version in versions}
+    except onnx.defs.SchemaError:
+        return False
+    return len(since) == 1
+
+
+def _nodes(function: onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+    """Those of a function and of the bodies in it."""
+    waiting: list[Any] = [function]
+    while waiting:
+        for node in waiting.pop().node:
+            yield node
+            waiting += bodies(node)
 
 
 def _functions_worth_inlining(model: onnx.ModelProto) -> list[tuple[str, str]]:
@@ -45,6 +119,6 @@ def _holds(
             if key in by_name and key not in seen:
                 seen.add(key)
                 waiting.append(by_name[key])
-            elif node.op_type in operators and node.domain in ("", "ai.onnx"):
+            elif node.op_type in operators and node.domain in _ONNX:
                 return True
     return False

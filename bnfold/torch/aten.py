@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from bnfold.torch.internals import has_composite_kernel
-from bnfold.torch.tensors import leaves, returned
+from bnfold.torch.tensors import returned
 
 __all__ = [
     "gives_number",

@@ -15,9 +15,9 @@ of a small image costs) and follows models that need numbers.
 
 **Branches.** Where a number that depends on the inputs leaves the tensors (`item`, `bool`, NumPy), the code that runs
 after it might have been other code. So it might once somebody asks for a size that depends on numbers (of what a mask
-or `nonzero` selects); what is computed from such a tensor meanwhile is drawn as what nothing travels through. From there on nothing is trusted that passes through a module whose own forward
-was under way, nor any value that was alive: an opaque call "reads" it. What runs whole inside another module's
-forward stays as it is.
+or `nonzero` selects); what is computed from such a tensor meanwhile is drawn as what nothing travels through. From a
+branch on nothing is trusted that passes through a module whose own forward was under way, nor any value that was alive:
+an opaque call "reads" it. What runs whole inside another module's forward stays as it is.
 
 **Autocast** casts what an operator reads. That is taken for a part of the operator: the cast tensor is the same value.
 

@@ -150,7 +150,7 @@ class Draft:
             self.shapes[value.name] = value.shape
 
     def _holds_at_any_size(self, call: Call, drawn: Sequence[DraftNode]) -> bool:
-        """Whether what a call was drawn as rests on no size that numbers decide: a row or an image is as good as two."""
+        """Whether what a call was drawn as rests on no size that numbers decide: it does the same to each row."""
         if not any(value.sized for value in (*call.reads.values(), *call.made)):
             return True
         return all(item.is_batchnorm or item.op in _BY_ROW for item in drawn)

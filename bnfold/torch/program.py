@@ -1,9 +1,10 @@
 """Fold an exported program (`.pt2`): make modules of its calls, fold those, export again.
 
 A program calls `aten.conv2d(x, p_conv_weight)` and `aten.batch_norm(x, ...)` on parameters that lie where the module's
-lay. Each such call, on the parameters of one place and of nothing else there, becomes a call of an ordinary `nn`
-module at that place; what results is an `nn.Module` like any other. Sizes that were dynamic are dynamic again, and the
-names of what remains in the state dict stay.
+lay; what `run_decompositions` made of these is put together again (`recompose`). Each such call, on the parameters of
+one place and of nothing else there, becomes a call of an ordinary `nn` module at that place; what results is an
+`nn.Module` like any other. Sizes that were dynamic are dynamic again, and the names of what remains in the state dict
+stay.
 
 Not covered: what `torch.export.save` cannot keep (Python objects of the caller's own); a program without example
 inputs is given random ones of the recorded shapes.
@@ -29,6 +30,7 @@ from bnfold.exclusive import exclusive
 from bnfold.output import replacing
 from bnfold.report import Report
 from bnfold.torch.fold import fold
+from bnfold.torch.recompose import arguments_of, rank_of, recompose
 
 __all__ = ["fold_program", "fold_program_file", "load_module", "without_own_advice"]
 
@@ -108,6 +110,7 @@ def fold_program(program: ExportedProgram, **options: Any) -> tuple[ExportedProg
     args, kwargs = _examples(program)
     dynamic = _dynamic_sizes(module, args, kwargs)
     _drop_guards(module)
+    recompose(module)
     _make_modules(module)
     folded, report = fold(module, (args, kwargs), inplace=True, **{**options, "merge": False})
     try:
@@ -179,7 +182,7 @@ def _make_modules(module: fx.GraphModule) -> None:
         maker = _MAKERS.get(node.target) if node.op == "call_function" else None
         if maker is None or node.kwargs:
             continue
-        arguments = _arguments(node)
+        arguments = arguments_of(node)
         place = _place(module, arguments)
         if place is None:
             continue
@@ -188,7 +191,7 @@ def _make_modules(module: fx.GraphModule) -> None:
         if made.setdefault(path, key) != key:
             continue
         if type(module.get_submodule(path)) is nn.Module:
-            _set_module(module, path, maker(tensors, settings, _rank(node)))
+            _set_module(module, path, maker(tensors, settings, rank_of(node)))
         with module.graph.inserting_before(node):
             call = module.graph.call_module(path, (arguments["input"],))
         call.meta = dict(node.meta)
@@ -198,18 +201,6 @@ def _make_modules(module: fx.GraphModule) -> None:
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
     module.recompile()
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """A call's arguments by the names of the operator's schema."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    values = list(node.args) + [argument.default_value for argument in schema[len(node.args) :]]
-    return {argument.name: value for argument, value in zip(schema, values, strict=True)}
-
-
-def _rank(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, Tensor) else 4
 
 
 def _place(

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import bnfold.onnx
 from bnfold.errors import InputError
@@ -460,3 +461,38 @@ def test_a_scale_passes_an_einsum_along_another_axis(equation, shape, given):
 def test_an_einsum_that_takes_a_diagonal_stays():
     text = f"""g (float[N, 4, 4] x) => (float[N, 4] y) {{ h = Einsum<equation="bii,io->bo">(x, w) {BN} }}"""
     kept(model(text, {"w": weights(4, 4), **norm(4)}, opset=18), "is not linear")
+
+
+def block_in_a_function(own, of_model):
+    """Conv and BatchNormalization in a function that imports one version, called by a model that imports another."""
+    random = np.random.default_rng(0)
+    body = [
+        helper.make_node("Conv", ["x", "w"], ["h"]),
+        helper.make_node("BatchNormalization", ["h", "s", "b", "m", "v"], ["y"], name="bn"),
+    ]
+    given = ["x", "w", "s", "b", "m", "v"]
+    function = helper.make_function("own", "Block", given, ["y"], body, [helper.make_opsetid("", own)])
+    tensors = {name: random.uniform(0.5, 1.5, 4) for name in "sbmv"} | {"w": random.normal(size=(4, 3, 3, 3))}
+    graph = helper.make_graph(
+        [helper.make_node("Block", given, ["y"], domain="own")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 6, 6])],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in tensors.items()],
+    )
+    versions = [helper.make_opsetid("", of_model), helper.make_opsetid("own", 1)]
+    return helper.make_model(graph, functions=[function], opset_imports=versions, ir_version=9)
+
+
+@pytest.mark.parametrize(("own", "of_model"), [(17, 17), (16, 17), (15, 21)])
+def test_a_function_of_another_version_with_the_same_operators_folds(own, of_model):
+    folded, report = bnfold.fold(block_in_a_function(own, of_model))
+    assert [verdict.outcome for verdict in report.verdicts] == ["folded"]
+    assert not any(node.op_type == "BatchNormalization" for node in folded.graph.node)
+
+
+def test_a_batchnorm_in_a_function_of_another_version_says_which_operator_differs():
+    (verdict,) = bnfold.fold(block_in_a_function(13, 17))[1].verdicts
+    assert (verdict.name, verdict.outcome) == ("Block.bn", "kept")
+    assert "operator set 13" in verdict.reason
+    assert "17, in which BatchNormalization is another" in verdict.reason

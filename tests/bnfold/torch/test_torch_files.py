@@ -313,11 +313,18 @@ def test_a_program_file_is_folded_and_saved_again(model, tmp_path):
     torch.testing.assert_close(after.module()(more), model(more), rtol=1e-4, atol=1e-4)
 
 
+BATCHED = {"attention": {"bn"}}
+"""BatchNorms behind a linear layer that `run_decompositions` makes a batched product of copies."""
+
+
+@pytest.mark.parametrize("decomposed", [False, True], ids=["whole", "decomposed"])
 @pytest.mark.parametrize("name", ["densenet", "repvgg", "attention", "generator", "tdnn"])
-def test_programs_fold_as_far_as_modules_do(name):
+def test_programs_fold_as_far_as_modules_do(name, decomposed):
     build, inputs, stay = ARCHITECTURES[name]
     model = randomise(build())
     program = torch.export.export(model, (inputs,))
+    if decomposed:
+        program, stay = program.run_decompositions(), stay | BATCHED.get(name, set())
     after, report = fold_program(program)
     assert {v.name for v in report.verdicts if v.outcome == "kept"} == stay
     assert sum("batch_norm" in str(node.target) for node in after.graph.nodes) == len(stay)
