@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from bnfold.ir import Node
 from bnfold.torch.constants import Evaluator
 from bnfold.torch.lower import lower
 from bnfold.torch.trace import Call, Slot, Trace, Value
+
+if TYPE_CHECKING:
+    from bnfold.torch.formulas import FormulaPlace
 
 __all__ = ["Draft", "DraftNode", "LinearPlace", "NormPlace", "readers_of"]
 
@@ -71,7 +74,7 @@ class DraftNode:
     statistics: dict[str, Value | None] = field(default_factory=dict)
     name: str = ""
     site: str = ""
-    place: LinearPlace | NormPlace | None = None
+    place: LinearPlace | NormPlace | FormulaPlace | None = None
     joined: Call | None = None
     reason: str = ""
     partial: str = ""

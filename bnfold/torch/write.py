@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.algebra import Affine, Array
+from bnfold.errors import Refuse
 from bnfold.ir import Node
 from bnfold.merge import Merged
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.draft import LinearPlace, NormPlace
+from bnfold.torch.formulas import FormulaPlace
 from bnfold.torch.merging import compute_merged, put_merged
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
@@ -91,6 +93,10 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged) -> lis
             if place.weight.name not in done:
                 made += _edit_linear(model, place, new)
                 done.add(place.weight.name)
+    for name, formula in reading.formulas.items():
+        own, new = reading.graph[name], after.get(name)
+        if name not in merged.nodes and (new is None or new.affine is not own.affine):
+            made += _edit_formula(model, formula, None if new is None else new.affine)
     return made + put_merged(model, operators)
 
 
@@ -204,6 +210,16 @@ def become(module: nn.Module, place: NormPlace, left: nn.Module | None) -> None:
 _REWRITABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+def _edit_formula(model: nn.Module, place: FormulaPlace, affine: Affine | None) -> list[Tensor]:
+    """Let the lines of a BatchNorm that is written out compute what is left of it, or what they are given."""
+    return [
+        _put(
+            module := model.get_submodule(slot.module), slot.attribute, array, getattr(module, slot.attribute)
+        )
+        for slot, array in place.solve(affine).items()
+    ]
+
+
 def _is_rewritable(module: nn.Module) -> bool:
     """Whether other numbers make it another affine; where hooks compute too, their share is in what was read."""
     numbers_of = ("weight", "bias", "running_mean", "running_var")
@@ -256,6 +272,8 @@ def check_fit(model: nn.Module, reading: Reading) -> Callable[[Node], str]:
     """A question for `travel`: why the numbers of a linear node, with all that it absorbed, cannot be stored."""
 
     def fits(node: Node) -> str:
+        if node.name in reading.formulas and node.affine is not None:
+            return _check_formula(reading.formulas[node.name], node.affine)
         place = reading.linears.get(node.name)
         if place is None or node.linear is None:
             return ""
@@ -273,6 +291,14 @@ def check_fit(model: nn.Module, reading: Reading) -> Callable[[Node], str]:
         return ""
 
     return fits
+
+
+def _check_formula(place: FormulaPlace, affine: Affine) -> str:
+    try:
+        place.solve(affine)
+    except Refuse as refusal:
+        return str(refusal)
+    return ""
 
 
 def _is_moderate(node: Node) -> bool:
