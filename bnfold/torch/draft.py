@@ -15,6 +15,7 @@ from bnfold.algebra import Affine, Array, Linear
 from bnfold.ir import Node
 from bnfold.torch.constants import Evaluator
 from bnfold.torch.lower import lower
+from bnfold.torch.tensors import Part
 from bnfold.torch.trace import Call, Slot, Trace, Value
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class LinearPlace:
         computed: how the weight is computed, "parametrization" or "hook"; empty where it is stored as it is.
         scaling: what the code multiplies the stored weight by, laid out as that is; None where it takes it as it is.
         bias_scaling: what it multiplies the stored bias by; nowhere zero.
+        part, bias_part: which part of what is stored its weight and its bias are; None for all of it.
     """
 
     weight: Slot
@@ -41,6 +43,8 @@ class LinearPlace:
     computed: str = ""
     scaling: Array | None = field(default=None, compare=False)
     bias_scaling: Array | None = field(default=None, compare=False)
+    part: Part | None = None
+    bias_part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,10 +58,9 @@ class FormulaPlace:
         """
         rank = next(item.affine.rank for item in self.lines if item.affine is not None)
         wanted, operands = affine or Affine.identity(rank), list(_operands(self.lines))
-        scales: list[_Operand | None] = [one for one in operands if one.scales][::-1]
-        shifts: list[_Operand | None] = [one for one in operands if not one.scales][::-1]
-        scales = scales if np.any(wanted.scale != 1) else [None]
-        shifts = shifts if np.any(wanted.shift != 0) else [None]
+        nobody: list[_Operand | None] = [None]
+        scales = [one for one in operands if one.scales][::-1] if np.any(wanted.scale != 1) else nobody
+        shifts = [one for one in operands if not one.scales][::-1] if np.any(wanted.shift != 0) else nobody
         for scale, shift in product(scales, shifts):
             try:
                 known = _solve(wanted, operands, scale, shift)

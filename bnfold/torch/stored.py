@@ -65,11 +65,13 @@ def _changed(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor | None]:
-    """The tensors at the two slots; a computed weight as it is now."""
+    """The tensors at the two slots, or the parts of them that are used; a computed weight as it is now."""
     module = model.get_submodule(place.weight.module)
     bias = (
         None if place.bias is None else getattr(model.get_submodule(place.bias.module), place.bias.attribute)
     )
+    if bias is not None and place.bias_part is not None:
+        bias = place.bias_part.take(bias)
     if place.computed == "parametrization":
         held: Any = module.parametrizations
         weight = next(iter(held["weight"].parameters(recurse=False)))
@@ -79,7 +81,7 @@ def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor
         )
     else:
         weight = getattr(module, place.weight.attribute)
-    return weight, bias
+    return (weight if place.part is None else place.part.take(weight)), bias
 
 
 def stored_weight(model: nn.Module, place: LinearPlace, scaled: bool = True) -> npt.NDArray[Any]:

@@ -24,6 +24,7 @@ from bnfold.errors import Refuse
 from bnfold.ir import Node
 from bnfold.merge import Merged
 from bnfold.torch.capture import computes_weight
+from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace, NormPlace
 from bnfold.torch.formulas import FormulaPlace
 from bnfold.torch.merging import compute_merged, put_merged
@@ -31,7 +32,7 @@ from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
 from bnfold.torch.sandbox import copy_structure
 from bnfold.torch.stored import round_like, stored_numbers, stored_tensors, stored_weight
-from bnfold.torch.tensors import leaves
+from bnfold.torch.tensors import Part, leaves
 from bnfold.travel import Plan
 
 __all__ = ["become", "check_fit", "settle_weight", "write"]
@@ -90,9 +91,10 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged) -> lis
             and new.linear is not node.linear
         ):
             place = reading.linears[node.name]
-            if place.weight.name not in done:
+            stored = f"{place.weight.name}{place.part or ''}"
+            if stored not in done:
                 made += _edit_linear(model, place, new)
-                done.add(place.weight.name)
+                done.add(stored)
     for name, formula in reading.formulas.items():
         own, new = reading.graph[name], after.get(name)
         if name not in merged.nodes and (new is None or new.affine is not own.affine):
@@ -109,11 +111,21 @@ def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tenso
     new_weight, new_bias = _fold(model, place, node)
     if place.computed:
         settle_weight(module, place.computed)
-    made = [_put(module, place.weight.attribute, new_weight, weight)]
+    made = [_put_part(module, place.weight.attribute, new_weight, weight, place.part)]
     if new_bias is not None and place.bias is not None:
-        owner = model.get_submodule(place.bias.module)
-        made.append(_put(owner, place.bias.attribute, new_bias, weight if bias is None else bias))
+        owner, like = model.get_submodule(place.bias.module), weight if bias is None else bias
+        made.append(_put_part(owner, place.bias.attribute, new_bias, like, place.bias_part))
     return made
+
+
+def _put_part(module: nn.Module, attribute: str, array: Array, like: Tensor, part: Part | None) -> Tensor:
+    """Store numbers at a slot, or in a part of what is stored there."""
+    if part is not None:
+        like = getattr(module, attribute)
+        whole = numbers(like).numpy().copy()
+        whole[part.index] = array.reshape(whole[part.index].shape)
+        array = whole
+    return _put(module, attribute, array, like)
 
 
 def settle_weight(module: nn.Module, how: str) -> None:
