@@ -8,6 +8,7 @@ The vocabulary is ONNX's operator names, in a canonical form that `read` makes o
 - `inputs` holds computed values only. Constants (weights, statistics, axes, pads, shapes) are in `linear`, `affine` or
   `attributes`; axes are not negative.
 - A linear operator with a constant weight is Gemm, MatMul, Conv, ConvTranspose or Embedding and has a `linear`.
+- Bilinear and DeformConv are linear in their first input, with that `linear`; they read others besides.
 - A recurrent layer (LSTM, GRU, RNN) reads its input only by way of a matrix and a bias of its own: it is an
   InputProduct, with that `linear`, and a node under its own name that reads what the product makes.
 - A BatchNorm in any disguise is BatchNormalization and has an `affine`; one that cannot be moved at all (it is in

@@ -9,7 +9,7 @@ import onnx
 
 __all__ = ["inline"]
 
-_LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
+_LINEAR = {"Conv", "ConvTranspose", "DeformConv", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
 _SHARED = frozenset({"BatchNormalization", *_LINEAR})
 
 

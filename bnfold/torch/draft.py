@@ -177,12 +177,20 @@ class Draft:
         self.items.append(DraftNode(op, given, made, self.call, attributes, affine, partial=partial))
 
     def linear(
-        self, op: str, x: Value, y: Value | str, weight: Value, bias: Value | None, linear: Linear
+        self,
+        op: str,
+        x: Value,
+        y: Value | str,
+        weight: Value,
+        bias: Value | None,
+        linear: Linear,
+        others: Sequence[Value] = (),
     ) -> None:
         """Draw a linear operator, whose storage is found later."""
         made = y if isinstance(y, str) else y.name
         item = DraftNode(op, [x.name], [made], self.call, linear=linear, weight=weight, bias=bias)
-        item.inputs += [v.name for v in (weight, bias) if v is not None and not v.constant and not v.slots]
+        read = [v for v in (*others, weight, bias) if v is not None]
+        item.inputs += [v.name for v in read if not v.constant and not v.slots]
         self.items.append(item)
 
     def batchnorm(

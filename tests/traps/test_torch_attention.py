@@ -63,7 +63,9 @@ def test_batchnorms_around_attention_go_into_its_projections(roles, settings):
     ids=str,
 )
 def test_whatever_else_attention_does_its_projections_take_batchnorms(settings):
-    check(Attention(BEFORE["of one value"], batch_first=True, **settings), SEQUENCES, folded=["first", "last"])
+    check(
+        Attention(BEFORE["of one value"], batch_first=True, **settings), SEQUENCES, folded=["first", "last"]
+    )
 
 
 def test_projections_of_keys_and_values_that_have_weights_of_their_own_share_one_bias():
