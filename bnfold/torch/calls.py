@@ -67,6 +67,7 @@ class ModuleCalls:
         """
         self.trace, self.items, self.alias, self.norms = trace, list(items), alias, frozenset(norms)
         self.otherwise, self.formulas = otherwise, formulas
+        self.hosts: frozenset[str] = frozenset()
         self.frames = {item.name: item.call.frame for item in items}
         self.held: dict[int, list[DraftNode]] = {}
         self.children: dict[int, list[Frame]] = {}
@@ -94,7 +95,7 @@ class ModuleCalls:
                 alias[item.outputs[0]] = alias.get(gone[item.name], gone[item.name])
             else:
                 left.append(item.reading([alias.get(name, name) for name in item.inputs]))
-        return tuple(steps_of(self.trace, left, {*self.norms, *paths}, self.formulas))
+        return tuple(steps_of(self.trace, left, {*self.norms, *self.hosts, *paths}, self.formulas))
 
     def find(
         self, nodes: Sequence[str], source: str, result: str, bypassed: Mapping[str, tuple[str, str]]

@@ -19,6 +19,7 @@ from bnfold.torch.tensors import Part
 from bnfold.torch.trace import Call, Slot, Trace, Value
 
 if TYPE_CHECKING:
+    from bnfold.torch.calls import ModulePlace
     from bnfold.torch.formulas import FormulaPlace
 
 __all__ = ["Draft", "DraftNode", "LinearPlace", "NormPlace", "readers_of"]
@@ -31,9 +32,11 @@ class LinearPlace:
     Attributes:
         weight: the slot of its weight; `transposed` where the operator uses the transpose of what is stored.
         bias: the slot of its bias, or where one can be added; None where none can.
-        computed: how the weight is computed, "parametrization" or "hook"; empty where it is stored as it is.
+        computed: how the weight is computed, "parametrization", "hook" or by the "code" of a module that then becomes
+            the operator; empty where it is stored as it is.
         scaling: what the code multiplies the stored weight by, laid out as that is; None where it takes it as it is.
         bias_scaling: what it multiplies the stored bias by; nowhere zero.
+        code: the weight and bias that code computes, and the module in whose place the operator comes.
         part, bias_part: which part of what is stored its weight and its bias are; None for all of it.
     """
 
@@ -43,6 +46,7 @@ class LinearPlace:
     computed: str = ""
     scaling: Array | None = field(default=None, compare=False)
     bias_scaling: Array | None = field(default=None, compare=False)
+    code: tuple[Value, Value | None, ModulePlace] | None = field(default=None, compare=False)
     part: Part | None = None
     bias_part: Part | None = None
 

@@ -142,9 +142,10 @@ def _draw(
     norms = {item.place.path for item in items if isinstance(item.place, NormPlace)}
     formulas = {item.name: item.place for item in items if isinstance(item.place, FormulaPlace)}
     names = frozenset(slot.name for place in formulas.values() for slot in place.slots.values())
-    steps = tuple(steps_of(trace, items, norms, names))
-    bind_linears(model, trace, items)
     calls = ModuleCalls(trace, items, alias, norms, otherwise, names)
+    bind_linears(model, trace, items, calls)
+    calls.hosts = frozenset(_hosts(i.place for i in items if i.linear is not None))
+    steps = tuple(steps_of(trace, items, norms | calls.hosts, names))
     items = add_absent(model, trace, items)
     items = part_twins(items, shapes)
     inputs = tuple(v.name for v in trace.inputs.values() if not v.slots)
@@ -153,6 +154,12 @@ def _draw(
     kept = {alias.get(name, name): holder for name, holder in trace.holders.items() if name not in returned}
     graph = Graph(nodes, inputs, tuple(dict.fromkeys(outputs)), shapes, kept=kept)
     return replace(_reading(trace, graph, items, steps), calls=calls, formulas=formulas)
+
+
+def _hosts(places: Iterable[Any]) -> Iterator[str]:
+    """The modules that become operators whose weights their code computes."""
+    coded = (place.code for place in places if isinstance(place, LinearPlace) and place.code is not None)
+    return (host.path for _, _, host in coded)
 
 
 def _reading(trace: Trace, graph: Graph, items: Sequence[DraftNode], steps: tuple[TraceStep, ...]) -> Reading:
@@ -180,7 +187,7 @@ def draw_steps(
     outputs = _outputs(trace)
     items = join_biases(Draft(trace, Evaluator()).items, outputs)
     items, _ = drop_identities(items)
-    norms = {place.path for place in reading.norms.values()}
+    norms = {*(place.path for place in reading.norms.values()), *_hosts(reading.linears.values())}
     slots = (slot for place in reading.formulas.values() for slot in place.slots.values())
     return tuple(steps_of(trace, items, norms.union(replaced), {slot.name for slot in slots}))
 

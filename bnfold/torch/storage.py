@@ -6,7 +6,10 @@ parametrization or hook computes it. Where a bias can be added, it is bound to t
 **Scaled weights.** Code may multiply a parameter by constants on every pass (the mask of a pruned net, the constant of
 an equalised learning rate). Rows and columns are scaled by what is written into the parameter, before the code
 multiplies: `(a W b) * c = a (W * c) b`, whatever zeros c has. A bias takes a sum, so it is divided by its constant
-first, which must not be zero. What is normalised (a standardised weight) undoes any such scale, and stays.
+first, which must not be zero.
+
+**Any other computation** of parameters and constants (a standardised weight, which would undo any such scale) is done
+once and for all, where a module does nothing else: it becomes the operator, with the weight that it computed.
 
 **Sharing** is counted by parameter. Two modules that hold one Parameter are two places, since each can be given its
 own; two calls of one module are one place; a parameter that is read in any other way belongs to whoever reads it, and
@@ -18,36 +21,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnfold.algebra import Array
+from bnfold.algebra import Array, Linear
+from bnfold.errors import Refuse
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import DraftNode, LinearPlace
 from bnfold.torch.tensors import Part, Slot, inside, returned
 from bnfold.torch.trace import Call, Frame, Trace, Value
 
+if TYPE_CHECKING:
+    from bnfold.torch.calls import ModuleCalls
+
 __all__ = ["HOMELESS", "Origin", "bind_linears", "choose", "origin_of", "roots_of"]
 
 HOMELESS = "its module is not held by the model; make it an attribute, or keep it in an nn.ModuleList"
 
 
-def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> None:
+def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode], calls: ModuleCalls) -> None:
     """Give every linear operator its place, or refuse it."""
     linears, evaluator = [item for item in items if item.linear is not None], Evaluator()
     for item in linears:
-        _bind(model, item, evaluator)
+        _bind(model, item, evaluator, calls)
     used = _other_reads(trace, items)
     for item in linears:
         _check_reads(trace, item, used)
     _check_sharing([item for item in linears if item.linear is not None])
 
 
-def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
+def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator, calls: ModuleCalls) -> None:
     """Find where a linear operator keeps its numbers."""
     assert item.weight is not None
     assert item.linear is not None
@@ -60,7 +67,7 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
         found = Origin(item.weight) if computed else found
     scaling = found.scaling(evaluator)
     if not computed and (not found.value.slots or scaling is None):
-        return item.refuse("its weight is computed while the model runs")
+        return _bind_code(item, evaluator, calls)
     origin = found.value
     if not item.weight.constant and not computed:
         return item.refuse("its weight changes while the model runs")
@@ -96,6 +103,48 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
     item.site = slot.module if slot.attribute == "weight" and slot.module and part is None else slot.name
     item.site += "" if part is None else str(part)
     return None
+
+
+def _bind_code(item: DraftNode, evaluator: Evaluator, calls: ModuleCalls) -> None:
+    """Find a module that does nothing but to compute a weight from what it holds, and to use it: it can become that.
+
+    What it holds may be anybody's as well, and stays as it is.
+    """
+    assert item.weight is not None
+    assert item.linear is not None
+    computed = "its weight is computed while the model runs"
+    known = [value for value in (item.weight, item.bias) if value is not None]
+    roots = [root for value in known for root in slots_of(value).values()]
+    if not all(value.constant and slots_of(value) for value in known) or any(
+        root.dtype != item.weight.dtype for root in roots
+    ):
+        return item.refuse(computed)
+    try:
+        for value in known:
+            evaluator.array(value)
+        check_form(item.linear, item.op, item.call.made[0].rank)
+        host = calls.find([item.name], item.inputs[0], item.outputs[0], {})
+    except Refuse as refusal:
+        return item.refuse(f"{computed}, and {refusal}")
+    except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
+        return item.refuse(computed)
+    code = (item.weight, item.bias, host)
+    item.place = LinearPlace(
+        Slot(f"{host.path}.merged", "weight", "parameter"), False, None, "code", code=code
+    )
+    item.linear, item.site = replace(item.linear, biasless=""), host.path
+    return None
+
+
+def check_form(linear: Linear, op: str, rank: int) -> None:
+    """Refuse what no module of torch.nn computes, or what is no operator by itself."""
+    window = linear.window
+    if op not in ("Gemm", "MatMul", "Conv") or (op == "Conv" and (window is None or window.pads is None)):
+        raise Refuse("no module of torch.nn computes it alone")
+    if window is None and {linear.in_axis, linear.out_axis} != {rank - 1}:
+        raise Refuse("torch has no module for a matrix along another axis than the last")
+    if window is not None and any(before != after for before, after in window.pads or ()):
+        raise Refuse("torch's convolutions pad alike on both sides")
 
 
 def _how_computed(item: DraftNode, origin: Value) -> str:
@@ -136,7 +185,7 @@ def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
     reads: dict[int, str] = {}
     bound: dict[int, set[int]] = {}
     for item in items:
-        if item.place is not None and item.linear is not None:
+        if isinstance(item.place, LinearPlace) and item.linear is not None and item.place.code is None:
             bound.setdefault(id(item.call), set()).update((id(item.weight), id(item.bias)))
     computed = [i.place.weight for i in items if isinstance(i.place, LinearPlace) and i.place.computed]
     parametrized = tuple(f"{slot.module}.parametrizations.weight" for slot in computed)
@@ -156,12 +205,13 @@ def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
 def _check_reads(trace: Trace, item: DraftNode, used: Mapping[int, str]) -> None:
     if item.linear is None or item.weight is None:
         return
+    alone = isinstance(item.place, LinearPlace) and item.place.code is not None
     for what, value in (("weight", item.weight), ("bias", item.bias)):
         if value is None:
             continue
         scales = _factors_of(item, value)
         for root in roots_of(value):
-            taken = root in used and root not in scales
+            taken = root in used and root not in scales and not alone
             if taken or _changes(trace, root):
                 how = f"is read by `{used[root]}` as well" if taken else "changes while the model runs"
                 item.refuse(f"its {what} {how}")

@@ -23,11 +23,12 @@ from bnfold.algebra import Affine, Array
 from bnfold.errors import Refuse
 from bnfold.ir import Node
 from bnfold.merge import Merged
+from bnfold.operators import of_linear
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace, NormPlace
 from bnfold.torch.formulas import FormulaPlace
-from bnfold.torch.merging import compute_merged, put_merged
+from bnfold.torch.merging import compute_merged, put_merged, put_operator
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
 from bnfold.torch.sandbox import copy_structure
@@ -106,6 +107,10 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged) -> lis
 
 
 def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tensor]:
+    if place.code is not None:
+        operator, like = of_linear(node), stored_tensors(model, place)[0]
+        numbers_of = operator.numbers(lambda node: stored_numbers(model, place))
+        return put_operator(model, place.code[2], operator, numbers_of, like)
     module = model.get_submodule(place.weight.module)
     weight, bias = stored_tensors(model, place)
     new_weight, new_bias = _fold(model, place, node)
