@@ -142,10 +142,7 @@ def _slots(lines: Sequence[DraftNode]) -> dict[int, Value]:
 
 
 def _is_saved(model: nn.Module, slot: Slot) -> bool:
-    return (
-        slot.kind != "attribute"
-        and slot.attribute not in model.get_submodule(slot.module)._non_persistent_buffers_set
-    )
+    return slot.kind != "attribute" and slot.attribute in model.get_submodule(slot.module).state_dict()
 
 
 def _other_reader(

@@ -360,7 +360,7 @@ def put_merged(model: nn.Module, computed: Sequence[Computed]) -> list[Tensor]:
 def put_operator(
     model: nn.Module, host: ModulePlace, operator: Operator, numbers: Numbers, like: Tensor
 ) -> list[Tensor]:
-    """Let a module become an operator, as a child of its own, before what it does afterwards; return the new tensors."""
+    """Let a module become an operator, and what it does after it; return the new tensors."""
     made, module = _module(operator, numbers, like), model.get_submodule(host.path)
     turn_into(module, Tail({"merged": made}, module, host.tail))
     return list(made.parameters())
