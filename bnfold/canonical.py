@@ -22,9 +22,11 @@ from bnfold.window import Window
 __all__ = [
     "affine_of",
     "align",
+    "bilinear",
     "contraction",
     "convolution",
     "cut",
+    "deformable",
     "embedding",
     "kept_axes",
     "matrix",
@@ -130,6 +132,17 @@ def product_of(words: Sequence[str], result: str, constant: int, dims: Sequence[
 def kept_axes(words: Sequence[str], result: str, computed: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Of each computed operand of an Einsum, where its axes are in the result; -1 for one that is summed over."""
     return tuple(tuple(result.find(letter) for letter in words[place]) for place in computed)
+
+
+def bilinear(inputs: int, outputs: int, axis: int) -> Linear:
+    """`sum x_i W_oij y_j` along the last axis, as a product of x; what would be added to x is multiplied by y."""
+    partial = "what is added to one operand is multiplied by the other one"
+    return Linear("oi", inputs, outputs, axis, axis, partial=partial)
+
+
+def deformable(inputs: int, outputs: int, groups: int) -> Linear:
+    """A convolution whose taps lie where the model computes: outside of its input there are zeros."""
+    return Linear("oi", inputs, outputs, 1, 1, groups, partial="it takes zeros from outside of its input")
 
 
 def embedding(rows: int, width: int, rank: int) -> Linear:

@@ -8,6 +8,7 @@ The vocabulary is ONNX's operator names, in a canonical form that `read` makes o
 - `inputs` holds computed values only. Constants (weights, statistics, axes, pads, shapes) are in `linear`, `affine` or
   `attributes`; axes are not negative.
 - A linear operator with a constant weight is Gemm, MatMul, Conv, ConvTranspose or Embedding and has a `linear`.
+- Bilinear and DeformConv are linear in their first input, with that `linear`; they read others besides.
 - A recurrent layer (LSTM, GRU, RNN) reads its input only by way of a matrix and a bias of its own: it is an
   InputProduct, with that `linear`, and a node under its own name that reads what the product makes.
 - A BatchNorm in any disguise is BatchNormalization and has an `affine`; one that cannot be moved at all (it is in
@@ -93,7 +94,8 @@ class Graph:
     """Nodes in an order in which they can be computed, with the shapes of the values that are known.
 
     `shapes` may lack a value (nothing is known of it) or hold None for a size. `sizes` are those of one example, where
-    there was one; they say what something costs, never whether it is right.
+    there was one; they say what something costs, never whether it is right. `kept` are outputs that
+    the caller is not given, with the name under which the model keeps them.
     """
 
     nodes: tuple[Node, ...]
@@ -101,6 +103,7 @@ class Graph:
     outputs: tuple[str, ...]
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _producers(self) -> dict[str, Node]:

@@ -105,6 +105,8 @@ def of_linear(node: Node) -> Operator:
         raise Refuse(node.reason or "its weight is not constant")
     if not linear.inputs * linear.outputs:
         raise Refuse("it has no channels")
+    if len(node.inputs) > 1:
+        raise Refuse("it reads another value as well")
     if node.op == "InputProduct":
         raise Refuse("it is a part of a recurrent layer")
     if node.op == "Einsum":

@@ -35,6 +35,7 @@ LARGEST = 1 << 24
 def _table() -> dict[str, Row]:
     rows = {
         "Gemm MatMul Conv ConvTranspose Embedding": ABSORB,  # what is below; above, a shift only without padding
+        "Bilinear DeformConv": ABSORB,  # linear in the first operand, where the others are as they were
         "InputProduct": ABSORB,  # what a recurrent layer makes of its input, before it does anything else
         "Einsum": CONTRACT,  # a linear operator, where one operand is a matrix; else the scale into one operand
         "BatchNormalization": COMPOSE,  # where nothing better can be had
@@ -155,6 +156,8 @@ def _absorb_after(node: Node, around: Surroundings, wanted: Flow) -> Answer:
 
 
 def _absorb_before(node: Node, around: Surroundings, given: Flow) -> Answer:
+    if any(other is not None for other in given[1:]):
+        raise Refuse(f"`{node.name}` ({node.op}) absorbs what its first operand lacks, and no other one")
     linear, affine = _linear(node), _only(given)
     if passes(linear, affine, linear.in_axis):
         return [moved(affine, linear.in_axis, linear.out_axis)]
@@ -426,7 +429,7 @@ def _take_down(node: Node, around: Surroundings, given: Flow) -> Answer:
 
     def take(array: Array) -> Array:
         if array.shape[axis] == 1:
-            return array if indices.ndim else array.squeeze(axis)
+            return array.reshape([*array.shape[:axis], *[1] * indices.ndim, *array.shape[axis + 1 :]])
         _check_size(node, [*array.shape[:axis], indices.size, *array.shape[axis + 1 :]])
         return np.take(array, indices, axis)
 
@@ -436,16 +439,16 @@ def _take_down(node: Node, around: Surroundings, given: Flow) -> Answer:
 def _take_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     axis, indices = node.attributes["axis"], np.asarray(node.attributes["indices"])
     known = _shape(node, around, node.inputs[0])[axis]
-    if not isinstance(known, int) and indices.ndim == 1 and axis not in _only(wanted).axes:
-        return [_only(wanted)]
+    end = axis + indices.ndim
+    if not isinstance(known, int) and indices.ndim and not {*range(axis, end)} & {*_only(wanted).axes}:
+        return [_only(wanted).map(lambda array: array.reshape([*array.shape[:axis], 1, *array.shape[end:]]))]
     size = _size(node, known)
 
     def spread(array: Array) -> Array:
-        array = array if indices.ndim else np.expand_dims(array, axis)
-        _check_size(node, [*array.shape[:axis], max(size, indices.size), *array.shape[axis + 1 :]])
-        array = np.moveaxis(
-            np.broadcast_to(array, [*array.shape[:axis], indices.size, *array.shape[axis + 1 :]]), axis, 0
-        )
+        before, after = array.shape[:axis], array.shape[end:]
+        _check_size(node, [*before, max(size, indices.size), *after])
+        array = np.broadcast_to(array, [*before, *indices.shape, *after])
+        array = np.moveaxis(array.reshape([*before, indices.size, *after]), axis, 0)
         full = np.full((size, *array.shape[1:]), np.nan)
         full[indices.ravel()] = array
         if not np.array_equal(full[indices.ravel()], array, equal_nan=True):

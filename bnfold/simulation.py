@@ -193,6 +193,8 @@ class _Proof:
         if all(relation.is_equal for relation in given) and not _has_changed(node, twin):
             return [_EQUAL] * len(node.outputs)
         if node.linear is not None and twin.linear is not None:
+            if not all(relation.is_equal for relation in given[1:]):
+                raise Refuse(f"`{node.name}` ({node.op}) would be given something else beside")
             return [self._absorb(node, twin, node.linear, twin.linear, given[0])]
         row = TABLE.get(node.op)
         if row is not None and row.signs is not None:

@@ -93,7 +93,7 @@ def travel(graph: Graph, options: Options | None = None, fits: Callable[[Node], 
     Args:
         graph: as a frontend's `read` draws it.
         options: see `Options`.
-        fits: asked of every linear node with what it would absorb; returns why its numbers cannot be stored
+        fits: asked of every node with what it would absorb or leave; returns why its numbers cannot be stored
             ("its weight would overflow float16"), or nothing.
 
     Returns:
@@ -143,7 +143,7 @@ class _Driver:
         self.nodes = {node.name: node for node in graph.nodes}
         self.position = {node.name: place for place, node in enumerate(graph.nodes)}
         self.erased: set[str] = set()
-        self.outputs = set(graph.outputs)
+        self.outputs, self.kept = set(graph.outputs), dict(graph.kept)
         self.origins: dict[str, str] = {}
         self.reads: dict[str, dict[str, None]] = {}
         self.places: dict[str, list[str]] = {}
@@ -164,7 +164,7 @@ class _Driver:
         for node in reversed(self.graph.nodes):
             for value in node.outputs:
                 if value in self.outputs:
-                    ends[value] = f"the output of `{node.name}` ({node.op}) is an output of the model"
+                    ends[value] = f"the output of `{node.name}` ({node.op}) {self.whose(value)}"
             row = TABLE.get(node.op)
             way = ends.get(node.outputs[0]) if row is not None and row.carries else None
             if row is None:
@@ -205,6 +205,8 @@ class _Driver:
         del names[node.name]
         if below in self.outputs:
             self.outputs.add(above)
+            if below in self.kept:
+                self.kept.setdefault(above, self.kept[below])
 
     def producer(self, value: str) -> Node | None:
         producer = self.graph.producer(self.source(value))
@@ -226,6 +228,13 @@ class _Driver:
 
     def is_output(self, value: str) -> bool:
         return value in self.outputs
+
+    def whose(self, value: str, too: str = "") -> str:
+        """Who else has an output, and the way out."""
+        kept = self.kept.get(value)
+        if kept is None:
+            return f"is an output of the model{too}"
+        return f"is kept in `{kept}` when the model has run (return it without assigning it)"
 
     def takes_shift(self, value: str, patience: int = 64) -> bool:
         """Whether a shift could go up from here, by the look of the operators above; after so many steps, no."""
@@ -418,7 +427,7 @@ class Attempt:
                 if not value or affine is None or affine.is_identity:
                     continue
                 if self.driver.is_output(value):
-                    raise Refuse(f"the output of `{node.name}` ({node.op}) is an output of the model")
+                    raise Refuse(f"the output of `{node.name}` ({node.op}) {self.driver.whose(value)}")
                 if value in self.driver.dead_ends:
                     raise Refuse(self.driver.dead_ends[value])
                 residues[value] = affine
@@ -624,7 +633,7 @@ class Attempt:
                 raise Refuse(f"`{node.name}` ({node.op}) would not be finite")
         if node.linear is not None and not node.linear.is_finite:
             raise Refuse(f"`{node.name}` ({node.op}) would not be finite")
-        obstacle = self.driver.fits(node) if node.linear is not None else ""
+        obstacle = self.driver.fits(node)
         if obstacle:
             raise Refuse(f"`{node.name}` ({node.op}) cannot absorb it: {obstacle}")
 
@@ -667,7 +676,7 @@ class _Demands:
             return None
         name = f"the output of `{producer.name}` ({producer.op})"
         if self.driver.is_output(value):
-            raise Refuse(f"{name} is an output of the model too")
+            raise Refuse(f"{name} {self.driver.whose(value, ' too')}")
         alike: list[str] = []
         merged = demands[0][1]
         for reader, affine in chain(demands[1:], self._needs(value, demands, alike)):

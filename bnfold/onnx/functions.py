@@ -17,7 +17,7 @@ from bnfold.report import Verdict
 
 __all__ = ["inline", "left_in_functions"]
 
-_LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
+_LINEAR = {"Conv", "ConvTranspose", "DeformConv", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
 _SHARED = frozenset({"BatchNormalization", *_LINEAR})
 _ONNX = ("", "ai.onnx")
 

@@ -35,6 +35,7 @@ __all__ = ["EPSILON", "LOWERINGS", "MISMATCH", "lower"]
 def _table() -> dict[str, Lowering]:
     lowerings: dict[str, Lowering] = {
         "Conv ConvTranspose": _convolution,
+        "DeformConv": _deformable,
         "Gemm": _gemm,
         "MatMul": _matmul,
         "Einsum": _einsum,
@@ -173,6 +174,23 @@ def _convolution(ref: NodeRef, context: ImportContext) -> Node:
     return _linear(ref, [data], canonical.convolution(window, inputs, outputs, groups, 1, transposed))
 
 
+def _deformable(ref: NodeRef, context: ImportContext) -> Node:
+    """A convolution whose taps lie where its third input says, weighted by its fifth."""
+    reason = _weight_reason(ref, context, (("weight", 1), ("bias", 3)))
+    if reason:
+        return _linear(ref, context.computed(ref), None, reason)
+    data, weight = _data(ref, context), context.constants.dims(ref.inputs[1])
+    groups = attributes(ref.node).get("group", 1)
+    if weight is None or len(weight) < 3:
+        raise Unusual
+    inputs, outputs, seen = weight[1] * groups, weight[0], context.shape(data)
+    bias = context.constants.dims(ref.inputs[3]) if _input(ref, 3) else (outputs,)
+    fits = groups > 0 and not outputs % groups and bias == (outputs,)
+    if not fits or (seen is not None and (len(seen) != len(weight) or _differ(seen[1], inputs))):
+        return _linear(ref, context.computed(ref), None, MISMATCH)
+    return _linear(ref, context.computed(ref), canonical.deformable(inputs, outputs, groups))
+
+
 def _window(kernel: Sequence[int], options: dict[str, Any]) -> Window:
     """How a kernel of this size slides, by the attributes of its node."""
     ones, mode = [1] * len(kernel), options.get("auto_pad", "NOTSET")
@@ -273,7 +291,7 @@ def _gather(ref: NodeRef, context: ImportContext) -> Node:
     if table in context.constants:
         return _embedding(ref, context, table, indices, axis)
     rank, numbers = _known_rank(context, table), context.constants.get(indices)
-    if numbers is None or numbers.ndim > 1:
+    if numbers is None:
         raise Unusual
     axis = wrap(axis, rank)
     size = (context.shape(table) or ())[axis]

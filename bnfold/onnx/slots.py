@@ -62,7 +62,7 @@ def find_slots(imported: ImportedModel, name: str) -> Slots:
         return Slots(ref, 1, ref, 2, attribute(ref.node, "alpha", 1.0), attribute(ref.node, "beta", 1.0))
     if ref.op == "Gather":
         return Slots(ref, 0)
-    if ref.op in RECURRENT:
+    if ref.op in RECURRENT or ref.op == "DeformConv":
         return Slots(ref, 1, ref, 3)
     weight = 0 if ref.inputs[0] in constants else 1
     if len(refs) == 1:

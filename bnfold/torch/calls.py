@@ -53,6 +53,7 @@ class ModuleCalls:
         alias: Mapping[str, str],
         norms: Collection[str],
         otherwise: Mapping[str, str],
+        formulas: Collection[str] = (),
     ) -> None:
         """Sort the nodes by module call.
 
@@ -62,9 +63,11 @@ class ModuleCalls:
             alias: for the values that are copies of another one, that one.
             norms: the paths of BatchNorms.
             otherwise: the paths of modules that do something else for other inputs, and what those are.
+            formulas: the names of the numbers of BatchNorms that are written out.
         """
         self.trace, self.items, self.alias, self.norms = trace, list(items), alias, frozenset(norms)
-        self.otherwise = otherwise
+        self.otherwise, self.formulas = otherwise, formulas
+        self.hosts: frozenset[str] = frozenset()
         self.frames = {item.name: item.call.frame for item in items}
         self.held: dict[int, list[DraftNode]] = {}
         self.children: dict[int, list[Frame]] = {}
@@ -92,7 +95,7 @@ class ModuleCalls:
                 alias[item.outputs[0]] = alias.get(gone[item.name], gone[item.name])
             else:
                 left.append(item.reading([alias.get(name, name) for name in item.inputs]))
-        return tuple(steps_of(self.trace, left, {*self.norms, *paths}))
+        return tuple(steps_of(self.trace, left, {*self.norms, *self.hosts, *paths}, self.formulas))
 
     def find(
         self, nodes: Sequence[str], source: str, result: str, bypassed: Mapping[str, tuple[str, str]]

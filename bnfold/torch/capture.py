@@ -63,7 +63,7 @@ from bnfold.torch.internals import (
 from bnfold.torch.lower import LOWERINGS
 from bnfold.torch.memory import Memory
 from bnfold.torch.modules import TAILS
-from bnfold.torch.tensors import leaves, returned, words
+from bnfold.torch.tensors import held, leaves, returned, words
 from bnfold.torch.trace import Call, Frame, Like, Trace, Value
 
 __all__ = ["KEPT", "Differentiates", "capture", "computes_weight"]
@@ -533,6 +533,7 @@ def capture(
         result = model(*args, **kwargs)
     outputs = {path: calls.value(tensor) for path, tensor in leaves(result)}
     _add_survivors(memory, outputs, set(_computed_weights(model)))
+    holders = dict(_holders(model, memory))
     return Trace(
         calls.list,
         modules.frames,
@@ -547,6 +548,7 @@ def capture(
         differentiates,
         words=() if calls.root.data_dependent else tuple(words(result)),
         measured=calls.measured,
+        holders=holders,
     )
 
 
@@ -580,6 +582,14 @@ def _computed_weights(model: nn.Module) -> Iterator[int]:
     for module in model.modules():
         if any(computes_weight(hook) for hook in module._forward_pre_hooks.values()):
             yield from (id(tensor) for tensor in vars(module).values() if isinstance(tensor, Tensor))
+
+
+def _holders(model: nn.Module, memory: Memory) -> Iterator[tuple[str, str]]:
+    """The names of computed values that lie in attributes of the model's modules, each with that attribute."""
+    made = {id(tensor): value.name for tensor, value in memory.alive() if value.call is not None}
+    for tensor, slots in held(model):
+        if id(tensor) in made:
+            yield made[id(tensor)], slots[0].name
 
 
 def _add_survivors(memory: Memory, outputs: dict[str, Value], ignored: set[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,12 @@ from bnfold.algebra import Affine, Array, Linear
 from bnfold.ir import Node
 from bnfold.torch.constants import Evaluator
 from bnfold.torch.lower import lower
+from bnfold.torch.tensors import Part
 from bnfold.torch.trace import Call, Slot, Trace, Value
+
+if TYPE_CHECKING:
+    from bnfold.torch.calls import ModulePlace
+    from bnfold.torch.formulas import FormulaPlace
 
 __all__ = ["Draft", "DraftNode", "LinearPlace", "NormPlace", "readers_of"]
 
@@ -27,9 +32,12 @@ class LinearPlace:
     Attributes:
         weight: the slot of its weight; `transposed` where the operator uses the transpose of what is stored.
         bias: the slot of its bias, or where one can be added; None where none can.
-        computed: how the weight is computed, "parametrization" or "hook"; empty where it is stored as it is.
+        computed: how the weight is computed, "parametrization", "hook" or by the "code" of a module that then becomes
+            the operator; empty where it is stored as it is.
         scaling: what the code multiplies the stored weight by, laid out as that is; None where it takes it as it is.
         bias_scaling: what it multiplies the stored bias by; nowhere zero.
+        code: the weight and bias that code computes, and the module in whose place the operator comes.
+        part, bias_part: which part of what is stored its weight and its bias are; None for all of it.
     """
 
     weight: Slot
@@ -38,6 +46,9 @@ class LinearPlace:
     computed: str = ""
     scaling: Array | None = field(default=None, compare=False)
     bias_scaling: Array | None = field(default=None, compare=False)
+    code: tuple[Value, Value | None, ModulePlace] | None = field(default=None, compare=False)
+    part: Part | None = None
+    bias_part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,7 @@ class DraftNode:
     statistics: dict[str, Value | None] = field(default_factory=dict)
     name: str = ""
     site: str = ""
-    place: LinearPlace | NormPlace | None = None
+    place: LinearPlace | NormPlace | FormulaPlace | None = None
     joined: Call | None = None
     reason: str = ""
     partial: str = ""
@@ -176,12 +187,20 @@ class Draft:
         self.items.append(DraftNode(op, given, made, self.call, attributes, affine, partial=partial))
 
     def linear(
-        self, op: str, x: Value, y: Value | str, weight: Value, bias: Value | None, linear: Linear
+        self,
+        op: str,
+        x: Value,
+        y: Value | str,
+        weight: Value,
+        bias: Value | None,
+        linear: Linear,
+        others: Sequence[Value] = (),
     ) -> None:
         """Draw a linear operator, whose storage is found later."""
         made = y if isinstance(y, str) else y.name
         item = DraftNode(op, [x.name], [made], self.call, linear=linear, weight=weight, bias=bias)
-        item.inputs += [v.name for v in (weight, bias) if v is not None and not v.constant and not v.slots]
+        read = [v for v in (*others, weight, bias) if v is not None]
+        item.inputs += [v.name for v in read if not v.constant and not v.slots]
         self.items.append(item)
 
     def batchnorm(

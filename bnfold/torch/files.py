@@ -21,21 +21,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bnfold.archive import load_plain, name_stranger
 from bnfold.errors import InputError
+from bnfold.ir import Node
 from bnfold.merge import Merged
+from bnfold.operators import of_linear
 from bnfold.output import replacing
 from bnfold.report import Report
-from bnfold.torch.draft import NormPlace
+from bnfold.torch.draft import LinearPlace, NormPlace
 from bnfold.torch.fold import fold
-from bnfold.torch.merging import compute_merged, merge_as_stored, put_merged, touched_modules
+from bnfold.torch.merging import (
+    compute_merged,
+    merge_as_stored,
+    put_merged,
+    put_operator,
+    touched_modules,
+)
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd
 from bnfold.torch.read import read
 from bnfold.torch.sandbox import arrange
 from bnfold.torch.states import Stored, find_state
+from bnfold.torch.stored import stored_numbers, stored_tensors
 from bnfold.torch.tensors import inside
 from bnfold.torch.write import become, settle_weight
 
@@ -120,8 +130,11 @@ def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tenso
     for norm in norms:
         if not any(inside(norm.path, path) for path in gone):
             become(model.get_submodule(norm.path), norm, _leftover(norm, state))
-    for place in dict.fromkeys(reading.linears.values()):
+    for place, name in {place: name for name, place in reading.linears.items()}.items():
         if any(inside(place.weight.module, path) for path in gone):
+            continue
+        if place.code is not None:
+            _put_coded(model, place, reading.graph[name], state)
             continue
         module = model.get_submodule(place.weight.module)
         if place.computed and f"{place.weight.module}.weight" in state:
@@ -137,6 +150,17 @@ def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tenso
     _give_biases(model, merged, state)
     _fill(model, dict(state), "the state dict")
     return model
+
+
+def _put_coded(model: nn.Module, place: LinearPlace, node: Node, state: Mapping[str, Tensor]) -> None:
+    """Let a module be the operator whose weight its code computed, if there is such a weight in a state dict."""
+    assert place.code is not None
+    if place.weight.name in state:
+        operator, like = of_linear(node), stored_tensors(model, place)[0]
+        weight, _ = operator.numbers(lambda node: stored_numbers(model, place))
+        biased = f"{place.weight.module}.bias" in state
+        numbers = weight, np.full(operator.outputs, float(biased))
+        put_operator(model, place.code[2], operator, numbers, like)
 
 
 def _is_folded(norm: NormPlace, model: nn.Module, state: Mapping[str, Tensor]) -> bool:

@@ -88,6 +88,7 @@ def fold(
     folded = write(model, reading, plan, inplace, merged)
     evidence = comparison.judge(folded) if comparison else ()
     notes = comparison.notes if comparison else ["unverified: verification was switched off"]
+    notes = [*notes, *_written_out(model, reading, plan)]
     limits = tuple(_rests_on(head) for head in reading.heads)
     sizes = (size, _count(folded))
     verdicts = settle(plan.verdicts, plan.graph, merged)
@@ -96,6 +97,18 @@ def fold(
         proof += tuple(_check_weights(model, folded, reading, plan, merged))
     report = Report(verdicts, evidence, (*notes, *reading.notes), sizes, limits, proof=proof)
     return folded, merged.tell(report, plan.graph)
+
+
+def _written_out(model: nn.Module, reading: Reading, plan: Plan) -> Iterator[str]:
+    """What is said of BatchNorms whose lines are still there."""
+    left = {node.name: node for node in plan.graph.nodes}
+    for name, place in reading.formulas.items():
+        own, new = reading.graph[name], left.get(name)
+        lines = f"the lines of `{own.place}` in the code of `{place.path or type(model).__name__}` run on"
+        if new is None:
+            yield f"{lines}, with numbers that change nothing; delete them"
+        elif new.affine is not own.affine:
+            yield f"{lines}, with the numbers of what is left"
 
 
 def _check_weights(

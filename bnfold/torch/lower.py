@@ -19,6 +19,7 @@ from torch import nn
 
 from bnfold import canonical
 from bnfold.algebra import Affine, Array, Linear
+from bnfold.torch.constants import slots_of
 from bnfold.torch.trace import Call, Value
 from bnfold.window import Window
 
@@ -40,9 +41,16 @@ class Draft(Protocol):
         """Draw one node."""
 
     def linear(
-        self, op: str, x: Value, y: Value | str, weight: Value, bias: Value | None, linear: Linear
+        self,
+        op: str,
+        x: Value,
+        y: Value | str,
+        weight: Value,
+        bias: Value | None,
+        linear: Linear,
+        others: Sequence[Value] = (),
     ) -> None:
-        """Draw a linear operator, with the values that are its weight and bias."""
+        """Draw a linear operator, with the values that are its weight and bias, and what it reads besides."""
 
     def batchnorm(self, x: Value, y: Value, statistics: Statistics, eps: float, reason: str) -> None:
         """Draw a BatchNorm; `reason` is why it cannot be moved, or empty."""
@@ -232,6 +240,28 @@ def _addmm(draft: Draft, call: Call, x: Value, mat1: Value, mat2: Value, beta: A
     _need(_computed(mat1), x.constant, x.shape == mat2.shape[1:], beta == alpha == 1)
     _need(mat2.rank == 2, not mat2.data)
     _product(draft, call, mat1, mat2, x, "io", 1)
+
+
+@lowering("_trilinear")
+def _bilinear(draft: Draft, call: Call, *, i1: Value, i2: Value, i3: Value, **rest: Any) -> None:
+    """`F.bilinear`, which adds its bias afterwards: `sum x_i W_oij y_j`."""
+    lists = [tuple(rest[name]) for name in ("expand1", "expand2", "expand3", "sumdim")]
+    _need(lists == [(1, 3), (0,), (1, 2), (2, 3)], _computed(i1), _computed(i3), i2.rank == 3)
+    _need(i1 is not i3, not i2.data, _floating(i1, i3, call.made[0]))
+    linear = canonical.bilinear(i2.shape[1], i2.shape[0], 1)
+    draft.linear("Bilinear", i1, call.made[0], i2, None, linear, [i3])
+
+
+@lowering("torchvision.deform_conv2d")
+def _deformable(
+    draft: Draft, call: Call, x: Value, weight: Value, offset: Value, mask: Value, bias: Value, **rest: Any
+) -> None:
+    """A bias that is not stored anywhere is zeros that torchvision makes."""
+    others = [offset, mask] if rest["use_mask"] else [offset]
+    _need(_computed(x), _plain(*rest.values()), _floating(x, call.made[0]), x not in others)
+    stored = bias.slots or not bias.constant or slots_of(bias)
+    linear = canonical.deformable(x.shape[1], weight.shape[0], rest["groups"])
+    draft.linear("DeformConv", x, call.made[0], weight, bias if stored else None, linear, others)
 
 
 @lowering("embedding")
@@ -533,6 +563,18 @@ def _blocks(draft: Draft, call: Call, x: Value, **settings: Any) -> None:
     draft.node("Reshape", [source], [flat])
     draft.node("Gather", [flat], [seen], axis=2, indices=chosen)
     draft.node("Reshape", [seen], [y])
+
+
+@lowering("unfold")
+def _slide(draft: Draft, call: Call, x: Value, dimension: int, size: int, step: int) -> None:
+    """`Tensor.unfold`: the windows of one axis, with an axis for them and a last one for their elements."""
+    _need(_computed(x), x.rank, _plain(dimension, size, step))
+    y, axis = call.made[0], dimension % x.rank
+    windows = np.add.outer(np.arange(y.shape[axis]) * step, np.arange(size))
+    seen = draft.between((*x.shape[:axis], *windows.shape, *x.shape[axis + 1 :]))
+    draft.node("Gather", [x], [seen], axis=axis, indices=windows)
+    perm = [place for place in range(x.rank + 1) if place != axis + 1]
+    draft.node("Transpose", [seen], [y], perm=(*perm, axis + 1))
 
 
 @lowering("pixel_shuffle pixel_unshuffle")

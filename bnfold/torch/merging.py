@@ -357,6 +357,15 @@ def put_merged(model: nn.Module, computed: Sequence[Computed]) -> list[Tensor]:
     return made
 
 
+def put_operator(
+    model: nn.Module, host: ModulePlace, operator: Operator, numbers: Numbers, like: Tensor
+) -> list[Tensor]:
+    """Let a module become an operator, and what it does after it; return the new tensors."""
+    made, module = _module(operator, numbers, like), model.get_submodule(host.path)
+    turn_into(module, Tail({"merged": made}, module, host.tail))
+    return list(made.parameters())
+
+
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 

@@ -2,8 +2,9 @@
 
 A module call whose whole work is one affine map of its input is a BatchNorm if its numbers come from its buffers:
 `nn.BatchNorm*`, frozen and hand-written ones alike. One that goes on with an activation is a BatchNorm with a tail,
-which stays. `F.batch_norm` in the middle of other code is owed a verdict, but cannot be taken out of it; so is the
-formula written out there, and every module that calls itself a BatchNorm and was not met as one (`add_absent`).
+which stays. The formula written out in the middle of other code is one, too, and goes by its numbers (`formulas`).
+`F.batch_norm` there is owed a verdict, but cannot be taken out of it; so is every formula whose numbers cannot change,
+and every module that calls itself a BatchNorm and was not met as one (`add_absent`).
 
 A BatchNorm whose tensors other code reads as well is found, and refused: without it, that code would not run.
 """
@@ -19,6 +20,7 @@ from torch import nn
 from bnfold.algebra import Affine
 from bnfold.torch.constants import slots_of
 from bnfold.torch.draft import DraftNode, NormPlace, readers_of
+from bnfold.torch.formulas import FormulaPlace, chains_of, place_of
 from bnfold.torch.storage import HOMELESS, roots_of
 from bnfold.torch.tails import Tail, find_tail, obstacle
 from bnfold.torch.tensors import inside
@@ -61,7 +63,25 @@ class _Finder:
         for item in self.items:
             if item.is_batchnorm and item.place is None:
                 self._leave_functional(item)
+        self._find_formulas()
         return self.items
+
+    def _find_formulas(self) -> None:
+        """Make one BatchNormalization of each formula written out in other code, where its numbers can change."""
+        for lines in list(chains_of(self.items, readers_of(self.items), self.outputs)):
+            name = _statistic(lines)
+            place = place_of(self.model, self.trace, self.items, lines) if name else ""
+            if isinstance(place, FormulaPlace):
+                one = _replace(lines[0], list(lines))
+                one.affine, one.place, one.site = _compose(lines), place, name
+                self._put(one, lines)
+
+    def _put(self, one: DraftNode, head: Sequence[DraftNode]) -> None:
+        """Let one node stand where the parts of an affine map did."""
+        at = self.items.index(head[0])
+        gone = {id(item) for item in head}
+        rest = (item for item in self.items[at:] if id(item) not in gone)
+        self.items = [*self.items[:at], one, *rest]
 
     def _within(self, frame: Frame) -> list[DraftNode]:
         calls = self.trace.calls[frame.start : frame.stop]
@@ -124,14 +144,9 @@ class _Finder:
         if narrowing:
             one.refuse(f"it also changes the type of its input, from {frame.given[0].dtype}")
         self._refuse_borrowed(one, frame)
-        at = self.items.index(head[0])
-        gone = {id(item) for item in head}
         for item in head:
             self.drawn[id(item.call)] = [one] if item is first else []
-        self.items = [item for item in self.items[:at] if id(item) not in gone] + [
-            one,
-            *(item for item in self.items[at:] if id(item) not in gone),
-        ]
+        self._put(one, head)
 
     def _refuse_borrowed(self, item: DraftNode, frame: Frame) -> None:
         """A module whose tensors are fetched by other code cannot be taken out."""
@@ -145,13 +160,15 @@ class _Finder:
 
     def _leave_functional(self, item: DraftNode) -> None:
         mean = item.statistics.get("running_mean")
-        owner = mean.slots[0].module if mean is not None and mean.slots else None
+        slot = mean.slots[0] if mean is not None and mean.slots else None
+        owner = None if slot is None else slot.module
         frame = item.call.frame
         path = frame.path or ""
-        item.site = owner or (f"{path}.{item.call.label}" if path else item.call.label)
+        label = f"{path}.{item.call.label}" if path else item.call.label
+        item.site = owner or (label if slot is None else slot.name)
         if frame.module is not None and frame.path is None:
             item.refuse(HOMELESS)
-        elif frame.module is self.model and owner == "":
+        elif frame.module is self.model and owner == "" and calls_itself_batchnorm(self.model):
             item.site = type(self.model).__name__
             item.refuse("it is the whole model")
         elif item.affine is not None:
@@ -270,25 +287,20 @@ def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> li
 
 
 def _written_out(model: nn.Module, items: Sequence[DraftNode], trace: Trace) -> Iterator[DraftNode]:
-    """A verdict for each chain of affine maps in the code of one module that can only be a BatchNorm.
+    """A verdict for each chain of affine maps that can only be a BatchNorm, and whose numbers could not be changed.
 
-    It stays a chain of affine maps: others pass it. Not found: one whose scale and shift are computed beforehand.
+    It stays a chain of affine maps: others pass it.
     """
-    readers, outputs = readers_of(items), {value.name for value in trace.outputs.values()}
-    gone: set[int] = set()
-    for item in items:
-        chain = [] if item.op != "Affine" or id(item) in gone else [item]
-        while chain:
-            read = readers.get(chain[-1].outputs[0], [])
-            alone = len(read) == 1 and chain[-1].outputs[0] not in outputs
-            if not alone or read[0].op != "Affine" or read[0].call.frame is not item.call.frame:
-                break
-            chain.append(read[0])
-        gone.update(map(id, chain))
-        if chain and (name := _statistic(chain)):
-            where = item.call.frame.path or type(model).__name__
-            reason = f"it is written out in the code of `{where}`; make it a module of its own"
-            yield absent(name, reason)
+    outputs = [value.name for value in trace.outputs.values()]
+    for chain in chains_of(items, readers_of(items), outputs):
+        name = _statistic(chain)
+        why = place_of(model, trace, items, chain) if name else ""
+        if name:
+            where = chain[0].call.frame.path or type(model).__name__
+            because = f", and {why}" if isinstance(why, str) else ""
+            yield absent(
+                name, f"it is written out in the code of `{where}`{because}; make it a module of its own"
+            )
 
 
 def _statistic(chain: Sequence[DraftNode]) -> str:

@@ -17,7 +17,7 @@ says what each needs.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from bnfold.torch.calls import ModuleCalls
 from bnfold.torch.constants import Evaluator
 from bnfold.torch.determinism import find_nondeterministic
 from bnfold.torch.draft import Draft, DraftNode, LinearPlace, NormPlace
+from bnfold.torch.formulas import FormulaPlace
 from bnfold.torch.idle import Idle, find_idle
 from bnfold.torch.naming import name_items
 from bnfold.torch.norms import absent, add_absent, calls_itself_batchnorm, find_norms
@@ -58,6 +59,7 @@ class Reading:
         notes: what other inputs it could not be read with.
         heads: parts that did not run and could read what the folds change; see `read`.
         calls: the module calls, as places for merged operators.
+        formulas: the lines of BatchNorms that are written out, by node name.
     """
 
     graph: Graph
@@ -71,6 +73,7 @@ class Reading:
     notes: tuple[str, ...] = ()
     heads: tuple[Idle, ...] = ()
     calls: ModuleCalls | None = None
+    formulas: Mapping[str, FormulaPlace] = field(default_factory=dict)
 
 
 def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Reading:
@@ -137,15 +140,26 @@ def _draw(
     items, alias = drop_identities(items)
     outputs = [alias.get(name, name) for name in outputs]
     norms = {item.place.path for item in items if isinstance(item.place, NormPlace)}
-    steps = tuple(steps_of(trace, items, norms))
-    bind_linears(model, trace, items)
-    calls = ModuleCalls(trace, items, alias, norms, otherwise)
+    formulas = {item.name: item.place for item in items if isinstance(item.place, FormulaPlace)}
+    names = frozenset(slot.name for place in formulas.values() for slot in place.slots.values())
+    calls = ModuleCalls(trace, items, alias, norms, otherwise, names)
+    bind_linears(model, trace, items, calls)
+    calls.hosts = frozenset(_hosts(i.place for i in items if i.linear is not None))
+    steps = tuple(steps_of(trace, items, norms | calls.hosts, names))
     items = add_absent(model, trace, items)
     items = part_twins(items, shapes)
     inputs = tuple(v.name for v in trace.inputs.values() if not v.slots)
     nodes = tuple(item.node() for item in items)
-    graph = Graph(nodes, inputs, tuple(dict.fromkeys(outputs)), shapes)
-    return replace(_reading(trace, graph, items, steps), calls=calls)
+    returned = {value.name for name, value in trace.outputs.items() if not name.startswith("kept alive")}
+    kept = {alias.get(name, name): holder for name, holder in trace.holders.items() if name not in returned}
+    graph = Graph(nodes, inputs, tuple(dict.fromkeys(outputs)), shapes, kept=kept)
+    return replace(_reading(trace, graph, items, steps), calls=calls, formulas=formulas)
+
+
+def _hosts(places: Iterable[Any]) -> Iterator[str]:
+    """The modules that become operators whose weights their code computes."""
+    coded = (place.code for place in places if isinstance(place, LinearPlace) and place.code is not None)
+    return (host.path for _, _, host in coded)
 
 
 def _reading(trace: Trace, graph: Graph, items: Sequence[DraftNode], steps: tuple[TraceStep, ...]) -> Reading:
@@ -173,8 +187,9 @@ def draw_steps(
     outputs = _outputs(trace)
     items = join_biases(Draft(trace, Evaluator()).items, outputs)
     items, _ = drop_identities(items)
-    norms = {place.path for place in reading.norms.values()}
-    return tuple(steps_of(trace, items, norms.union(replaced)))
+    norms = {*(place.path for place in reading.norms.values()), *_hosts(reading.linears.values())}
+    slots = (slot for place in reading.formulas.values() for slot in place.slots.values())
+    return tuple(steps_of(trace, items, norms.union(replaced), {slot.name for slot in slots}))
 
 
 def _otherwise(aligned: Iterable[tuple[Trial, Alignment]]) -> dict[str, str]:

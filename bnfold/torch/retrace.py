@@ -127,7 +127,12 @@ def find_unmergeable(
 
 def refuse_everything(model: nn.Module, example_inputs: Any, reading: Reading) -> Reading:
     """The reading with every BatchNorm kept."""
-    return _refuse(reading, {place.path for place in reading.norms.values()}, set())
+    refused = _refuse(reading, {place.path for place in reading.norms.values()}, set())
+    written = {
+        name: replace(refused.graph[name], affine=None, reason="some code looks at its numbers")
+        for name in reading.formulas
+    }
+    return replace(refused, graph=refused.graph.replace(written))
 
 
 def _culprits(candidates: list[str], works: Callable[[Sequence[str]], bool]) -> list[str]:

@@ -17,19 +17,35 @@ __all__ = ["drop_identities", "join_biases", "part_twins"]
 
 
 def join_biases(items: Sequence[DraftNode], outputs: Sequence[str]) -> list[DraftNode]:
-    """Make one operator of a matrix product and the parameter that is added to it."""
+    """Make one operator of a matrix product and the parameter that is added to it, reshaped in between or not."""
     readers = readers_of(items)
     gone: set[int] = set()
     for item in items:
-        if item.linear is None or item.bias is not None or item.op not in ("Gemm", "MatMul", "Einsum"):
+        if (
+            item.linear is None
+            or item.bias is not None
+            or item.op not in ("Gemm", "MatMul", "Einsum", "Bilinear")
+        ):
             continue
+        last = item
         read = readers.get(item.outputs[0], [])
-        if len(read) == 1 and item.outputs[0] not in outputs and _is_bias(read[0], item):
+        if len(read) == 1 and item.outputs[0] not in outputs and _keeps_last(read[0]):
+            last = read[0]
+            read = readers.get(last.outputs[0], [])
+        if len(read) == 1 and last.outputs[0] not in outputs and _is_bias(read[0], item):
             item.bias = next(v for v in read[0].call.reads.values() if v.slots)
             item.linear = replace(item.linear, biasless="", bare=False)
-            item.outputs, item.joined = read[0].outputs, read[0].call
+            last.outputs, item.joined = read[0].outputs, read[0].call
             gone.add(id(read[0]))
     return [item for item in items if id(item) not in gone]
+
+
+def _keeps_last(item: DraftNode) -> bool:
+    """Whether an item regroups all axes of a value but the last."""
+    given = [value for value in item.call.reads.values() if value.name in item.inputs]
+    made = item.call.made
+    plain = item.op == "Reshape" and len(given) == len(made) == 1
+    return plain and given[0].rank > 0 and given[0].shape[-1:] == made[0].shape[-1:]
 
 
 def _is_bias(item: DraftNode, linear: DraftNode) -> bool:

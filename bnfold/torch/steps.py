@@ -6,11 +6,12 @@ what, with which numbers, and what a fold may change of it (whether it has a bia
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bnfold.algebra import Affine
+from bnfold.torch.constants import slots_of
 from bnfold.torch.draft import DraftNode
 from bnfold.torch.storage import choose, origin_of
 from bnfold.torch.trace import Trace
@@ -40,8 +41,16 @@ class TraceStep:
     settings: tuple[Any, ...]
 
 
-def steps_of(trace: Trace, items: Sequence[DraftNode], norms: set[str]) -> Iterator[TraceStep]:
-    """What runs outside of the modules of these paths, in order, and what is returned besides numbers."""
+def steps_of(
+    trace: Trace, items: Sequence[DraftNode], norms: set[str], formulas: Collection[str] = ()
+) -> Iterator[TraceStep]:
+    """What runs outside of BatchNorms, in order, and what is returned besides numbers.
+
+    Args:
+        trace, items: the pass, and its nodes.
+        norms: the paths of the modules that are BatchNorms.
+        formulas: the names of the parameters and buffers of those that are written out.
+    """
     inside = tuple(f"{path}." for path in norms)
     given = {value.name for value in trace.inputs.values()}
     origins: dict[str, int | str] = {}
@@ -50,7 +59,7 @@ def steps_of(trace: Trace, items: Sequence[DraftNode], norms: set[str]) -> Itera
         path = item.call.frame.path or ""
         if item.op in ("If", "Hook"):
             continue
-        if path in norms or path.startswith(inside):
+        if path in norms or path.startswith(inside) or (formulas and _reads(item, formulas)):
             first = item.inputs[0] if item.inputs else ""
             origins.update(dict.fromkeys(item.outputs, origins.get(first, first if first in given else "")))
             continue
@@ -67,6 +76,13 @@ def steps_of(trace: Trace, items: Sequence[DraftNode], norms: set[str]) -> Itera
         yield TraceStep(item.call.label, count, affine, weight, item.bias is not None, known, words)
         at += 1
     yield TraceStep("return", 0, None, "", False, (), trace.words)
+
+
+def _reads(item: DraftNode, names: Collection[str]) -> bool:
+    """Whether an item reads a number of one of these names."""
+    constants = (value for value in item.call.reads.values() if value.constant or value.slots)
+    roots = (root for value in constants for root in slots_of(value).values())
+    return any(slot.name in names for root in roots for slot in root.slots)
 
 
 def settings(thing: Any) -> Iterator[Any]:

@@ -6,7 +6,10 @@ parametrization or hook computes it. Where a bias can be added, it is bound to t
 **Scaled weights.** Code may multiply a parameter by constants on every pass (the mask of a pruned net, the constant of
 an equalised learning rate). Rows and columns are scaled by what is written into the parameter, before the code
 multiplies: `(a W b) * c = a (W * c) b`, whatever zeros c has. A bias takes a sum, so it is divided by its constant
-first, which must not be zero. What is normalised (a standardised weight) undoes any such scale, and stays.
+first, which must not be zero.
+
+**Any other computation** of parameters and constants (a standardised weight, which would undo any such scale) is done
+once and for all, where a module does nothing else: it becomes the operator, with the weight that it computed.
 
 **Sharing** is counted by parameter. Two modules that hold one Parameter are two places, since each can be given its
 own; two calls of one module are one place; a parameter that is read in any other way belongs to whoever reads it, and
@@ -17,36 +20,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnfold.algebra import Array
+from bnfold.algebra import Array, Linear
+from bnfold.errors import Refuse
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import DraftNode, LinearPlace
-from bnfold.torch.tensors import Slot, inside
+from bnfold.torch.tensors import Part, Slot, inside, returned
 from bnfold.torch.trace import Call, Frame, Trace, Value
+
+if TYPE_CHECKING:
+    from bnfold.torch.calls import ModuleCalls
 
 __all__ = ["HOMELESS", "Origin", "bind_linears", "choose", "origin_of", "roots_of"]
 
 HOMELESS = "its module is not held by the model; make it an attribute, or keep it in an nn.ModuleList"
 
 
-def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> None:
+def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode], calls: ModuleCalls) -> None:
     """Give every linear operator its place, or refuse it."""
     linears, evaluator = [item for item in items if item.linear is not None], Evaluator()
     for item in linears:
-        _bind(model, item, evaluator)
+        _bind(model, item, evaluator, calls)
     used = _other_reads(trace, items)
     for item in linears:
         _check_reads(trace, item, used)
     _check_sharing([item for item in linears if item.linear is not None])
 
 
-def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
+def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator, calls: ModuleCalls) -> None:
     """Find where a linear operator keeps its numbers."""
     assert item.weight is not None
     assert item.linear is not None
@@ -59,7 +67,7 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
         found = Origin(item.weight) if computed else found
     scaling = found.scaling(evaluator)
     if not computed and (not found.value.slots or scaling is None):
-        return item.refuse("its weight is computed while the model runs")
+        return _bind_code(item, evaluator, calls)
     origin = found.value
     if not item.weight.constant and not computed:
         return item.refuse("its weight changes while the model runs")
@@ -76,20 +84,67 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
         bias_scaling = origin_of(item.bias).scaling(evaluator)
         if bias_scaling is None or np.any(bias_scaling == 0):
             bias = "its bias is computed while the model runs"
+    part = found.part
+    if part is not None and item.bias is None and isinstance(bias, Slot):
+        bias = f"its weight is a part of `{slot.name}`"
     if isinstance(bias, str):
         if item.bias is not None:
             return item.refuse(bias)
         item.linear, bias = replace(item.linear, biasless=bias), None
     elif item.op != "Embedding":
         item.linear = replace(item.linear, biasless="")
-    item.place = LinearPlace(slot, found.transposed, bias, computed)
+    bias_part = origin_of(item.bias).part if item.bias is not None else None
+    item.place = LinearPlace(slot, found.transposed, bias, computed, part=part, bias_part=bias_part)
     if found.factors:
         item.linear = replace(item.linear, centre=None)
         item.place = replace(item.place, scaling=scaling)
     if item.bias is not None and origin_of(item.bias).factors:
         item.place = replace(item.place, bias_scaling=bias_scaling)
-    item.site = slot.module if slot.attribute == "weight" and slot.module else slot.name
+    item.site = slot.module if slot.attribute == "weight" and slot.module and part is None else slot.name
+    item.site += "" if part is None else str(part)
     return None
+
+
+def _bind_code(item: DraftNode, evaluator: Evaluator, calls: ModuleCalls) -> None:
+    """Find a module that does nothing but to compute a weight from what it holds, and to use it: it can become that.
+
+    What it holds may be anybody's as well, and stays as it is.
+    """
+    assert item.weight is not None
+    assert item.linear is not None
+    computed = "its weight is computed while the model runs"
+    known = [value for value in (item.weight, item.bias) if value is not None]
+    roots = [root for value in known for root in slots_of(value).values()]
+    if not all(value.constant and slots_of(value) for value in known) or any(
+        root.dtype != item.weight.dtype for root in roots
+    ):
+        return item.refuse(computed)
+    try:
+        for value in known:
+            evaluator.array(value)
+        check_form(item.linear, item.op, item.call.made[0].rank)
+        host = calls.find([item.name], item.inputs[0], item.outputs[0], {})
+    except Refuse as refusal:
+        return item.refuse(f"{computed}, and {refusal}")
+    except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
+        return item.refuse(computed)
+    code = (item.weight, item.bias, host)
+    item.place = LinearPlace(
+        Slot(f"{host.path}.merged", "weight", "parameter"), False, None, "code", code=code
+    )
+    item.linear, item.site = replace(item.linear, biasless=""), host.path
+    return None
+
+
+def check_form(linear: Linear, op: str, rank: int) -> None:
+    """Refuse what no module of torch.nn computes, or what is no operator by itself."""
+    window = linear.window
+    if op not in ("Gemm", "MatMul", "Conv") or (op == "Conv" and (window is None or window.pads is None)):
+        raise Refuse("no module of torch.nn computes it alone")
+    if window is None and {linear.in_axis, linear.out_axis} != {rank - 1}:
+        raise Refuse("torch has no module for a matrix along another axis than the last")
+    if window is not None and any(before != after for before, after in window.pads or ()):
+        raise Refuse("torch's convolutions pad alike on both sides")
 
 
 def _how_computed(item: DraftNode, origin: Value) -> str:
@@ -130,7 +185,7 @@ def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
     reads: dict[int, str] = {}
     bound: dict[int, set[int]] = {}
     for item in items:
-        if item.place is not None and item.linear is not None:
+        if isinstance(item.place, LinearPlace) and item.linear is not None and item.place.code is None:
             bound.setdefault(id(item.call), set()).update((id(item.weight), id(item.bias)))
     computed = [i.place.weight for i in items if isinstance(i.place, LinearPlace) and i.place.computed]
     parametrized = tuple(f"{slot.module}.parametrizations.weight" for slot in computed)
@@ -150,12 +205,13 @@ def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
 def _check_reads(trace: Trace, item: DraftNode, used: Mapping[int, str]) -> None:
     if item.linear is None or item.weight is None:
         return
+    alone = isinstance(item.place, LinearPlace) and item.place.code is not None
     for what, value in (("weight", item.weight), ("bias", item.bias)):
         if value is None:
             continue
         scales = _factors_of(item, value)
         for root in roots_of(value):
-            taken = root in used and root not in scales
+            taken = root in used and root not in scales and not alone
             if taken or _changes(trace, root):
                 how = f"is read by `{used[root]}` as well" if taken else "changes while the model runs"
                 item.refuse(f"its {what} {how}")
@@ -176,17 +232,23 @@ def _changes(trace: Trace, root: int) -> bool:
 
 def _check_sharing(linears: list[DraftNode]) -> None:
     """Refuse operators that store one parameter in different ways."""
-    uses: dict[str, list[DraftNode]] = {}
+    uses: dict[str, dict[tuple[Part | None, Any], list[DraftNode]]] = {}
     for item in linears:
-        assert isinstance(item.place, LinearPlace)
-        for slot in (item.place.weight, item.place.bias):
+        place = item.place
+        assert isinstance(place, LinearPlace)
+        for slot, part in ((place.weight, place.part), (place.bias, place.bias_part)):
             if slot is not None:
-                uses.setdefault(slot.name, []).append(item)
-    clashes = [(name, items) for name, items in uses.items() if len({_kind(item) for item in items}) > 1]
-    for name, items in clashes:
-        for item in items:
-            other = next(other for other in items if other is not item)
-            item.refuse(f"`{name}` is used in another way by `{other.name}`")
+                uses.setdefault(slot.name, {}).setdefault((part, _kind(item)), []).append(item)
+    for name, kinds in uses.items():
+        clashes = [(one, other) for one, other in permutations(kinds, 2) if _meet(one[0], other[0])]
+        for one, other in clashes:
+            for item in kinds[one]:
+                item.refuse(f"`{name}` is used in another way by `{kinds[other][0].name}`")
+
+
+def _meet(first: Part | None, second: Part | None) -> bool:
+    """Whether two parts of one parameter, None for all of it, have a number in common."""
+    return first is None or second is None or first.overlaps(second)
 
 
 def _kind(item: DraftNode) -> Any:
@@ -204,7 +266,8 @@ def _kind(item: DraftNode) -> Any:
     )
     scalings = (item.place.scaling, item.place.bias_scaling)
     scaled = tuple(None if each is None else each.tobytes() for each in scalings)
-    return (item.place.weight.name, bias, item.place.transposed, item.bias is None, *scaled, *form)
+    parts = (item.place.part, item.place.bias_part)
+    return (item.place.weight.name, bias, item.place.transposed, item.bias is None, *parts, *scaled, *form)
 
 
 def roots_of(value: Value) -> dict[int, Value]:
@@ -230,6 +293,7 @@ def choose(value: Value, frame: Frame) -> Slot | None:
 
 
 _SWAPS = ("transpose", "permute")
+_CUTS = ("slice", "select", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind")
 _PLAIN_STEPS = ("detach", "alias", "contiguous", "clone", "_to_copy")
 
 
@@ -242,15 +306,18 @@ class Origin:
         transposed: whether it was transposed on the way.
         factors: by what it was multiplied, or divided where the first flag says so; laid out as the parameter is, or
             as its transpose where the second one does.
+        part: which part of the parameter it is; what is transposed and multiplied is that. None for all of it.
     """
 
     value: Value
     transposed: bool = False
     factors: tuple[tuple[Any, bool, bool], ...] = ()
+    part: Part | None = None
 
     def scaling(self, evaluator: Evaluator) -> Array | None:
         """The product of all factors, as large as the parameter; None where it is not known or not finite."""
-        whole = np.ones(self.value.shape)
+        shape = self.value.shape if self.part is None else self.part.shape
+        whole = np.ones(shape)
         try:
             with np.errstate(all="ignore"):
                 for factor, divides, turned in self.factors:
@@ -261,7 +328,7 @@ class Origin:
                     whole = whole / array if divides else whole * array
         except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
             return None
-        return whole if whole.shape == self.value.shape and np.isfinite(whole).all() else None
+        return whole if whole.shape == shape and np.isfinite(whole).all() else None
 
 
 def origin_of(weight: Value) -> Origin:
@@ -277,11 +344,30 @@ def _trace_back(value: Value) -> Origin | None:
         return None
     if call.label in ("mul", "div", "neg"):
         return _product_of(value, call)
+    if call.label in _CUTS:
+        return _part_of(value, call)
     turns = value.rank == 2 and (call.label == "t" or (call.label in _SWAPS and _is_turn(call.args[1:])))
     if len(call.reads) != 1 or not (turns or call.label in _PLAIN_STEPS):
         return None
     found = _trace_back(next(iter(call.reads.values())))
     return found if found is None or not turns else replace(found, transposed=not found.transposed)
+
+
+def _part_of(value: Value, call: Call) -> Origin | None:
+    """The box of a parameter that a value is, told by where it would lie in the memory of one."""
+    source, *settings = call.args
+    if not source.slots or 0 in source.shape or any(isinstance(one, Value) for one in settings):
+        return None
+    given = dict(zip((each.name for each in call.function._schema.arguments), call.args, strict=False))
+    axis = {**given, **call.kwargs}.get("dim", 0) % source.rank
+    whole = torch.empty(source.shape, device="meta")
+    seen = list(returned(call.function(whole, *settings, **call.kwargs)))[call.made.index(value)]
+    count = seen.shape[axis] if seen.dim() == whole.dim() else 1
+    if count > 1 and seen.stride(axis) != whole.stride(axis):
+        return None
+    start = seen.storage_offset() // whole.stride(axis)
+    ends = ((0, size) if place != axis else (start, start + count) for place, size in enumerate(source.shape))
+    return Origin(source, part=Part(tuple(ends), tuple(value.shape)))
 
 
 def _product_of(value: Value, call: Call) -> Origin | None:

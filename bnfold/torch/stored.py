@@ -16,9 +16,10 @@ from bnfold import weights
 from bnfold.algebra import Array, Linear, round_to_odd
 from bnfold.equivalence import UNIT_ROUNDOFF
 from bnfold.torch.capture import computes_weight
-from bnfold.torch.constants import numbers
+from bnfold.torch.constants import Evaluator, numbers, slots_of
 from bnfold.torch.draft import LinearPlace
 from bnfold.torch.tensors import leaves
+from bnfold.torch.trace import Value
 
 __all__ = [
     "copy_with",
@@ -65,11 +66,18 @@ def _changed(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor | None]:
-    """The tensors at the two slots; a computed weight as it is now."""
+    """The tensors at the two slots, or the parts of them that are used; a computed weight as it is now.
+
+    Of numbers that code computes, the first tensor among those that it computes them from.
+    """
+    if place.code is not None:
+        return _held(model, next(iter(slots_of(place.code[0]).values()))), None
     module = model.get_submodule(place.weight.module)
     bias = (
         None if place.bias is None else getattr(model.get_submodule(place.bias.module), place.bias.attribute)
     )
+    if bias is not None and place.bias_part is not None:
+        bias = place.bias_part.take(bias)
     if place.computed == "parametrization":
         held: Any = module.parametrizations
         weight = next(iter(held["weight"].parameters(recurse=False)))
@@ -79,11 +87,13 @@ def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor
         )
     else:
         weight = getattr(module, place.weight.attribute)
-    return weight, bias
+    return (weight if place.part is None else place.part.take(weight)), bias
 
 
 def stored_weight(model: nn.Module, place: LinearPlace, scaled: bool = True) -> npt.NDArray[Any]:
     """The weight that an operator uses, in float64; or that which its code multiplies by constants first."""
+    if place.code is not None:
+        return _compute_by_code(model, place.code[0])
     if place.computed:
         tensor = _compute_weight(model.get_submodule(place.weight.module), place.computed)
     else:
@@ -113,10 +123,27 @@ def _run_hook(hook: Any, module: nn.Module) -> Tensor:
 
 def stored_numbers(model: nn.Module, place: LinearPlace) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """The weight and the bias that an operator uses, in float64."""
+    if place.code is not None:
+        own = place.code[1]
+        return stored_weight(model, place), None if own is None else _compute_by_code(model, own)
     weight, bias = stored_weight(model, place), stored_tensors(model, place)[1]
     if bias is None:
         return weight, None
     return weight, numbers(bias).numpy() * (1.0 if place.bias_scaling is None else place.bias_scaling)
+
+
+def _compute_by_code(model: nn.Module, value: Value) -> npt.NDArray[Any]:
+    """What code computes from the tensors that a module holds, in float64."""
+    evaluator = Evaluator()
+    evaluator.known = {place: numbers(_held(model, slot)) for place, slot in slots_of(value).items()}
+    return evaluator.array(value)
+
+
+def _held(model: nn.Module, value: Value) -> Tensor:
+    """What a module holds at the place of a value."""
+    slot = value.slots[0]
+    tensor: Tensor = getattr(model.get_submodule(slot.module), slot.attribute)
+    return tensor
 
 
 def round_like(array: Array, like: Tensor) -> Tensor:
@@ -140,9 +167,11 @@ def measure(before: nn.Module, after: nn.Module, place: LinearPlace, linear: Lin
         linear: what it has absorbed.
 
     Returns:
-        At most 1 where every number is right; None where code multiplies what is stored, which is rounded besides, and
-        where there are no numbers.
+        At most 1 where every number is right; None where code multiplies what is stored, which is rounded besides, or
+        computed all of it, and where there are no numbers.
     """
+    if place.code is not None:
+        return None
     like = stored_tensors(before, place)[0]
     dtype = str(like.dtype).removeprefix("torch.")
     scaled = place.scaling is not None or place.bias_scaling is not None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Slot", "held", "inside", "leaves", "put_back", "returned", "words"]
+__all__ = ["Part", "Slot", "held", "inside", "leaves", "put_back", "returned", "words"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,32 @@ class Slot:
     def name(self) -> str:
         """As in a state dict."""
         return f"{self.module}.{self.attribute}" if self.module else self.attribute
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a tensor: where it begins and ends on each axis, and the shape in which it is used."""
+
+    ends: tuple[tuple[int, int], ...]
+    shape: tuple[int, ...]
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The box as an index."""
+        return tuple(slice(*ends) for ends in self.ends)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor."""
+        return tensor[self.index].reshape(self.shape)
+
+    def overlaps(self, other: Part) -> bool:
+        """Whether two parts of one tensor have a number in common."""
+        pairs = zip(self.ends, other.ends, strict=True)
+        return all(max(a, c) < min(b, d) for (a, b), (c, d) in pairs)
+
+    def __str__(self) -> str:
+        """As one would write it."""
+        return "[" + ", ".join(f"{start}:{stop}" for start, stop in self.ends) + "]"
 
 
 def held(model: nn.Module) -> Iterator[tuple[Tensor, tuple[Slot, ...]]]:

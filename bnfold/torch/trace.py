@@ -149,6 +149,7 @@ class Trace:
         differentiates: whether the model was known to differentiate by itself.
         draws: whether the pass drew from a global random state.
         words: what the caller gets besides numbers (see `tensors.words`); unknown where numbers left the tensors.
+        holders: attributes of modules that hold computed values when it is over, by the name of the value.
         measured: the module calls in whose code the size or type of a value was asked for, by the name of the value.
     """
 
@@ -166,3 +167,4 @@ class Trace:
     draws: bool = False
     words: tuple[Any, ...] = ()
     measured: dict[str, list[Frame]] = field(default_factory=dict)
+    holders: dict[str, str] = field(default_factory=dict)

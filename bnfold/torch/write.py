@@ -20,16 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.algebra import Affine, Array
+from bnfold.errors import Refuse
 from bnfold.ir import Node
 from bnfold.merge import Merged
+from bnfold.operators import of_linear
 from bnfold.torch.capture import computes_weight
+from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace, NormPlace
-from bnfold.torch.merging import compute_merged, put_merged
+from bnfold.torch.formulas import FormulaPlace
+from bnfold.torch.merging import compute_merged, put_merged, put_operator
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
 from bnfold.torch.sandbox import copy_structure
 from bnfold.torch.stored import round_like, stored_numbers, stored_tensors, stored_weight
-from bnfold.torch.tensors import leaves
+from bnfold.torch.tensors import Part, leaves
 from bnfold.travel import Plan
 
 __all__ = ["become", "check_fit", "settle_weight", "write"]
@@ -88,9 +92,14 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged) -> lis
             and new.linear is not node.linear
         ):
             place = reading.linears[node.name]
-            if place.weight.name not in done:
+            stored = f"{place.weight.name}{place.part or ''}"
+            if stored not in done:
                 made += _edit_linear(model, place, new)
-                done.add(place.weight.name)
+                done.add(stored)
+    for name, formula in reading.formulas.items():
+        own, new = reading.graph[name], after.get(name)
+        if name not in merged.nodes and (new is None or new.affine is not own.affine):
+            made += _edit_formula(model, formula, None if new is None else new.affine)
     return made + put_merged(model, operators)
 
 
@@ -98,16 +107,30 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged) -> lis
 
 
 def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tensor]:
+    if place.code is not None:
+        operator, like = of_linear(node), stored_tensors(model, place)[0]
+        numbers_of = operator.numbers(lambda node: stored_numbers(model, place))
+        return put_operator(model, place.code[2], operator, numbers_of, like)
     module = model.get_submodule(place.weight.module)
     weight, bias = stored_tensors(model, place)
     new_weight, new_bias = _fold(model, place, node)
     if place.computed:
         settle_weight(module, place.computed)
-    made = [_put(module, place.weight.attribute, new_weight, weight)]
+    made = [_put_part(module, place.weight.attribute, new_weight, weight, place.part)]
     if new_bias is not None and place.bias is not None:
-        owner = model.get_submodule(place.bias.module)
-        made.append(_put(owner, place.bias.attribute, new_bias, weight if bias is None else bias))
+        owner, like = model.get_submodule(place.bias.module), weight if bias is None else bias
+        made.append(_put_part(owner, place.bias.attribute, new_bias, like, place.bias_part))
     return made
+
+
+def _put_part(module: nn.Module, attribute: str, array: Array, like: Tensor, part: Part | None) -> Tensor:
+    """Store numbers at a slot, or in a part of what is stored there."""
+    if part is not None:
+        like = getattr(module, attribute)
+        whole = numbers(like).numpy().copy()
+        whole[part.index] = array.reshape(whole[part.index].shape)
+        array = whole
+    return _put(module, attribute, array, like)
 
 
 def settle_weight(module: nn.Module, how: str) -> None:
@@ -204,6 +227,16 @@ def become(module: nn.Module, place: NormPlace, left: nn.Module | None) -> None:
 _REWRITABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+def _edit_formula(model: nn.Module, place: FormulaPlace, affine: Affine | None) -> list[Tensor]:
+    """Let the lines of a BatchNorm that is written out compute what is left of it, or what they are given."""
+    return [
+        _put(
+            module := model.get_submodule(slot.module), slot.attribute, array, getattr(module, slot.attribute)
+        )
+        for slot, array in place.solve(affine).items()
+    ]
+
+
 def _is_rewritable(module: nn.Module) -> bool:
     """Whether other numbers make it another affine; where hooks compute too, their share is in what was read."""
     numbers_of = ("weight", "bias", "running_mean", "running_var")
@@ -256,6 +289,8 @@ def check_fit(model: nn.Module, reading: Reading) -> Callable[[Node], str]:
     """A question for `travel`: why the numbers of a linear node, with all that it absorbed, cannot be stored."""
 
     def fits(node: Node) -> str:
+        if node.name in reading.formulas and node.affine is not None:
+            return _check_formula(reading.formulas[node.name], node.affine)
         place = reading.linears.get(node.name)
         if place is None or node.linear is None:
             return ""
@@ -273,6 +308,14 @@ def check_fit(model: nn.Module, reading: Reading) -> Callable[[Node], str]:
         return ""
 
     return fits
+
+
+def _check_formula(place: FormulaPlace, affine: Affine) -> str:
+    try:
+        place.solve(affine)
+    except Refuse as refusal:
+        return str(refusal)
+    return ""
 
 
 def _is_moderate(node: Node) -> bool:

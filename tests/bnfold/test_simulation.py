@@ -124,6 +124,22 @@ def test_what_an_operator_cannot_absorb_is_not_proved(fact: str) -> None:
         check(before, after)
 
 
+def test_another_operand_of_a_linear_operator_must_be_what_it_was() -> None:
+    linear = Linear("oi", CHANNELS, CHANNELS, 1, 1)
+    both = Node("d", "DeformConv", ("x", "b"), ("d",), linear=linear)
+    before = graph(norm("b", "x"), both, norm("e", "d"))
+    check(before, prove(before))
+    with pytest.raises(NotProved, match="something else beside"):
+        check(before, prove(before).bypass({"b"}))
+    absorbed = prove(before)["d"].linear
+    assert absorbed is not None
+    forgotten = changed(
+        prove(before).bypass({"b"}), "d", linear=absorbed.absorb_before(*np.ones((2, CHANNELS)))
+    )
+    with pytest.raises(NotProved, match="something else beside"):
+        check(before, forgotten)
+
+
 def test_a_reader_that_is_forgotten_is_found() -> None:
     before = graph(norm("b", "x"), conv("c", "b"), conv("d", "b"), outputs=("c", "d"))
     after = prove(before)

@@ -76,6 +76,39 @@ def _einsum(node: Node, weights: dict[str, Any], *xs: np.ndarray) -> np.ndarray:
     return y + bias.reshape(-1, *[1] * (y.ndim - 1 - node.linear.out_axis))
 
 
+def _bilinear(node: Node, weights: dict[str, Any], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    weight, bias = node.linear.fold(*weights[node.place])
+    made = np.einsum("...i,oij,...j->...o", x, weight, y)
+    return made if bias is None else made + bias
+
+
+def _deformable(node: Node, weights: dict[str, Any], x: np.ndarray, moves: np.ndarray) -> np.ndarray:
+    """A kernel of 2x1 whose taps are moved by whole steps, another way at each position; zeros lie outside."""
+    weight, bias = node.linear.fold(*weights[node.place])
+    n, c, h, w = x.shape
+    groups = node.linear.groups
+    steps = np.rint(moves).astype(int).reshape(n, 2, 2, h, w)
+    around = np.pad(x, [(0, 0), (0, 0), (9, 9), (9, 9)])
+    rows, columns = np.mgrid[9 : 9 + h, 9 : 9 + w]
+    taps = [
+        np.stack(
+            [
+                each[
+                    :,
+                    np.clip(rows + tap + move[tap, 0], 0, h + 17),
+                    np.clip(columns + move[tap, 1], 0, w + 17),
+                ]
+                for each, move in zip(around, steps, strict=True)
+            ]
+        )
+        for tap in range(2)
+    ]
+    seen = np.stack(taps, -1).reshape(n, groups, c // groups, h, w, 2)
+    y = np.einsum("ngihwk,goik->ngohw", seen, weight.reshape(groups, -1, c // groups, 2))
+    y = y.reshape(n, -1, h, w)
+    return y if bias is None else y + bias.reshape(1, -1, 1, 1)
+
+
 def _embedding(node: Node, weights: dict[str, Any], x: np.ndarray) -> np.ndarray:
     table, bias = node.linear.fold(*weights[node.place])
     y = table[np.abs(np.rint(x * 7)).astype(int) % len(table)]
@@ -143,6 +176,8 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "Gemm": _matmul,
     "MatMul": _matmul,
     "InputProduct": _matmul,
+    "Bilinear": _bilinear,
+    "DeformConv": _deformable,
     "Embedding": _embedding,
     "Einsum": _einsum,
     "BatchNormalization": _affine,
@@ -386,6 +421,34 @@ def einsum(sketch: Sketch, op: str) -> None:
     sketch.add(op, *inputs, kept=kept, operands=operands, equation=f"{','.join(words)}->{result}")
 
 
+def bilinear(sketch: Sketch, op: str) -> None:
+    """Of two values that agree in all axes but the last."""
+    first = sketch.pick(lambda x: x.ndim >= 2)
+    head, size = sketch.values[first].shape[:-1], sketch.values[first].shape[-1]
+    second = sketch.pick(lambda x: x.shape[:-1] == head)
+    bias = sketch.random.normal(size=5) if sketch.chance(0.5) else None
+    weight = sketch.random.normal(size=(5, size, sketch.values[second].shape[-1])) / 3
+    sketch.weights[sketch.next_name(op)] = weight, bias
+    axis = len(head)
+    sketch.add(op, first, second, linear=Linear("oi", size, 5, axis, axis, partial="it has a second operand"))
+
+
+def deformable(sketch: Sketch, op: str) -> None:
+    value = sketch.pick(lambda x: x.ndim == 4)
+    n, channels, h, w = sketch.values[value].shape
+    moves = sketch.input(f"moves {n}x{h}x{w}", n, 4, h, w)
+    if sketch.chance(0.3):
+        own = Affine.along(1, 4, np.full(4, 2.0), np.ones(4))
+        (moves,) = sketch.add("BatchNormalization", moves, affine=own)
+    groups = sketch.choose(*[g for g in (1, 2, channels) if channels % g == 0])
+    out = groups * sketch.choose(1, 2)
+    weight = sketch.random.normal(size=(out, channels // groups, 2, 1)) / 2
+    sketch.weights[sketch.next_name(op)] = weight, None
+    sketch.add(
+        op, value, moves, linear=Linear("oi", channels, out, 1, 1, groups=groups, partial="zeros outside")
+    )
+
+
 def embedding(sketch: Sketch, op: str) -> None:
     value = sketch.pick(lambda x: x.ndim <= 2)
     again = [node for node in sketch.nodes if node.op == op]
@@ -464,7 +527,9 @@ def select(sketch: Sketch, op: str) -> None:
                 random.permutation(size), random.integers(0, size, 5), random.permutation(size)[:2]
             )
             scalar = sketch.chance(0.15) and len(shape) > 2
-            sketch.add(op, value, axis=axis, indices=np.asarray(indices[0]) if scalar else indices)
+            if sketch.chance(0.2) and len(shape) < 5:
+                indices = np.add.outer(np.arange(0, size - 1, sketch.choose(1, 2)), np.arange(2))
+            sketch.add(op, value, axis=axis, indices=np.asarray(indices.flat[0]) if scalar else indices)
         else:
             first = int(random.integers(1, size))
             sketch.add(op, value, count=2, axis=axis, sizes=(first, size - first))
@@ -678,6 +743,8 @@ STEPS: dict[str, Callable[[Sketch, str], Any]] = {
     "MatMul": matmul,
     "InputProduct": recurrent,
     "Embedding": embedding,
+    "Bilinear": bilinear,
+    "DeformConv": deformable,
     "Einsum": einsum,
     "BatchNormalization": batchnorm,
     "Affine": affine,

@@ -130,3 +130,64 @@ def test_a_scale_goes_by_where_the_mixing_is_computed():
             return self.bn(torch.einsum("bnm,bcm->bcn", weights, self.conv(x)))
 
     check(Attends(), torch.randn(2, 3, 5), half=["bn"])
+
+
+class Form(nn.Module):
+    """BatchNorms of both operands of a bilinear form, and one of what it gives."""
+
+    def __init__(self, *norms, **settings):
+        super().__init__()
+        self.form, self.last = nn.Bilinear(4, 6, 5, **settings), nn.BatchNorm1d(5)
+        self.left = nn.BatchNorm1d(4) if "left" in norms else nn.Identity()
+        self.right = nn.BatchNorm1d(6) if "right" in norms else nn.Identity()
+
+    def forward(self, x, y):
+        return torch.tanh(self.last(self.form(self.left(x), self.right(y))))
+
+
+PAIRS = (torch.randn(3, 4), torch.randn(3, 6))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_bilinear_form_absorbs_what_comes_after_it(bias):
+    _, report = check(Form(bias=bias), PAIRS, folded=["last"])
+    assert report.verdicts[0].into == ("form",)
+
+
+def test_a_bilinear_form_takes_the_scale_of_its_first_operand_and_nothing_of_its_second():
+    check(Form("left"), PAIRS, folded=["last"], half=["left"])
+    _, report = check(Form("right"), PAIRS, folded=["last"], kept=["right"])
+    assert "no other one" in report.verdicts[0].reason
+
+
+def test_a_bilinear_form_of_one_value_absorbs_nothing_of_what_comes_in():
+    class Square(Form):
+        def forward(self, x):
+            h = self.left(x)
+            return torch.tanh(self.last(self.form(h, h)))
+
+    model = Square("left")
+    model.form = nn.Bilinear(4, 4, 5)
+    check(model, torch.randn(3, 4), folded=["last"], kept=["left"])
+
+
+def test_a_bilinear_form_over_several_axes_absorbs_along_the_last():
+    class Sequences(Form):
+        def forward(self, x, y):
+            return torch.tanh(self.last(self.form(x, y).transpose(1, 2)))
+
+    check(Sequences(), (torch.randn(3, 7, 4), torch.randn(3, 7, 6)), folded=["last"])
+
+
+def test_a_parameter_that_is_added_after_a_reshape_is_the_bias_of_a_product():
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            rows = x.flatten(0, 1) @ self.weight
+            return torch.tanh(self.norm((rows.view(*x.shape[:2], 6) + self.bias).transpose(1, 2)))
+
+    check(Product(), torch.randn(3, 7, 4), folded=["norm"])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from bnfold import UnreadableModel
-from bnfold.torch import fold
+from bnfold.torch import fold, load_folded
 from tests.torch_models import agree, check, randomise
 
 IMAGES = torch.randn(2, 3, 6, 6)
@@ -198,40 +198,207 @@ SPELLINGS = {
     "the lecture's": lambda n, h: n.gain * (h - n.mean) / n.std + n.bias,
     "in brackets": lambda n, h: n.gain * ((h - n.mean) / n.std) + n.bias,
     "by a root": lambda n, h: (h - n.mean) / torch.sqrt(n.var + 1e-5) * n.gain + n.bias,
+    "by a power": lambda n, h: n.gain * (h - n.mean) / (n.var + n.eps) ** 0.5 + n.bias,
+    "by an inverse power": lambda n, h: (h - n.mean) * (n.var + n.eps) ** -0.5 * n.gain + n.bias,
     "by an inverse root": lambda n, h: (h - n.mean) * torch.rsqrt(n.var + 1e-5),
+    "one over a root": lambda n, h: (h - n.mean) * (1 / (n.var + 1e-5).sqrt()) * n.gain + n.bias,
+    "without a gain": lambda n, h: (h - n.mean) / torch.sqrt(n.var + 1e-5) + n.bias,
+    "without a bias": lambda n, h: n.gain * (h - n.mean) / torch.sqrt(n.var + 1e-5),
     "at once": lambda n, h: torch.addcmul(n.bias, (h - n.mean) / n.std, n.gain),
+    "ahead": lambda n, h: h * scale_of(n) + (n.bias - n.mean * scale_of(n)),
+    "ahead and at once": lambda n, h: torch.addcmul(n.bias - n.mean * scale_of(n), h, scale_of(n)),
+    "in place": lambda n, h: h.sub_(n.mean).div_(n.std).mul_(n.gain).add_(n.bias),
+    "an addition first": lambda n, h: (h + n.bias - n.mean) / torch.sqrt(n.var + 1e-5) * n.gain,
 }
 
 
+def scale_of(n):
+    return n.gain / torch.sqrt(n.var + n.eps)
+
+
 class WrittenOut(nn.Module):
-    def __init__(self, formula):
+    """The lecture's net, with the formula in its own code."""
+
+    def __init__(self, formula, first=None, width=5, trailing=()):
         super().__init__()
-        self.first, self.formula = nn.Linear(6, 5), formula
-        self.gain, self.bias = nn.Parameter(torch.rand(1, 5) + 0.5), nn.Parameter(torch.randn(1, 5))
+        self.first, self.formula, self.eps = first or nn.Linear(6, width), formula, 1e-5
+        shape = (1, width, *trailing)
+        self.gain, self.bias = nn.Parameter(torch.rand(shape) + 0.5), nn.Parameter(torch.randn(shape))
         for name, numbers in (
-            ("mean", torch.randn(1, 5)),
-            ("std", torch.rand(1, 5) + 1),
-            ("var", torch.rand(5)),
+            ("mean", torch.randn(shape)),
+            ("std", torch.rand(shape) + 1),
+            ("var", torch.rand(shape) + 0.2),
         ):
             self.register_buffer(name, numbers)
-        self.norm = nn.BatchNorm1d(5)
 
     def forward(self, x):
-        return torch.tanh(self.norm(self.formula(self, self.first(x))))
+        return torch.tanh(self.formula(self, self.first(x)))
+
+
+def only(report):
+    (verdict,) = report.verdicts
+    return verdict
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_the_formula_written_out_in_other_code_is_owed_a_verdict_and_lets_others_pass(spelling):
-    """What it is made of cannot be taken out of that code, but what stands below goes by."""
-    model = WrittenOut(SPELLINGS[spelling])
-    _, report = check(model, torch.randn(4, 6), folded=["norm"], kept=["mean"])
-    (verdict,) = (verdict for verdict in report.verdicts if verdict.name == "mean")
-    assert verdict.reason == "it is written out in the code of `WrittenOut`; make it a module of its own"
+def test_the_formula_written_out_in_other_code_folds_and_its_lines_change_nothing_any_more(spelling):
+    model = WrittenOut(SPELLINGS[spelling]).eval().double()
+    after, report = fold(model, torch.randn(4, 6).double())
+    agree(model, after, torch.randn(4, 6).double())
+    assert (only(report).outcome, only(report).into) == ("folded", ("first",))
+    assert any("run on, with numbers that change nothing; delete them" in note for note in report.notes)
+    values = torch.randn(4, 5).double()
+    assert torch.allclose(after.formula(after, values.clone()), values, rtol=0, atol=1e-14)
+    assert after.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_formula_written_out_folds_in_every_type(dtype):
+    model = WrittenOut(SPELLINGS["by a power"]).eval().to(dtype)
+    _, report = fold(model, torch.randn(4, 6).to(dtype))
+    assert only(report).outcome == "folded"
+    assert report.verified
+
+
+def test_the_formula_written_out_goes_down_and_along_the_channels_of_images():
+    class Below(WrittenOut):
+        def forward(self, x):
+            return self.first(self.formula(self, x))
+
+    formula = SPELLINGS["by a root"]
+    for kind, into in ((WrittenOut, "first"), (Below, "first")):
+        first = nn.Conv2d(3, 4, 3) if kind is WrittenOut else nn.Conv2d(4, 3, 3)
+        model = kind(formula, first, 4, (1, 1)).eval().double()
+        images = torch.randn(2, first.in_channels, 6, 6).double()
+        after, report = fold(model, images)
+        assert (only(report).outcome, only(report).into) == ("folded", (into,))
+        agree(model, after, images)
+
+
+class ByHand(nn.Module):
+    """`x @ W` without a bias, which is useless there, as the lecture has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5, 3))
+        self.gain, self.bias = nn.Parameter(torch.rand(1, 5) + 0.5), nn.Parameter(torch.randn(1, 5))
+        self.register_buffer("mean", torch.randn(1, 5))
+        self.register_buffer("std", torch.rand(1, 5) + 0.5)
+
+    def forward(self, x):
+        h = x @ self.w1
+        return torch.tanh(self.gain * (h - self.mean) / self.std + self.bias) @ self.w2
+
+
+def test_a_product_without_a_bias_leaves_the_shift_to_the_bias_of_the_formula():
+    model = ByHand().double()
+    after, report = fold(model, torch.randn(4, 6).double())
+    agree(model, after, torch.randn(4, 6).double())
+    assert (only(report).outcome, only(report).into) == ("scale folded", ("w1",))
+    assert torch.equal(after.mean, torch.zeros(1, 5).double())
+    for name in ("gain", "std"):
+        assert torch.equal(getattr(after, name), torch.ones(1, 5).double())
+    shift = model.bias - model.gain * model.mean / model.std
+    assert torch.allclose(after.bias, shift, rtol=1e-13)
+
+
+def test_of_a_batchnorm_and_a_formula_in_a_row_one_takes_the_other_in():
+    class Above(WrittenOut):
+        def __init__(self):
+            super().__init__(SPELLINGS["the lecture's"], nn.BatchNorm1d(5))
+
+    model = randomise(Above()).double()
+    after, report = fold(model, torch.randn(4, 5).double())
+    agree(model, after, torch.randn(4, 5).double())
+    assert sorted(verdict.outcome for verdict in report.verdicts) == ["folded", "kept"]
+
+
+KEPT = {
+    "read by other code": lambda n, h: SPELLINGS["the lecture's"](n, h) + n.gain,
+    "another formula": lambda n, h: SPELLINGS["by a root"](n, SPELLINGS["by a root"](n, h).tanh()),
+    "a power of two": lambda n, h: (h - n.mean) / torch.sqrt(n.var + 1e-5).exp2() * n.gain + n.bias,
+}
+
+
+@pytest.mark.parametrize("why", KEPT)
+def test_a_formula_whose_numbers_cannot_be_changed_is_owed_a_verdict_and_lets_others_pass(why):
+    class Both(WrittenOut):
+        def __init__(self, formula):
+            super().__init__(formula)
+            self.norm = nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            return torch.tanh(self.formula(self, self.norm(self.first(x))))
+
+    model = randomise(Both(KEPT[why])).double()
+    after, report = fold(model, torch.randn(4, 6).double())
+    agree(model, after, torch.randn(4, 6).double())
+    verdicts = {verdict.name: verdict for verdict in report.verdicts}
+    assert verdicts["norm"].outcome == "folded"
+    assert verdicts["mean"].outcome == "kept"
+    assert "written out in the code of `Both`" in verdicts["mean"].reason
+    assert "make it a module of its own" in verdicts["mean"].reason
+    for name in ("gain", "bias", "mean", "var"):
+        assert torch.equal(getattr(after, name), getattr(model, name))
+
+
+def test_numbers_that_other_code_reads_given_another_flag_stay_as_they_are():
+    class Flagged(WrittenOut):
+        def forward(self, x, scaled=False):
+            h = super().forward(x)
+            return h * self.gain if scaled else h
+
+    model, inputs = Flagged(SPELLINGS["the lecture's"]).eval().double(), torch.randn(4, 6).double()
+    after, _ = fold(model, inputs)
+    assert torch.allclose(after(inputs, scaled=True), model(inputs, scaled=True), rtol=1e-12)
+
+
+def test_a_formula_on_a_buffer_that_is_not_saved_stays_since_a_state_dict_would_lose_the_fold():
+    model = WrittenOut(SPELLINGS["the lecture's"])
+    model.register_buffer("mean", torch.randn(1, 5), persistent=False)
+    _, report = fold(model.double(), torch.randn(4, 6).double())
+    assert "`mean` is not saved with the model" in only(report).reason
+
+
+def test_a_folded_formula_comes_back_from_its_state_dict():
+    model = WrittenOut(SPELLINGS["by a root"]).eval().double()
+    inputs = torch.randn(4, 6).double()
+    after, _ = fold(model, inputs)
+    loaded = load_folded(WrittenOut(SPELLINGS["by a root"]).eval().double(), inputs, after.state_dict())
+    agree(model, loaded, inputs)
 
 
 def test_a_value_that_is_standardised_is_not_taken_for_a_batchnorm():
     model = WrittenOut(lambda n, h: (h - n.mean) / n.std)
-    check(model, torch.randn(4, 6), folded=["norm"])
+    check(model, torch.randn(4, 6))
+
+
+class KeepsItsOutput(nn.Module):
+    """As the lecture's own layers do, for its pictures."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        self.out = self.layer(x)
+        return self.out
+
+
+def test_an_output_that_a_layer_keeps_when_it_has_run_stays_as_it_is_and_the_reason_says_where_it_is_kept():
+    model = randomise(nn.Sequential(KeepsItsOutput(nn.Linear(6, 5)), nn.BatchNorm1d(5), nn.Tanh()))
+    _, report = check(
+        model, torch.randn(4, 6), kept=["1"], because="is kept in `0.out` when the model has run"
+    )
+    assert "return it without assigning it" in only(report).reason
+
+
+def test_what_a_batchnorm_keeps_does_not_hinder_it_from_going_up():
+    check(
+        nn.Sequential(nn.Linear(6, 5), KeepsItsOutput(nn.BatchNorm1d(5)), nn.Tanh()),
+        torch.randn(4, 6),
+        folded=["1.layer"],
+    )
 
 
 class DirectCall(nn.Module):

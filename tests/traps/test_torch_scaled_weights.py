@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.torch_models import check
+from bnfold.torch import fold, load_folded
+from tests.torch_models import agree, check, randomise
 
 IMAGES = torch.randn(2, 3, 6, 6)
 WHITE = torch.randn(4, 6)
@@ -167,3 +168,110 @@ def test_a_layer_beside_its_own_input_is_not_given_an_identity_that_its_constant
             return self.layer(x) + self.bn(x)
 
     check(Beside(), WHITE, kept=["bn"])
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose code standardises its weight on every pass, and applies an activation or none."""
+
+    def __init__(self, *sizes, after=None, **settings):
+        super().__init__(*sizes, **settings)
+        self.after = after
+
+    def forward(self, x):
+        centred = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = centred / (centred.std((1, 2, 3), keepdim=True) + 1e-5)
+        y = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return y if self.after is None else self.after(y)
+
+
+class Cosine(nn.Module):
+    """A matrix of rows of length one."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x):
+        return F.linear(x, F.normalize(self.rows, dim=1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bias": False}, {"padding": 1, "stride": 2}, {"groups": 2, "dilation": 2}, {"padding": (1, 0)}],
+    ids=str,
+)
+def test_a_module_that_computes_its_weight_becomes_the_convolution_that_it_is(settings):
+    model = nn.Sequential(Standardised(4, 6, 3, **settings), nn.BatchNorm2d(6), nn.ReLU())
+    after, report = check(model, torch.randn(2, 4, 7, 7), folded=["1"])
+    assert report.verdicts[0].into == ("0",)
+    assert [name for name in after.state_dict() if name.startswith("0.")] == [
+        "0.merged.weight",
+        "0.merged.bias",
+    ]
+
+
+def test_a_matrix_that_is_normalised_takes_what_comes_before_it_and_after_it():
+    check(
+        nn.Sequential(nn.BatchNorm1d(3), Cosine(), nn.BatchNorm1d(5), nn.Tanh()),
+        torch.randn(4, 3),
+        folded=["0", "2"],
+    )
+
+
+def test_an_activation_behind_a_computed_weight_stays_in_its_place():
+    model = nn.Sequential(nn.BatchNorm2d(4), Standardised(4, 6, 3, after=nn.SiLU()))
+    after, _ = check(model, torch.randn(2, 4, 7, 7), folded=["0"])
+    assert isinstance(after[1].after, nn.SiLU)
+
+
+def test_a_weight_that_is_computed_in_the_middle_of_other_code_stays_with_the_way_out():
+    class Inline(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.norm = nn.Parameter(torch.randn(6, 4, 3, 3)), nn.BatchNorm2d(6)
+
+        def forward(self, x):
+            return torch.relu(self.norm(F.conv2d(x, self.weight / self.weight.norm())))
+
+    check(
+        Inline(), torch.randn(2, 4, 7, 7), kept=["norm"], because="no module does that alone; make one of it"
+    )
+
+
+def test_a_module_that_computes_its_weight_and_is_called_twice_stays():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = Standardised(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return torch.relu(self.norm(self.conv(torch.tanh(self.conv(x)))))
+
+    check(Twice(), torch.randn(2, 4, 7, 7), kept=["norm"], because="is called 2 times")
+
+
+def test_a_weight_that_two_modules_compute_from_one_parameter_stays_one_for_the_other():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.raw, self.own = nn.Conv2d(4, 4, 3), Standardised(4, 4, 3)
+            self.own.weight = self.raw.weight
+            self.first, self.last = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return torch.relu(self.first(self.raw(x))) + torch.relu(self.last(self.own(x)))
+
+    check(Tied(), torch.randn(2, 4, 7, 7), folded=["last"], kept=["first"])
+
+
+def test_what_becomes_of_a_module_that_computes_its_weight_comes_back_from_a_state_dict():
+    def build():
+        first = nn.Sequential(Standardised(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        return nn.Sequential(first, Standardised(6, 6, 3)).double()
+
+    model, images = randomise(build()), torch.randn(2, 4, 7, 7).double()
+    after, report = fold(model, images)
+    assert report.count("folded") == 1
+    agree(model, load_folded(build().eval(), images, after.state_dict()), images)
+    with pytest.raises(RuntimeError, match="merged"):
+        build().load_state_dict(after.state_dict())

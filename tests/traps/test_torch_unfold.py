@@ -65,3 +65,39 @@ class Repeated(nn.Module):
 
     def forward(self, x):
         return self.bn(x.unflatten(1, (-1, self.taps))).flatten(1, 2)
+
+
+class Windows(nn.Module):
+    """`Tensor.unfold` along some axes, and a linear layer on each window."""
+
+    def __init__(self, axes, step):
+        super().__init__()
+        self.axes, self.step = axes, step
+        self.bn, self.layer = nn.BatchNorm2d(3), nn.Linear(3 * 2 ** len(axes), 5)
+
+    def forward(self, x):
+        h = self.bn(x)
+        for axis in self.axes:
+            h = h.unfold(axis, 2, self.step)
+        h = h.movedim(1, 3).flatten(3)
+        return torch.relu(self.layer(h))
+
+
+@pytest.mark.parametrize("axes", [(2,), (3,), (-1,), (2, 3), (3, 2)])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_windows_of_a_tensor_are_data_movement(axes, step):
+    check(Windows(axes, step), IMAGES, folded=["bn"])
+
+
+def test_windows_that_overlap_let_no_batchnorm_up_that_differs_within_them():
+    class Up(nn.Module):
+        def __init__(self, step):
+            super().__init__()
+            self.layer, self.bn, self.step = nn.Linear(6, 6), nn.BatchNorm1d(2), step
+
+        def forward(self, x):
+            windows = self.layer(x).unfold(1, 2, self.step)
+            return torch.tanh(self.bn(windows.flatten(0, 1)))
+
+    check(Up(2), torch.randn(3, 6), folded=["bn"])
+    check(Up(1), torch.randn(3, 6), kept=["bn"], because="repeats a channel that would have to differ")
