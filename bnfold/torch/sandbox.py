@@ -49,8 +49,11 @@ def copy_structure(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        for _, tensor in leaves([module._parameters, module._buffers, vars(module)]):
-            memo[id(tensor)] = tensor
+        for thing in vars(module).values():
+            if type(thing) in _COPIED and not thing:
+                memo[id(thing)] = type(thing)()  # a dozen of each module's: its hooks
+            elif type(thing) not in _PLAIN:
+                memo.update((id(tensor), tensor) for _, tensor in leaves(thing))
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -172,7 +175,8 @@ def restored(model: nn.Module, whole: bool = False, touched: list[str] | None = 
                 touched += _touched(vars(module), attributes, containers)
             _refill(vars(module), attributes)
             for name, content in containers.items():
-                _refill(attributes[name], content)
+                if content or attributes[name]:
+                    _refill(attributes[name], content)
         for parameter, memory in memories:
             if parameter.data_ptr() != memory.data_ptr():
                 parameter.data = memory
@@ -219,7 +223,11 @@ def _touched(now: Mapping[str, Any], before: Mapping[str, Any], containers: Mapp
         name for name in now.keys() | before.keys() if now.get(name, now) is not before.get(name, before)
     ]
     held = ((name, before[name], content) for name, content in containers.items())
-    return names + [name for name, mine, content in held if _identities(mine) != _identities(content)]
+    return names + [
+        name
+        for name, mine, content in held
+        if (mine or content) and _identities(mine) != _identities(content)
+    ]
 
 
 def _identities(container: Any) -> list[int]:
@@ -227,12 +235,25 @@ def _identities(container: Any) -> list[int]:
 
 
 def _containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    held = ((name, thing) for name, thing in attributes.items() if isinstance(thing, list | dict | set))
-    return {name: thing.copy() if type(thing) in _COPIED else copy.copy(thing) for name, thing in held}
+    held = ((name, thing) for name, thing in attributes.items() if isinstance(thing, (list, dict, set)))
+    return {name: _copied(thing) for name, thing in held}
+
+
+def _copied(container: Any) -> Any:
+    if type(container) not in _COPIED:
+        return copy.copy(container)
+    return container.copy() if container else _EMPTY
+
+
+_EMPTY: tuple[Any, ...] = ()
+"""What stands for the content of an empty container, of which each module has a dozen."""
 
 
 _COPIED = (dict, list, set, OrderedDict)
 """Containers whose own `copy` makes one of their own kind, in a tenth of the time."""
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+"""What holds nothing."""
 
 
 def record_pass(
