@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnfold import reasons
 from bnfold.algebra import Array
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import Evaluator, slots_of
@@ -30,9 +31,7 @@ from bnfold.torch.draft import DraftNode, LinearPlace
 from bnfold.torch.tensors import Slot, inside
 from bnfold.torch.trace import Call, Frame, Trace, Value
 
-__all__ = ["HOMELESS", "Origin", "bind_linears", "choose", "origin_of", "roots_of"]
-
-HOMELESS = "its module is not held by the model; make it an attribute, or keep it in an nn.ModuleList"
+__all__ = ["Origin", "bind_linears", "choose", "origin_of", "roots_of"]
 
 
 def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> None:
@@ -52,30 +51,28 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
     assert item.linear is not None
     frame = item.call.frame
     if frame.module is not None and frame.path is None:
-        return item.refuse(HOMELESS)
+        return item.refuse(reasons.HOMELESS())
     found, computed = origin_of(item.weight), ""
     if found.factors or not found.value.slots:
         computed = _how_computed(item, item.weight)
         found = Origin(item.weight) if computed else found
     scaling = found.scaling(evaluator)
     if not computed and (not found.value.slots or scaling is None):
-        return item.refuse("its weight is computed while the model runs")
+        return item.refuse(reasons.WEIGHT_COMPUTED(role="weight"))
     origin = found.value
     if not item.weight.constant and not computed:
-        return item.refuse("its weight changes while the model runs")
+        return item.refuse(reasons.WEIGHT_CHANGES(role="weight"))
     if not _is_plain(origin):
-        return item.refuse("its weight is no ordinary tensor of numbers")
+        return item.refuse(reasons.NOT_ORDINARY())
     slot = Slot(frame.path or "", "weight", "parameter") if computed else choose(origin, frame)
     if slot is None:
         names = " and ".join(f"`{s.name}`" for s in origin.slots[:3])
-        return item.refuse(
-            f"its weight is held by {names} at once, and its code does not tell which is meant"
-        )
+        return item.refuse(reasons.HELD_BY_SEVERAL(names=names))
     bias, bias_scaling = _bind_bias(model, item, slot), None
     if item.bias is not None and isinstance(bias, Slot):
         bias_scaling = origin_of(item.bias).scaling(evaluator)
         if bias_scaling is None or np.any(bias_scaling == 0):
-            bias = "its bias is computed while the model runs"
+            bias = reasons.WEIGHT_COMPUTED(role="bias")
     if isinstance(bias, str):
         if item.bias is not None:
             return item.refuse(bias)
@@ -115,13 +112,13 @@ def _bind_bias(model: nn.Module, item: DraftNode, weight: Slot) -> Slot | str | 
     if item.bias is not None:
         origin = origin_of(item.bias)
         if not item.bias.constant or not origin.value.slots or origin.transposed:
-            return "its bias is computed while the model runs"
-        return choose(origin.value, frame) or "its bias is held by several modules at once"
+            return reasons.WEIGHT_COMPUTED(role="bias")
+        return choose(origin.value, frame) or reasons.BIAS_OF_SEVERAL()
     assert item.linear is not None
     module = frame.module
     if module is not None and weight.name == f"{frame.path}.weight" and getattr(module, "bias", 0) is None:
         return Slot(weight.module, "bias", "parameter")
-    nobody = f"the code of `{frame.path or type(model).__name__}` gives it no bias"
+    nobody = reasons.NO_BIAS(where=frame.path or type(model).__name__)
     return item.linear.biasless or nobody
 
 
@@ -157,8 +154,8 @@ def _check_reads(trace: Trace, item: DraftNode, used: Mapping[int, str]) -> None
         for root in roots_of(value):
             taken = root in used and root not in scales
             if taken or _changes(trace, root):
-                how = f"is read by `{used[root]}` as well" if taken else "changes while the model runs"
-                item.refuse(f"its {what} {how}")
+                row = reasons.READ_AS_WELL if taken else reasons.WEIGHT_CHANGES
+                item.refuse(row(role=what, who=used.get(root)))
                 return
 
 
@@ -186,7 +183,7 @@ def _check_sharing(linears: list[DraftNode]) -> None:
     for name, items in clashes:
         for item in items:
             other = next(other for other in items if other is not item)
-            item.refuse(f"`{name}` is used in another way by `{other.name}`")
+            item.refuse(reasons.OTHER_WAY(name=name, other=other.name))
 
 
 def _kind(item: DraftNode) -> Any:
