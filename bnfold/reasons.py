@@ -66,7 +66,7 @@ class Reason:
 
     def match(self, sentence: str) -> tuple[str, ...] | None:
         """The clauses that are filled into it, where `sentence` is this one about something; else None."""
-        places = {None: "", **dict.fromkeys(_NESTED, "(.*)")}
+        places: dict[str | None, str] = {None: "", **dict.fromkeys(_NESTED, "(.*)")}
         texts = (re.escape(text) + places.get(name, ".*") for text, name in self._parts())
         found = re.fullmatch("".join(texts), sentence, re.DOTALL)
         return None if found is None else found.groups()

@@ -46,8 +46,14 @@ def _section(section: Section, rows: dict[str, Reason]) -> str:
 def _entry(name: str, row: Reason) -> str:
     """One reason: an anchor that can be linked to, the sentence, and the way out."""
     anchor = name.lower().replace("_", "-")
-    way_out = re.sub(r"`docs/([\w/]+\.md)`", r"[\1](\1)", row.way_out)
+    way_out = re.sub(r"`docs/([\w/]+\.md)`", lambda page: _link(page[1]), row.way_out)
     return f'- <a id="{anchor}"></a>**{row.sentence()}**\n  <br>{way_out}\n'
+
+
+def _link(name: str) -> str:
+    """A link to another page, with its title."""
+    title = (PAGE.parent / name).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    return f"[{title}]({name})"
 
 
 def main() -> int:
