@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from bnfold.errors import BnfoldError, InputError, NotEquivalent, UnreadableModel
 from bnfold.report import Evidence, Merge, Report, Verdict
 
-__version__ = "0.1.0"
+__version__: str
 
 __all__ = [
     "BnfoldError",
@@ -124,6 +124,16 @@ def _frontend(model: Any) -> Any:
 
 class _Package(ModuleType):
     """This package, on which importing the module `bnfold.fold` must not hide the function; so the others."""
+
+    @property
+    def __version__(self) -> str:
+        """The version that was installed, by the tag that it was built from; a checkout that never was has none."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("bnfold")
+        except PackageNotFoundError:
+            return "0+checkout"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in ("fold", "calibrate", "verify") and isinstance(value, ModuleType)):
