@@ -92,7 +92,8 @@ def verify(
     """Compare two models, in their own dtype and in float64, on inputs that matter; see `bnfold.verification`.
 
     Args:
-        before, after: modules, ONNX models, or the files of such (ONNX, a checkpoint, an exported program).
+        before: a module, an ONNX model, or the file of one (ONNX, a checkpoint, an exported program).
+        after: what should compute the same, of any of these kinds.
         inputs: as `fold` takes them for a model of that kind. Arrays by name, several such dicts in a list, and
             `.npz` files are for any.
         tolerance: the largest difference, relative to the largest output, instead of the bounds that are derived.
