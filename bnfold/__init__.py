@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 from bnfold.errors import BnfoldError, InputError, NotEquivalent, UnreadableModel
 from bnfold.report import Evidence, Merge, Report, Verdict
 
-__version__ = "0.1.0"
+__version__: str
 
 __all__ = [
     "BnfoldError",
@@ -92,7 +92,8 @@ def verify(
     """Compare two models, in their own dtype and in float64, on inputs that matter; see `bnfold.verification`.
 
     Args:
-        before, after: modules, ONNX models, or the files of such (ONNX, a checkpoint, an exported program).
+        before: a module, an ONNX model, or the file of one (ONNX, a checkpoint, an exported program).
+        after: what should compute the same, of any of these kinds.
         inputs: as `fold` takes them for a model of that kind. Arrays by name, several such dicts in a list, and
             `.npz` files are for any.
         tolerance: the largest difference, relative to the largest output, instead of the bounds that are derived.
@@ -124,6 +125,16 @@ def _frontend(model: Any) -> Any:
 
 class _Package(ModuleType):
     """This package, on which importing the module `bnfold.fold` must not hide the function; so the others."""
+
+    @property
+    def __version__(self) -> str:
+        """The version that was installed, by the tag that it was built from; a checkout that never was has none."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("bnfold")
+        except PackageNotFoundError:
+            return "0+checkout"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in ("fold", "calibrate", "verify") and isinstance(value, ModuleType)):

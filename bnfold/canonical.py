@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bnfold import reasons
 from bnfold.algebra import Affine, Array, Linear, batchnorm
 from bnfold.ir import Dim, Shape
 from bnfold.window import Window
@@ -56,9 +57,9 @@ def convolution(
     pointwise = set(window.extent) <= {1}
     if transposed:
         whole = pointwise and set(window.strides) <= {1} and not window.is_padded and not window.output_pads
-        partial = "" if whole else "some of its outputs sum only a part of its kernel"
+        partial = "" if whole else reasons.PARTLY()
     else:
-        partial = "it pads with zeros" if window.is_padded else ""
+        partial = reasons.PADS() if window.is_padded else ""
     centre = tuple(size // 2 for size in window.kernel)
     return Linear(
         "io" if transposed else "oi",
@@ -136,18 +137,17 @@ def kept_axes(words: Sequence[str], result: str, computed: Sequence[int]) -> tup
 
 def bilinear(inputs: int, outputs: int, axis: int) -> Linear:
     """`sum x_i W_oij y_j` along the last axis, as a product of x; what would be added to x is multiplied by y."""
-    partial = "what is added to one operand is multiplied by the other one"
-    return Linear("oi", inputs, outputs, axis, axis, partial=partial)
+    return Linear("oi", inputs, outputs, axis, axis, partial=reasons.OTHER_FACTOR())
 
 
 def deformable(inputs: int, outputs: int, groups: int) -> Linear:
     """A convolution whose taps lie where the model computes: outside of its input there are zeros."""
-    return Linear("oi", inputs, outputs, 1, 1, groups, partial="it takes zeros from outside of its input")
+    return Linear("oi", inputs, outputs, 1, 1, groups, partial=reasons.ZEROS_OUTSIDE())
 
 
 def embedding(rows: int, width: int, rank: int) -> Linear:
     """A table whose rows are looked up by a value of this rank."""
-    return Linear("io", rows, width, 0, rank, sealed="it looks up rows, by whole numbers")
+    return Linear("io", rows, width, 0, rank, sealed=reasons.LOOKS_UP())
 
 
 # ---------------------------------------------------------------- affines
@@ -195,20 +195,20 @@ def normalisation(
     for name, array in numbers.items():
         broken = np.flatnonzero(~np.isfinite(array))
         if broken.size:
-            return None, f"its {_NAMES[name]} holds a number that is not finite, for channel {broken[0]}"
+            return None, reasons.NOT_FINITE(what=_NAMES[name], channel=broken[0])
         suits = array.ndim == len(expected) and array.shape == numbers["mean"].shape
         if not suits or any(map(_differ, expected, array.shape)):
             sizes = list(array.shape)
             return (
                 None,
-                f"its {_NAMES[name]} has the shape {sizes}, which does not suit an input of {list(shape)}",
+                reasons.WRONG_SHAPE(what=_NAMES[name], sizes=sizes, shape=list(shape)),
             )
     bad = np.flatnonzero(~(numbers["var"] + eps > 0))
     if bad.size:
-        return None, f"the variance of channel {int(bad[0])} is not positive"
+        return None, reasons.NOT_POSITIVE(channel=int(bad[0]))
     scale, shift = batchnorm(**numbers, eps=eps)
     if not (np.isfinite(scale) & np.isfinite(shift)).all():
-        return None, "a number in it overflows"
+        return None, reasons.OWN_OVERFLOWS()
     if per_element:
         return Affine.of(scale[None], shift[None]), ""
     return Affine.along(1, len(shape), scale, shift), ""
@@ -249,8 +249,8 @@ def pooling(
     sizes = zip(window.kernel, window.strides, strict=True)
     moves = [size != 1 or stride != 1 or window.is_padded for size, stride in sizes]
     axes = tuple(first_axis + place for place, does in enumerate(moves) if does)
-    partial = "it counts zero padding" if counts_padding and window.is_padded else ""
-    partial = "it divides by another number than it sums" if divisor else partial
+    partial = reasons.COUNTS_PADDING() if counts_padding and window.is_padded else ""
+    partial = reasons.OTHER_DIVISOR() if divisor else partial
     whole = window.pads is not None and (counts_padding or not window.is_padded) and not divisor and not ceils
     return {"axes": axes, "keepdims": True, "partial": partial, "window": window if whole else None}
 
@@ -262,4 +262,4 @@ def padding(pairs: Mapping[int, Sequence[Dim]], zeros: bool) -> dict[str, Any]:
     """
     axes = tuple(sorted(axis for axis, pair in pairs.items() if tuple(pair) != (0, 0)))
     more = any(not isinstance(amount, int) or amount > 0 for pair in pairs.values() for amount in pair)
-    return {"axes": axes, "partial": "it pads with zeros" if zeros and more else ""}
+    return {"axes": axes, "partial": reasons.PADS() if zeros and more else ""}

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from bnfold import report
+from bnfold import reasons, report
 from bnfold.ir import Graph, Node
 from bnfold.merge import Merge, Merged
 from bnfold.response import Claim, Stored, check_merges
@@ -20,8 +20,6 @@ from bnfold.simulation import NotProved, check
 from bnfold.travel import Options, Plan, travel
 
 __all__ = ["claim", "decide", "describe", "prove"]
-
-_UNPROVED = "what it would become could not be proved"
 
 
 def decide(graph: Graph, options: Options | None = None, fits: Callable[[Node], str] | None = None) -> Plan:
@@ -92,7 +90,9 @@ def _held(graph: Graph) -> Iterator[frozenset[str]]:
 
 
 def _without(graph: Graph, held: frozenset[str]) -> Graph:
-    return graph.replace({name: replace(graph[name], affine=None, reason=_UNPROVED) for name in held})
+    return graph.replace(
+        {name: replace(graph[name], affine=None, reason=reasons.UNPROVED()) for name in held}
+    )
 
 
 def _restored(graph: Graph, plan: Plan, held: frozenset[str]) -> Plan:

@@ -22,6 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
+from bnfold import reasons
 from bnfold.algebra import Affine, Array, Linear, widen
 from bnfold.errors import Refuse
 from bnfold.ir import Dim, Node, Shape
@@ -114,7 +115,7 @@ def find(node: Node) -> Row:
     """
     row = TABLE.get(node.op)
     if row is None:
-        raise Refuse(f"`{node.name}` ({node.op}) is not linear")
+        raise Refuse(reasons.NOT_LINEAR(node=node))
     return row
 
 
@@ -129,7 +130,7 @@ def sign_of(node: Node, place: int) -> float:
 
 def _linear(node: Node) -> Linear:
     if node.linear is None:
-        raise Refuse(f"`{node.name}` ({node.op}) cannot absorb: {node.reason or 'it has no weight'}")
+        raise Refuse(reasons.CANNOT_ABSORB(node=node, because=node.reason or reasons.NO_WEIGHT()))
     return node.linear
 
 
@@ -139,9 +140,7 @@ def _vectors(node: Node, affine: Affine, axis: int, size: int) -> tuple[Array, A
     vectors = settled.vectors(axis, size)
     if vectors is None:
         axes = " and ".join(map(str, settled.axes))
-        raise Refuse(
-            f"`{node.name}` ({node.op}) has its channels on axis {axis}, and the affine varies along axis {axes}"
-        )
+        raise Refuse(reasons.OTHER_AXIS(node=node, axis=axis, axes=axes))
     return vectors
 
 
@@ -151,22 +150,22 @@ def _absorb_after(node: Node, around: Surroundings, wanted: Flow) -> Answer:
         return [moved(affine.settle(None), linear.out_axis, linear.in_axis)]
     scale, shift = _vectors(node, affine, linear.out_axis, linear.outputs)
     if linear.biasless and np.any(shift != 0):
-        raise Refuse(f"`{node.name}` ({node.op}) cannot take the shift: {linear.biasless}")
+        raise Refuse(reasons.CANNOT_SHIFT(node=node, because=linear.biasless))
     return linear.absorb_after(scale, shift)
 
 
 def _absorb_before(node: Node, around: Surroundings, given: Flow) -> Answer:
     if any(other is not None for other in given[1:]):
-        raise Refuse(f"`{node.name}` ({node.op}) absorbs what its first operand lacks, and no other one")
+        raise Refuse(reasons.FIRST_OPERAND(node=node))
     linear, affine = _linear(node), _only(given)
     if passes(linear, affine, linear.in_axis):
         return [moved(affine, linear.in_axis, linear.out_axis)]
     if linear.sealed:
-        raise Refuse(f"`{node.name}` ({node.op}) cannot absorb what comes in: {linear.sealed}")
+        raise Refuse(reasons.CANNOT_BEFORE(node=node, because=linear.sealed))
     scale, shift = _vectors(node, affine, linear.in_axis, linear.inputs)
     for obstacle in (linear.partial, linear.biasless):
         if obstacle and np.any(shift != 0):
-            raise Refuse(f"`{node.name}` ({node.op}) cannot take the shift: {obstacle}")
+            raise Refuse(reasons.CANNOT_SHIFT(node=node, because=obstacle))
     return linear.absorb_before(scale, shift)
 
 
@@ -187,9 +186,9 @@ ABSORB = Row(_absorb_after, _absorb_before)
 
 def _affine(node: Node) -> Affine:
     if node.affine is None:
-        raise Refuse(f"`{node.name}` stays: {node.reason or 'its numbers are not constant'}")
+        raise Refuse(reasons.STAYS(node=node, because=node.reason or reasons.NOT_CONSTANT()))
     if not node.affine.is_finite:
-        raise Refuse(f"`{node.name}` ({node.op}) holds a number that is not finite")
+        raise Refuse(reasons.HOLDS_NOT_FINITE(node=node))
     return node.affine
 
 
@@ -208,7 +207,7 @@ def _conjugate_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     """Leave the constant alone and pass what is left: `A F = F B` has `B = F^-1 A F`."""
     own, affine = _affine(node), _only(wanted)
     if np.any(own.scale == 0):
-        raise Refuse(f"`{node.name}` multiplies by zero")
+        raise Refuse(reasons.BY_ZERO(node=node))
     return [Affine.of(affine.scale, (affine.shift + own.shift * (affine.scale - 1)) / own.scale).collapse()]
 
 
@@ -227,26 +226,26 @@ CONJUGATE = Row(_conjugate_up, _conjugate_down, "all")
 def _only(flow: Flow) -> Affine:
     """The first affine of a flow, where a node has one input (or output) that matters."""
     if flow[0] is None:
-        raise Refuse("an operand that cannot carry an affine would have to")
+        raise Refuse(reasons.NO_CARRIER())
     return flow[0]
 
 
 def _shape(node: Node, around: Surroundings, value: str) -> Shape:
     shape = around.shape(value)
     if shape is None:
-        raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+        raise Refuse(reasons.SHAPE_UNKNOWN(node=node))
     return shape
 
 
 def _size(node: Node, size: Dim) -> int:
     if not isinstance(size, int):
-        raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+        raise Refuse(reasons.SHAPE_UNKNOWN(node=node))
     return size
 
 
 def _check_size(node: Node, sizes: Iterable[int]) -> None:
     if prod(sizes) > LARGEST:
-        raise Refuse(f"`{node.name}` ({node.op}) would write the affine out in more than {LARGEST:,} numbers")
+        raise Refuse(reasons.TOO_LARGE(node=node, limit=LARGEST))
 
 
 def _pass(node: Node, around: Surroundings, flow: Flow) -> Answer:
@@ -258,7 +257,7 @@ PASS = Row(_pass, _pass, "all", carries=True)
 
 def _cast(node: Node, around: Surroundings, flow: Flow) -> Answer:
     if not node.attributes["lossless"]:
-        raise Refuse(f"`{node.name}` (Cast) rounds to a narrower type")
+        raise Refuse(reasons.NARROWS_TYPE(node=node))
     return [_only(flow)]
 
 
@@ -293,17 +292,17 @@ def _regroup(node: Node, affine: Affine, source: Shape, target: Shape) -> Affine
         elif 0 < _known(given) < len(given) and 0 < _known(made) < len(made):
             lead = _known(given), _known(made)
             if any(affine.scale.shape[axis] != 1 for axis in here[lead[0] :]):
-                raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+                raise Refuse(reasons.SHAPE_UNKNOWN(node=node))
             given, made = _blocks(given, made, lead)
             alike += there[lead[1] :]
         wide += [_size(node, size) for size in given]
         narrow += [_size(node, size) for size in made]
     if prod(wide) != prod(narrow):
-        raise Refuse(f"the shapes around `{node.name}` ({node.op}) do not agree")
+        raise Refuse(reasons.SHAPES_DISAGREE(node=node))
     _check_size(node, wide)
     moved = affine.map(lambda array: np.broadcast_to(array, wide).reshape(narrow))
     if any(axis in alike for axis in moved.axes):
-        raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+        raise Refuse(reasons.SHAPE_UNKNOWN(node=node))
     return moved
 
 
@@ -408,7 +407,7 @@ def _slice_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     known = {axis: size for axis in cut if isinstance(size := shape[axis], int)}
     if len(known) < len(cut):
         if any(axis in cut for axis in _only(wanted).axes):
-            raise Refuse(f"the shape around `{node.name}` ({node.op}) is not known")
+            raise Refuse(reasons.SHAPE_UNKNOWN(node=node))
         return [_only(wanted)]
 
     def spread(array: Array) -> Array:
@@ -452,7 +451,7 @@ def _take_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
         full = np.full((size, *array.shape[1:]), np.nan)
         full[indices.ravel()] = array
         if not np.array_equal(full[indices.ravel()], array, equal_nan=True):
-            raise Refuse(f"`{node.name}` ({node.op}) repeats a channel that would have to differ")
+            raise Refuse(reasons.REPEATS(node=node))
         return np.moveaxis(full, 0, axis)
 
     return [_only(wanted).map(spread)]
@@ -545,7 +544,7 @@ def _narrow(node: Node, around: Surroundings, affine: Affine, value: str) -> Aff
         *(missing + axis for axis, size in enumerate(shape) if not isinstance(size, int) or size == 1),
     ]
     if any(axis in copied for axis in affine.axes):
-        raise Refuse(f"`{node.name}` ({node.op}) repeats `{value}` along an axis on which the affine varies")
+        raise Refuse(reasons.BROADCASTS(node=node, value=value))
     keep = affine.scale.shape[missing:]
     return Affine(affine.scale.reshape(keep), affine.shift.reshape(keep))
 
@@ -559,7 +558,7 @@ def _tile_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
                 continue
             blocks = np.split(array, times, axis)
             if not all(np.array_equal(block, blocks[0], equal_nan=True) for block in blocks):
-                raise Refuse(f"`{node.name}` (Tile) repeats a channel that would have to differ")
+                raise Refuse(reasons.REPEATS(node=node))
             array = blocks[0]
         return array
 
@@ -581,7 +580,7 @@ def _channels_to_blocks(node: Node, around: Surroundings, flow: Flow) -> Answer:
     """The affine on the deep side of a DepthToSpace, from the one on its wide side."""
     affine, block = _only(flow), node.attributes["blocksize"]
     if any(axis != 1 for axis in affine.axes) or (affine.axes and affine.rank != 4):
-        raise Refuse(f"`{node.name}` ({node.op}) mixes the channels with an axis on which the affine varies")
+        raise Refuse(reasons.MIXES_CHANNELS(node=node))
     copies = block ** (affine.rank - 2)
     if affine.scale.shape[1] == 1:
         return [affine]
@@ -603,7 +602,7 @@ def _blocks_to_channels(node: Node, around: Surroundings, flow: Flow) -> Answer:
         seen = array.reshape(order) if affine.axes == (1,) and affine.rank == 4 else None
         each = None if seen is None else (seen if order[1] == copies else seen.T)
         if each is None or not all(np.array_equal(each[:, 0], column, equal_nan=True) for column in each.T):
-            raise Refuse(f"`{node.name}` ({node.op}) spreads channels that differ over one image")
+            raise Refuse(reasons.SPREADS(node=node))
         return each[:, 0].reshape(1, -1, *[1] * (affine.rank - 2))
 
     return [affine.map(merge)]
@@ -633,7 +632,7 @@ def _add_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
             Affine(whole.scale, sign_of(node, place) * whole.shift),
             *scaled[place + 1 :],
         ]
-    raise Refuse(f"no operand of `{node.name}` ({node.op}) can take the shift")
+    raise Refuse(reasons.NO_OPERAND_SHIFT(node=node))
 
 
 def _add_down(node: Node, around: Surroundings, given: Flow) -> Answer:
@@ -641,7 +640,7 @@ def _add_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     rank = len(_shape(node, around, node.outputs[0]))
     each = [widen(affine, rank) for affine in given]
     if any(not _alike(each[0].scale, other.scale) for other in each):
-        raise Refuse(f"`{node.name}` ({node.op}) has another operand that is not scaled")
+        raise Refuse(reasons.NOT_SCALED(node=node))
     shifts = (sign_of(node, place) * affine.shift for place, affine in enumerate(each))
     shift = sum(shifts, np.zeros((1,) * rank))
     return [Affine.of(each[0].scale, shift).collapse()]
@@ -669,7 +668,7 @@ def _multiply_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
         except Refuse:
             continue
         return [factor if here == place else None for here in range(len(node.inputs))]
-    raise Refuse(f"no operand of `{node.name}` ({node.op}) can take the scale")
+    raise Refuse(reasons.NO_OPERAND_SCALE(node=node))
 
 
 def _multiply_down(node: Node, around: Surroundings, given: Flow) -> Answer:
@@ -679,7 +678,7 @@ def _multiply_down(node: Node, around: Surroundings, given: Flow) -> Answer:
         if affine is None:
             continue
         if node.op == "Div" and place:
-            raise Refuse(f"`{node.name}` (Div) divides by it")
+            raise Refuse(reasons.DIVIDES(node=node))
         product = widen(_linear_only(node, affine), rank).after(product)
     return [product.collapse()]
 
@@ -704,7 +703,7 @@ def _contract_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
         scale = np.squeeze(affine.scale, tuple(a for a in range(affine.rank) if a not in affine.axes))
         factor = scale.transpose(np.argsort(np.argsort(order))).reshape(shape)
         return [Affine.of(factor, 0.0) if here == place else None for here in range(len(kept))]
-    raise Refuse(f"no operand of `{node.name}` ({node.op}) can take the scale")
+    raise Refuse(reasons.NO_OPERAND_SCALE(node=node))
 
 
 def _contract_down(node: Node, around: Surroundings, given: Flow) -> Answer:
@@ -737,7 +736,7 @@ def _compare_down(node: Node, around: Surroundings, given: Flow) -> Answer:
     rank = len(_shape(node, around, node.outputs[0]))
     first, *others = (widen(affine, rank) for affine in given)
     if not all(first.equals(other) for other in others):
-        raise Refuse(f"`{node.name}` ({node.op}) has another operand that is not scaled and shifted alike")
+        raise Refuse(reasons.NOT_ALIKE(node=node))
     return [_monotone(node, first)]
 
 
@@ -749,25 +748,23 @@ COMPARE = Row(_compare_up, _compare_down, "all", compares=True)
 
 def _linear_only(node: Node, affine: Affine, obstacle: str = "") -> Affine:
     if not affine.is_linear:
-        because = f": {obstacle}" if obstacle else ""
-        raise Refuse(f"`{node.name}` ({node.op}) lets no shift through{because}")
+        why = reasons.NO_SHIFT_AS if obstacle else reasons.NO_SHIFT
+        raise Refuse(why(node=node, because=obstacle))
     return affine
 
 
 def _monotone(node: Node, affine: Affine) -> Affine:
     if not affine.is_monotone:
-        raise Refuse(f"`{node.name}` ({node.op}) lets no negative scale through")
+        raise Refuse(reasons.NO_NEGATIVE(node=node))
     if len([value for value in node.outputs if value]) > 1 and not np.all(affine.scale > 0):
-        raise Refuse(
-            f"`{node.name}` ({node.op}) also says where the largest is, which only a positive scale keeps"
-        )
+        raise Refuse(reasons.ALSO_WHERE(node=node))
     return affine
 
 
 def _uniform(node: Node, affine: Affine, axes: Iterable[int]) -> Affine:
     """Refuse an affine that varies along an axis on which the operator mixes positions."""
     if any(axis in axes for axis in affine.axes):
-        raise Refuse(f"`{node.name}` ({node.op}) mixes positions on which the affine differs")
+        raise Refuse(reasons.MIXES_POSITIONS(node=node))
     return affine
 
 

@@ -30,6 +30,7 @@ from itertools import chain, islice
 
 import numpy as np
 
+from bnfold import reasons
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.duplicate import copy_producers, original
 from bnfold.errors import InputError, Refuse
@@ -164,11 +165,11 @@ class _Driver:
         for node in reversed(self.graph.nodes):
             for value in node.outputs:
                 if value in self.outputs:
-                    ends[value] = f"the output of `{node.name}` ({node.op}) {self.whose(value)}"
+                    ends[value] = self.ending(node, value)
             row = TABLE.get(node.op)
             way = ends.get(node.outputs[0]) if row is not None and row.carries else None
             if row is None:
-                way = f"`{node.name}` ({node.op}) is not linear"
+                way = reasons.NOT_LINEAR(node=node)
             if way:
                 ends.update(dict.fromkeys(node.inputs, way))
         return ends
@@ -229,12 +230,10 @@ class _Driver:
     def is_output(self, value: str) -> bool:
         return value in self.outputs
 
-    def whose(self, value: str, too: str = "") -> str:
-        """Who else has an output, and the way out."""
+    def ending(self, node: Node, value: str, row: reasons.Reason = reasons.ENDS) -> str:
+        """Why an output of a node cannot change that is one of the model, or kept by it."""
         kept = self.kept.get(value)
-        if kept is None:
-            return f"is an output of the model{too}"
-        return f"is kept in `{kept}` when the model has run (return it without assigning it)"
+        return row(node=node) if kept is None else reasons.KEPT_OUTPUT(node=node, where=kept)
 
     def takes_shift(self, value: str, patience: int = 64) -> bool:
         """Whether a shift could go up from here, by the look of the operators above; after so many steps, no."""
@@ -324,7 +323,7 @@ class _Driver:
     def _keep(self, unit: str) -> None:
         reason = self._reason(unit)
         if unit in self.spared:
-            reason += f"; its scale could go, but the Add that is left is slower in {self.options.runtime} (--for any)"
+            reason = reasons.SLOWER(because=reason, runtime=self.options.runtime)
         self.verdicts[unit] = Verdict(unit, "kept", (), reason)
         for name in self.places[unit]:
             node = self.nodes[name]
@@ -333,15 +332,15 @@ class _Driver:
 
     def _reason(self, unit: str) -> str:
         """Why a unit cannot be folded whole: one sentence for each direction, or one for both."""
-        reasons: list[str] = []
+        refusals: list[str] = []
         for direction in (Attempt.up, Attempt.down):
             try:
                 Attempt(self, {unit: None}, compose=True).make(direction)
             except Refuse as refusal:
-                reasons.append(str(refusal))
-        if len(set(reasons)) < 2:
-            return "".join(reasons[:1])
-        return f"not into what comes before: {reasons[0]}; not into what comes after: {reasons[1]}"
+                refusals.append(str(refusal))
+        if len(set(refusals)) < 2:
+            return "".join(refusals[:1])
+        return reasons.BOTH_WAYS(above=refusals[0], below=refusals[1])
 
 
 @dataclass
@@ -409,7 +408,7 @@ class Attempt:
                 demands.add(value, node.name, affine)
                 producer = self.driver.graph.producer(value)
                 if producer is None:
-                    raise Refuse(f"`{value}` is an input of the model")
+                    raise Refuse(reasons.BEGINS(value=value))
                 if producer.name not in seen:
                     seen.add(producer.name)
                     heapq.heappush(queue, (-self.driver.position[producer.name], producer.name))
@@ -427,7 +426,7 @@ class Attempt:
                 if not value or affine is None or affine.is_identity:
                     continue
                 if self.driver.is_output(value):
-                    raise Refuse(f"the output of `{node.name}` ({node.op}) {self.driver.whose(value)}")
+                    raise Refuse(self.driver.ending(node, value))
                 if value in self.driver.dead_ends:
                     raise Refuse(self.driver.dead_ends[value])
                 residues[value] = affine
@@ -488,10 +487,10 @@ class Attempt:
             self.changed[node.name] = replace(node, linear=answer)
         elif isinstance(answer, Affine):
             if not self.compose:
-                raise Refuse(f"`{node.name}` ({node.op}) is in the way")
+                raise Refuse(reasons.IN_THE_WAY(node=node))
             self.changed[node.name] = replace(node, affine=answer)
         elif len(answer) != count:
-            raise Refuse(f"`{node.name}` ({node.op}) reads or writes more than its main operand")
+            raise Refuse(reasons.OTHER_OPERANDS(node=node))
         else:
             return answer
         return [None] * count
@@ -499,7 +498,7 @@ class Attempt:
     def _identity(self, value: str) -> Affine:
         shape = self.driver.shape(value)
         if shape is None:
-            raise Refuse(f"the shape of `{value}` is not known")
+            raise Refuse(reasons.VALUE_UNKNOWN(value=value))
         return Affine.identity(len(shape))
 
     def _own_up(self, node: Node, wanted: Affine | None) -> Affine:
@@ -508,7 +507,7 @@ class Attempt:
         if not self.half:
             return own if wanted is None else wanted.after(own)
         if wanted is not None:
-            raise Refuse(f"`{node.name}` would have to move twice")
+            raise Refuse(reasons.MOVES_TWICE(node=node))
         self._leave(node, own.shift)
         return own.scale_only()
 
@@ -518,7 +517,7 @@ class Attempt:
         if not self.half:
             return own if given is None else own.after(given)
         if given is not None or np.any(own.scale == 0):
-            raise Refuse(f"`{node.name}` has a scale of zero, or would have to move twice")
+            raise Refuse(reasons.ZERO_SCALE(node=node))
         self._leave(node, own.shift / own.scale)
         if node.absorbed is not None:
             back = Affine.of(1.0 / own.scale, 0.0).after(node.absorbed)
@@ -612,30 +611,30 @@ class Attempt:
     def _check_members(self) -> None:
         for node in self._members():
             if not _own(node).is_finite:
-                raise Refuse("its scale or shift is not finite: look at its variance and its weight")
+                raise Refuse(reasons.OWN_NOT_FINITE())
             if self.half and not np.any(_own(node).scale != 1):
-                raise Refuse("it only shifts")
+                raise Refuse(reasons.ONLY_SHIFTS())
 
     def _check_sharing(self) -> None:
         """Nodes that share their numbers must have absorbed the same."""
         for node in self.changed.values():
             names = self.driver.places[node.place]
             if not all(name in self.changed and _same(self.changed[name], node) for name in names):
-                raise Refuse(f"`{node.place}` is used {len(names)} times, and its uses would have to differ")
+                raise Refuse(reasons.USED_TWICE(place=node.place, times=len(names)))
 
     def _check_numbers(self, node: Node) -> None:
         """What was absorbed must be finite, and storable."""
         if node.affine is not None and not self._is_member(node):
             axis = node.attributes.get("axis", 1)
             if any(other != axis for other in node.affine.axes):
-                raise Refuse(f"`{node.name}` ({node.op}) cannot hold an affine that varies along other axes")
+                raise Refuse(reasons.OTHER_AXES(node=node))
             if not node.affine.is_finite:
-                raise Refuse(f"`{node.name}` ({node.op}) would not be finite")
+                raise Refuse(reasons.BECOMES_NOT_FINITE(node=node))
         if node.linear is not None and not node.linear.is_finite:
-            raise Refuse(f"`{node.name}` ({node.op}) would not be finite")
+            raise Refuse(reasons.BECOMES_NOT_FINITE(node=node))
         obstacle = self.driver.fits(node)
         if obstacle:
-            raise Refuse(f"`{node.name}` ({node.op}) cannot absorb it: {obstacle}")
+            raise Refuse(reasons.CANNOT_STORE(node=node, because=obstacle))
 
 
 def _is_sum(node: Node) -> bool:
@@ -674,15 +673,14 @@ class _Demands:
         demands = self.demands.get(value)
         if demands is None:
             return None
-        name = f"the output of `{producer.name}` ({producer.op})"
         if self.driver.is_output(value):
-            raise Refuse(f"{name} {self.driver.whose(value, ' too')}")
+            raise Refuse(self.driver.ending(producer, value, reasons.ALSO_OUTPUT))
         alike: list[str] = []
         merged = demands[0][1]
         for reader, affine in chain(demands[1:], self._needs(value, demands, alike)):
             both = merged.merge(affine)
             if both is None:
-                raise Refuse(f"{name} is also read by `{reader}` ({self.driver.nodes[reader].op})")
+                raise Refuse(reasons.ALSO_READ(node=producer, reader=self.driver.nodes[reader]))
             merged = both
         if alike:
             raise _Join(alike)
@@ -736,7 +734,7 @@ def _anything(rank: int) -> Affine:
 def _own(node: Node) -> Affine:
     """The affine of a BatchNorm that can move."""
     if node.affine is None:
-        raise Refuse(node.reason or "its numbers are not constant")
+        raise Refuse(node.reason or reasons.NOT_CONSTANT())
     return node.affine
 
 

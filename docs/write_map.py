@@ -1,4 +1,4 @@
-"""Write the map at the end of the README: one line for each file, which is the first line of its docstring.
+"""Write the map at the end of CONTRIBUTING.md: one line for each file, which is the first line of its docstring.
 
 python docs/write_map.py          writes it
 python docs/write_map.py --check  fails where it is out of date
@@ -22,18 +22,24 @@ FOLDERS = {
     "export": "from a checkpoint to ONNX, and names out of onnxruntime",
     "examples/ci": "a project that holds its models to each other: tests, a commit hook, a workflow",
     "benchmarks": "everything that is claimed about speed and about other tools, to be run again",
-    "docs": "what was decided, measured and drawn",
+    "docs": "the documentation site: what was decided, measured and drawn",
+    "docs/guides": "a page for each use",
+    "docs/reference": "the Python interface, from the docstrings",
 }
 
 
 ROOT_FILES = {
-    "Makefile": "demo, test, test-all, lint, bench, clean: each does its own set-up",
+    "Makefile": "demo, test, test-all, lint, docs, bench, clean: each does its own set-up",
     "pyproject.toml": "the package, its extras, and how strict the linters are",
     "constraints.txt": "every pin",
+    "mkdocs.yml": "the documentation site: its pages, and how strictly it is built",
     ".pre-commit-hooks.yaml": "`bnfold verify`, for the commit hooks of other projects",
     ".ci/run": "what continuous integration runs",
+    "README.md": "what it is, on two screens",
     "CHANGELOG.md": "what users notice",
-    "CONTRIBUTING.md": "four commands",
+    "RELEASING.md": "how a version comes about",
+    "CITATION.cff": "how to cite it",
+    ".github/workflows/ci.yml": "all Pythons, and both ends of the ranges of torch and onnx",
     "SECURITY.md": "what reads what, why nothing of a file is executed, and within which limits",
     "tests/conftest.py": "what every test may use; the rest of `tests/` mirrors the packages",
 }
@@ -70,15 +76,15 @@ def draw() -> str:
 
 
 def main() -> int:
-    """Write the map into the README, or check it."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    """Write the map, or check it."""
+    page = ROOT / "CONTRIBUTING.md"
+    text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     new = before + START + draw() + END + after
     if "--check" in sys.argv:
         return int(new != text)
-    readme.write_text(new, encoding="utf-8")
+    page.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from bnfold import reasons
 from bnfold.errors import InputError
 from bnfold.ir import Shape
 
@@ -282,7 +283,7 @@ class Constants:
                     budget -= known[name].size
                 waiting.pop()
             elif budget < 0 or name in missing:
-                raise Unworkable(f"the constant `{value}` is too much to be worked out")
+                raise Unworkable(reasons.CONSTANT_TOO_MUCH(value=value))
             waiting += missing
         return known[value]
 
@@ -330,7 +331,7 @@ class Constants:
         except InputError:
             raise
         except Exception as error:  # a node may ask for anything
-            raise Unworkable(f"the constant `{value}` cannot be worked out: {error}") from error
+            raise Unworkable(reasons.CONSTANT_BROKEN(value=value, error=error)) from error
 
     def _compute(
         self, node: onnx.NodeProto, inputs: Sequence[str], place: int, known: Mapping[str, Tensor]

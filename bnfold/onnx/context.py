@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from bnfold import reasons
 from bnfold.ir import Shape
 from bnfold.onnx.constant_folding import Constants
 from bnfold.onnx.flatten import FlatModel, NodeRef
@@ -56,11 +57,10 @@ class ImportContext:
         """Why a value that should be constant is not, as a clause."""
         raw = self.whole.raw.get(value, value)
         if value in self.overridable:
-            fact = "is also an input of the model, which a caller may override"
-            return f"its {role} `{raw}` {fact}; freeze it with --freeze-initializers"
+            return reasons.OVERRIDABLE(role=role, value=raw)
         maker = self.whole.makers.get(value)
         if maker is None:
-            return f"its {role} `{raw}` is an input of the model"
+            return reasons.IS_INPUT(role=role, value=raw)
         if maker.op in ("DequantizeLinear", "QuantizeLinear"):
-            return f"its {role} is quantised; fold the model before it is quantised"
-        return f"its {role} is computed by `{maker.name}` ({maker.op})"
+            return reasons.QUANTISED(role=role)
+        return reasons.COMPUTED_BY(role=role, node=maker)

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 
+from bnfold import reasons
 from bnfold.onnx.flatten import bodies
 from bnfold.report import Verdict
 
@@ -54,10 +55,8 @@ def left_in_functions(model: onnx.ModelProto) -> list[Verdict]:
 
 def _why(function: onnx.FunctionProto, version: int) -> str:
     changed = next(node.op_type for node in _nodes(function) if not _stays(node, _version(function), version))
-    return (
-        f"it is in the function `{function.name}` of operator set {_version(function)}, and the model's is {version}, "
-        f"in which {changed} is another; write both for one"
-    )
+    own = _version(function)
+    return reasons.OTHER_VERSION(function=function.name, own=own, version=version, op=changed)
 
 
 def _of_one_version(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from bnfold import canonical
+from bnfold import canonical, reasons
 from bnfold.algebra import Affine, Linear
 from bnfold.canonical import wrap
 from bnfold.errors import InputError
@@ -69,7 +69,7 @@ def _table() -> dict[str, Lowering]:
 EPSILON = float(np.float32(1e-5))
 """What BatchNormalization adds to the variance where it does not say; attributes are float32."""
 
-MISMATCH = "the shapes of its weight and of its input do not match"
+MISMATCH = reasons.MISMATCH()
 """Why a linear operator cannot absorb that no runtime could run."""
 
 
@@ -149,9 +149,9 @@ def _weight_reason(ref: NodeRef, context: ImportContext, roles: Sequence[tuple[s
         if value and value not in context.constants:
             return context.why(role, value)
         if value and not context.constants.is_workable(value):
-            return f"its {role} is computed from constants and too large to be worked out"
+            return reasons.TOO_LARGE_CONSTANT(role=role)
         if value and context.type(value) not in FLOATS and context.constants.floats(value) is None:
-            return f"its {role} is not a floating-point tensor"
+            return reasons.NOT_FLOAT(role=role)
     return ""
 
 
@@ -218,7 +218,7 @@ def _differ(size: Dim, number: int) -> bool:
 def _gemm(ref: NodeRef, context: ImportContext) -> Node:
     reason = _weight_reason(ref, context, (("weight", 1), ("bias", 2)))
     if not reason and _input(ref, 0) in context.constants:
-        reason = "its weight multiplies from the left"
+        reason = reasons.FROM_THE_LEFT()
     if reason:
         return _linear(ref, context.computed(ref), None, reason)
     weight, options = context.constants.dims(ref.inputs[1]), attributes(ref.node)
@@ -249,13 +249,11 @@ def _matmul(ref: NodeRef, context: ImportContext) -> Node:
     data, weight = ref.inputs[::-1] if left else ref.inputs
     rank, dims = context.rank(data), context.constants.dims(weight)
     if not context.constants.is_workable(weight):
-        return _linear(
-            ref, [data], None, "its weight is computed from constants and too large to be worked out"
-        )
+        return _linear(ref, [data], None, reasons.TOO_LARGE_CONSTANT(role="weight"))
     if rank is None or dims is None or context.type(weight) not in FLOATS:
-        return _linear(ref, [data], None, "the rank of its input is not known")
+        return _linear(ref, [data], None, reasons.RANK_UNKNOWN())
     if len(dims) < 2 or len(dims) > rank or any(size != 1 for size in dims[:-2]) or (left and rank < 2):
-        return _linear(ref, [data], None, "its constant is not a matrix")
+        return _linear(ref, [data], None, reasons.NOT_A_MATRIX())
     axis = rank - 2 if left else rank - 1
     order, (outputs, inputs) = ("oi", dims[-2:]) if left else ("io", dims[:-3:-1])
     seen = context.shape(data)
@@ -360,27 +358,27 @@ def _batchnorm(ref: NodeRef, context: ImportContext) -> Node:
 def _batch_statistics(ref: NodeRef, context: ImportContext) -> str:
     options = attributes(ref.node)
     if options.get("training_mode", 0):
-        return "it is in training mode (training_mode=1) and normalises by the batch; export the model in eval mode"
+        return reasons.TRAINING_NODE()
     if sum(1 for name in ref.node.output if name) > 1:
-        return "it has more than one output, so it is in training mode; export the model in eval mode"
+        return reasons.TRAINING_OUTPUTS()
     return ""
 
 
 def _numbers_reason(ref: NodeRef, context: ImportContext) -> str:
     if len(ref.inputs) < 5:
-        return "it has no statistics"
+        return reasons.NO_STATISTICS()
     return _weight_reason(ref, context, (("scale", 1), ("bias", 2), ("mean", 3), ("variance", 4)))
 
 
 def _batchnorm_affine(ref: NodeRef, context: ImportContext) -> tuple[Affine | None, str]:
     shape, options = context.shape(ref.inputs[0]), attributes(ref.node)
     if shape is None or len(shape) < 2:
-        return None, "the rank of its input is not known"
+        return None, reasons.RANK_UNKNOWN()
     names = ("gamma", "beta", "mean", "var")
     numbers = {name: context.constants.floats(v) for name, v in zip(names, ref.inputs[1:5], strict=True)}
     known = {name: array for name, array in numbers.items() if array is not None}
     if len(known) < len(names):
-        return None, "its numbers cannot be read"
+        return None, reasons.UNREADABLE()
     per_element = context.opset < 9 and not options.get("spatial", 1)
     return canonical.normalisation(known, options.get("epsilon", EPSILON), shape, per_element)
 
@@ -572,7 +570,7 @@ def _resize(ref: NodeRef, context: ImportContext) -> Node:
     cropped = options.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     if cropped and options.get("extrapolation_value", 0.0) != 0:
         raise Unusual
-    partial = "it fills in zeros outside the image" if cropped else ""
+    partial = reasons.FILLS_IN() if cropped else ""
     axes = _resized(ref, context, data)
     if cropped:
         axes = tuple(sorted({*axes, *_cropped(ref, context, _known_rank(context, data), options)}))

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from bnfold import reasons
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.ir import Graph, Node
 from bnfold.merge import Merged
@@ -287,7 +288,7 @@ class _Fits:
         name, limit = _limit(self.imported.context.type(value))
         peak = self._peak(value)
         if not math.isfinite(peak):
-            return "its weight holds numbers that are not finite"
+            return reasons.WEIGHT_NOT_FINITE()
         if self._bound(slots, linear, peak) < limit / 4:
             return ""
         return self._check(slots, linear, name, limit)
@@ -320,7 +321,7 @@ class _Fits:
             ("weight", "bias"), linear.fold(stored_weight(self.imported, slots), bias), strict=True
         ):
             if array is not None and not np.abs(array).max(initial=0.0) <= limit:
-                return f"its {role} would overflow {name}"
+                return reasons.OVERFLOWS(role=role, dtype=name)
         return ""
 
 

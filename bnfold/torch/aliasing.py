@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bnfold import reasons
 from bnfold.torch.draft import DraftNode, readers_of
 from bnfold.torch.trace import Trace
 
@@ -50,9 +51,7 @@ def _guard(
         if len(others) > 1 or name in outputs:
             if _agree(others):
                 for norm in passed:
-                    norm.refuse(
-                        f"`{item.name}` changes its output in place, and without it would change its input"
-                    )
+                    norm.refuse(reasons.OUTPUT_CHANGED(by=item.name))
             return bool(passed)
     return producer is None and bool(passed)
 
@@ -79,9 +78,7 @@ def guard_inputs(trace: Trace, items: Sequence[DraftNode]) -> None:
             mine = at > places[id(item.call)] and any(value.memory == above for value in call.written)
             reads = (value for other in calls[at:] for value in other.reads.values())
             if mine and (below & lasting or any(value.memory in below for value in reads)):
-                item.refuse(
-                    f"`{call.label}` changes its input in place, and without it would change its output"
-                )
+                item.refuse(reasons.INPUT_CHANGED(by=call.label))
 
 
 _SHARING = frozenset(

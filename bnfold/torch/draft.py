@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnfold import canonical
+from bnfold import canonical, reasons
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.ir import Node
 from bnfold.torch.constants import Evaluator
@@ -211,7 +211,7 @@ class Draft:
         given = [v for v in statistics.values() if v is not None]
         item.inputs += [v.name for v in given if not v.constant and not v.slots]
         if not reason and not all(v.constant for v in given):
-            reason = "its statistics are computed or changed while the model runs"
+            reason = reasons.CHANGING()
         if not reason:
             item.affine, reason = self._normalisation(x, statistics, eps)
         if reason:
@@ -225,7 +225,7 @@ class Draft:
         for name, value in statistics.items():
             array = None if value is None else self.array(value)
             if value is not None and array is None:
-                return None, f"its {name} cannot be computed ahead"
+                return None, reasons.NOT_AHEAD(what=name)
             if array is not None:
                 arrays[_TERMS[name]] = np.broadcast_to(array, x.shape[1])
         return canonical.normalisation(arrays, eps, x.shape)

@@ -85,7 +85,8 @@ def fold_checkpoint_file(
         model: "package.module:factory".
         shapes: one per argument, see `make_inputs`.
         arguments: what the factory is called with.
-        key, prefix: see `load_state`.
+        key: where in the file the weights lie; see `load_state`.
+        prefix: what stands before their names.
         **options: see `bnfold.torch.fold`.
 
     Raises:
@@ -331,7 +332,8 @@ def load_state(
         path: the file.
         names: those that the model has. They tell a prefix from a part of the model, a profiler's counters from
             its buffers, and one of several state dicts; without them, what only a wrapper gives is taken off.
-        key, prefix: where it is and what to take off, instead of what is found (see `bnfold.torch.states`).
+        key: where it is, instead of what is found (see `bnfold.torch.states`).
+        prefix: what to take off its names, instead of what is found.
 
     Raises:
         InputError: it cannot be read, holds no state dict, or several of which none is the model's before others.

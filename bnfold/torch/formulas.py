@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bnfold import reasons
 from bnfold.algebra import Affine, Array
 from bnfold.errors import Refuse
 from bnfold.torch.constants import Evaluator, slots_of
@@ -30,6 +31,11 @@ from bnfold.torch.tensors import Slot
 from bnfold.torch.trace import Trace, Value
 
 __all__ = ["FormulaPlace", "chains_of", "place_of"]
+
+
+class _Unsolved(Exception):
+    """These numbers, in this order, do not do; others may."""
+
 
 _LINES = frozenset(("add", "sub", "mul", "div", "addcmul"))
 
@@ -64,11 +70,11 @@ class FormulaPlace:
         for scale, shift in product(scales, shifts):
             try:
                 known = _solve(wanted, operands, scale, shift)
-            except Refuse:
+            except _Unsolved:
                 continue
             if self._computes(known, wanted):
                 return {self.slots[place]: array for place, array in known.items()}
-        raise Refuse("no numbers in its lines would make them that")
+        raise Refuse(reasons.NO_NUMBERS())
 
     def _computes(self, known: Mapping[int, Array], wanted: Affine) -> bool:
         """Whether the lines, with other numbers, are the affine that they should be."""
@@ -115,24 +121,24 @@ def place_of(
     """Where the numbers of a chain are stored, or why it must stay as it is."""
     frame, values = lines[0].call.frame, _slots(lines)
     if frame.path is None:
-        return "its module is not held by the model"
+        return reasons.HOMELESS()
     slots: dict[int, Slot] = {}
     for place, value in values.items():
         slot = choose(value, frame)
         if slot is None or value.tensor is None or not value.tensor.is_floating_point():
-            return f"`{value.slots[0].name}` is held by several modules, or no ordinary tensor of numbers"
+            return reasons.SLOT_SHARED(slot=value.slots[0].name)
         if not _is_saved(model, slot):
-            return f"`{slot.name}` is not saved with the model; make it a parameter or a buffer"
+            return reasons.NOT_SAVED(slot=slot.name)
         if id(value.tensor) in trace.changed_slots:
-            return f"`{slot.name}` changes while the model runs"
+            return reasons.SLOT_CHANGES(slot=slot.name)
         slots[place] = slot
     if who := _other_reader(trace, items, lines, values):
-        return f"its numbers are used by {who} as well"
+        return reasons.NUMBERS_USED(who=who)
     found = FormulaPlace(frame.path, slots, tuple(replace(item) for item in lines), trace)
     try:
         found.solve()
     except Refuse:
-        return "its lines do more to their numbers than can be undone"
+        return reasons.NOT_UNDONE()
     return found
 
 
@@ -215,7 +221,7 @@ def _fit(array: Array, value: Value) -> Array:
     if lead < 0:
         return array.reshape((1,) * -lead + array.shape)
     if any(size != 1 for size in array.shape[:lead]):
-        raise Refuse("it varies along an axis that its lines do not")
+        raise _Unsolved("it varies along an axis that its lines do not")
     return array.reshape(array.shape[lead:])
 
 
@@ -233,12 +239,12 @@ def _settle(value: Any, wanted: Array, known: dict[int, Array]) -> None:
         Refuse: that is not known, or another line wishes something else of them.
     """
     if not isinstance(value, Value):
-        raise Refuse("a number that is not stored would have to change")
+        raise _Unsolved("a number that is not stored would have to change")
     if value.slots:
         return _note(value, wanted, known)
     call = value.call
     if call is None or not value.constant or call.changed or call.written or call.kwargs:
-        raise Refuse("it is computed in a way that is not undone")
+        raise _Unsolved("it is computed in a way that is not undone")
     first, *rest = call.args
     if call.label in _COPIES:
         return _settle(first, wanted, known)
@@ -250,21 +256,21 @@ def _settle(value: Any, wanted: Array, known: dict[int, Array]) -> None:
     if len(rest) == 1 and call.label in _UNDO_TWO:
         return _settle_two(call.label, first, rest[0], wanted, known)
     if call.label not in _UNDO or rest:
-        raise Refuse(f"`{call.label}` is not undone")
+        raise _Unsolved(f"`{call.label}` is not undone")
     return _settle(first, np.asarray(_UNDO[call.label](wanted)), known)
 
 
 def _note(value: Value, wanted: Array, known: dict[int, Array]) -> None:
     array = _broadcast(wanted, value.shape)
     if not np.isfinite(array).all() or not np.array_equal(known.setdefault(id(value), array), array):
-        raise Refuse("its lines would need two numbers in one place")
+        raise _Unsolved("its lines would need two numbers in one place")
 
 
 def _broadcast(array: Array, shape: tuple[int, ...]) -> Array:
     try:
         return np.array(np.broadcast_to(array, shape))
     except ValueError:
-        raise Refuse("it varies along an axis that its lines do not") from None
+        raise _Unsolved("it varies along an axis that its lines do not") from None
 
 
 _UNDO: dict[str, Callable[[Array], Array]] = {
@@ -300,7 +306,7 @@ def _settle_two(label: str, left: Any, right: Any, wanted: Array, known: dict[in
     if label in ("mul", "div"):
         _settle(right, np.ones(()), known)
         return _settle(left, wanted, known)
-    raise Refuse(f"`{label}` is not undone")
+    raise _Unsolved(f"`{label}` is not undone")
 
 
 def _settle_either(factors: Sequence[Any], known: dict[int, Array]) -> None:
@@ -309,7 +315,7 @@ def _settle_either(factors: Sequence[Any], known: dict[int, Array]) -> None:
         trial = dict(known)
         try:
             _settle(factor, np.zeros(()), trial)
-        except Refuse:
+        except _Unsolved:
             continue
         return known.update(trial)
-    raise Refuse("no factor can be zero")
+    raise _Unsolved("no factor can be zero")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnfold import canonical
+from bnfold import canonical, reasons
 from bnfold.algebra import Affine, Array, Linear
 from bnfold.torch.constants import slots_of
 from bnfold.torch.trace import Call, Value
@@ -207,7 +207,7 @@ def _linear(draft: Draft, call: Call, x: Value, weight: Value, bias: Value | Non
 def _matmul(draft: Draft, call: Call, left: Value, **rest: Value) -> None:
     (right,) = rest.values()
     _need(_floating(left, right))
-    bare = "it is a matrix product without a bias"
+    bare = reasons.BARE_PRODUCT()
     if _computed(left) and right.rank == 2 and not right.data:
         return _product(draft, call, left, right, None, "io", left.rank - 1, bare)
     _need(_computed(right), left.rank == 2, right.rank >= 2, not left.data)
@@ -229,7 +229,7 @@ def _einsum(draft: Draft, call: Call, equation: str, tensors: Any, path: Any) ->
         x, weight = tensors[computed[0]], tensors[1 - computed[0]]
         linear = canonical.product_of(words, result, 1 - computed[0], weight.shape)
         if linear is not None and x.shape[linear.in_axis] == linear.inputs:
-            linear = replace(linear, biasless="it is an einsum without a bias")
+            linear = replace(linear, biasless=reasons.BARE_EINSUM())
             return draft.linear("Einsum", x, y, weight, None, linear)
     kept = canonical.kept_axes(words, result, computed)
     return draft.node("Einsum", [tensors[place] for place in computed], [y], kept=kept)
@@ -282,7 +282,7 @@ def _recurrent(draft: Draft, call: Call, x: Value, hx: Any, params: Any, **setti
     made = []
     for weight, _, *rest in firsts:
         outputs, inputs = weight.shape
-        bare = "" if settings["has_biases"] else "its layer has no biases (bias=False)"
+        bare = "" if settings["has_biases"] else reasons.BARE_LAYER()
         linear = canonical.matrix("oi", inputs, outputs, x.rank - 1, x.rank - 1, bare)
         made.append(draft.between((*x.shape[:-1], outputs)))
         bias = rest[0] if settings["has_biases"] else None
@@ -313,9 +313,9 @@ def _batch_norm(draft: Draft, call: Call, x: Value, eps: float, **rest: Any) -> 
     _need(_computed(x), x.rank >= 2, tracked or call.label != "instance_norm")
     reason = ""
     if not tracked:
-        reason = "it keeps no running statistics and normalises by the batch even in eval (track_running_stats=False)"
+        reason = reasons.UNTRACKED()
     elif rest.get("training") or rest.get("use_input_stats"):
-        reason = "it is in training mode and would normalise by the batch; call model.eval() first"
+        reason = reasons.TRAINING()
     draft.batchnorm(x, call.made[0], statistics, eps, reason)
 
 
@@ -550,7 +550,7 @@ def _blocks(draft: Draft, call: Call, x: Value, **settings: Any) -> None:
     height, width = (size + 2 * pad for size, pad in zip(x.shape[2:], padding, strict=True))
     if any(padding):
         source = draft.between((*x.shape[:2], height, width))
-        draft.node("Pad", [x], [source], axes=(2, 3), partial="it pads with zeros")
+        draft.node("Pad", [x], [source], axes=(2, 3), partial=reasons.PADS())
     starts = [
         np.arange(0, size - step * (taps - 1), stride_)
         for size, step, taps, stride_ in zip((height, width), dilation, kernel, stride, strict=True)
@@ -721,5 +721,5 @@ def _pad(draft: Draft, call: Call, x: Value, pad: Any, mode: str = "constant", v
         _need(mode != "constant" or not value)
     axes = tuple(sorted(axis for axis, pair in pairs.items() if any(pair) or crop is not None))
     name = "pad" if mode == "constant" and value else "Pad"
-    partial = "it pads with zeros" if mode == "constant" else ""
+    partial = reasons.PADS() if mode == "constant" else ""
     return draft.node(name, [x], call.made[:1], axes=axes, partial=partial, crop=crop)

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from bnfold import reasons
 from bnfold.algebra import Affine
 from bnfold.torch.constants import slots_of
 from bnfold.torch.draft import DraftNode, NormPlace, readers_of
 from bnfold.torch.formulas import FormulaPlace, chains_of, place_of
-from bnfold.torch.storage import HOMELESS, roots_of
+from bnfold.torch.storage import roots_of
 from bnfold.torch.tails import Tail, find_tail, obstacle
 from bnfold.torch.tensors import inside
 from bnfold.torch.trace import Call, Frame, Trace, Value
@@ -95,7 +96,7 @@ class _Finder:
             tails = {repr(item.place.tail) for item in items if isinstance(item.place, NormPlace)}
             if calls != len(items) or len(tails) > 1:
                 for item in items:
-                    item.refuse(f"it is called {calls} times and does not do the same each time")
+                    item.refuse(reasons.CALLED_DIFFERENTLY(calls=calls))
 
     def _find_norm(self, frame: Frame) -> str:
         """Make one BatchNormalization of what a module call does first, if that is one affine map; else say why not."""
@@ -142,7 +143,7 @@ class _Finder:
         one.site = frame.path or ""
         self.merged.setdefault(one.site, []).append(one)
         if narrowing:
-            one.refuse(f"it also changes the type of its input, from {frame.given[0].dtype}")
+            one.refuse(reasons.NARROWS(dtype=frame.given[0].dtype))
         self._refuse_borrowed(one, frame)
         for item in head:
             self.drawn[id(item.call)] = [one] if item is first else []
@@ -151,12 +152,11 @@ class _Finder:
     def _refuse_borrowed(self, item: DraftNode, frame: Frame) -> None:
         """A module whose tensors are fetched by other code cannot be taken out."""
         if item.affine is not None and (who := self.foreign.get(frame.path or "")):
-            item.refuse(f"its numbers are used by {who} as well")
+            item.refuse(reasons.NUMBERS_USED(who=who))
         for (path, attribute), who in self.trace.escaped.items():
             if path == frame.path and item.affine is not None:
-                item.refuse(
-                    f"its `{attribute}` is used by the code of `{who or type(self.model).__name__}` as well"
-                )
+                user = who or type(self.model).__name__
+                item.refuse(reasons.BUFFER_USED(attribute=attribute, who=user))
 
     def _leave_functional(self, item: DraftNode) -> None:
         mean = item.statistics.get("running_mean")
@@ -167,17 +167,14 @@ class _Finder:
         label = f"{path}.{item.call.label}" if path else item.call.label
         item.site = owner or (label if slot is None else slot.name)
         if frame.module is not None and frame.path is None:
-            item.refuse(HOMELESS)
+            item.refuse(reasons.HOMELESS())
         elif frame.module is self.model and owner == "" and calls_itself_batchnorm(self.model):
             item.site = type(self.model).__name__
-            item.refuse("it is the whole model")
+            item.refuse(reasons.WHOLE_MODEL())
         elif item.affine is not None:
             obstacle = self.obstacles.get(id(frame), "") if owner == frame.path else ""
-            item.refuse(
-                obstacle
-                or f"it is called as a function in the code of `{path or type(self.model).__name__}`; "
-                "make it an nn.BatchNorm module of its own"
-            )
+            where = path or type(self.model).__name__
+            item.refuse(obstacle or reasons.FUNCTION(where=where))
 
 
 def _is_norm(frame: Frame, head: list[DraftNode]) -> bool:
@@ -212,7 +209,7 @@ def _more(within: Sequence[DraftNode]) -> str:
     """What the code of a module does besides normalising."""
     labels = dict.fromkeys(item.call.label for item in within if not item.is_batchnorm)
     names = ", ".join(f"`{label}`" for label in list(labels)[:3])
-    return f"its own code does more than normalise and activate: {names or 'it keeps what it computes'}"
+    return reasons.DOES_MORE(what=names or "it keeps what it computes")
 
 
 def _turns(head: Sequence[DraftNode]) -> Iterator[tuple[DraftNode, list[int]]]:
@@ -272,14 +269,14 @@ def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> li
             continue
         compiled = next((p for p in _parents(path) if isinstance(modules[p], torch.jit.ScriptModule)), None)
         if compiled is not None or isinstance(module, torch.jit.ScriptModule):
-            reason = f"it is compiled into the ScriptModule `{compiled or path}`; fold before scripting"
+            reason = reasons.COMPILED(path=compiled or path)
         elif path not in ran:
             who = used.get(path)
-            reason = f"it is not called; the code of `{who}` uses its numbers" if who else _IDLE
+            reason = reasons.NOT_CALLED(who=who) if who else reasons.NOT_RUN()
         elif module.training:
-            reason = "it is in training mode and would normalise by the batch; call model.eval() first"
+            reason = reasons.TRAINING()
         else:
-            reason = "what it computes is not one affine map per channel"
+            reason = reasons.NOT_AFFINE()
         one = absent(path, reason)
         one.name += " (not met)" if path in taken else ""
         missed.append(one)
@@ -297,10 +294,8 @@ def _written_out(model: nn.Module, items: Sequence[DraftNode], trace: Trace) -> 
         why = place_of(model, trace, items, chain) if name else ""
         if name:
             where = chain[0].call.frame.path or type(model).__name__
-            because = f", and {why}" if isinstance(why, str) else ""
-            yield absent(
-                name, f"it is written out in the code of `{where}`{because}; make it a module of its own"
-            )
+            row = reasons.WRITTEN_OUT_AS if isinstance(why, str) else reasons.WRITTEN_OUT
+            yield absent(name, row(where=where, because=why))
 
 
 def _statistic(chain: Sequence[DraftNode]) -> str:
@@ -336,9 +331,6 @@ def _used_modules(model: nn.Module, trace: Trace) -> dict[str, str]:
         for value in call.reads.values()
         for slot in value.slots
     }
-
-
-_IDLE = "it did not run on the example inputs"
 
 
 def absent(path: str, reason: str) -> DraftNode:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnfold import reasons
 from bnfold.errors import UnreadableModel
 from bnfold.ir import Graph, Shape
 from bnfold.torch.aliasing import guard_changes, guard_inputs
@@ -248,7 +249,7 @@ def _find_uninitialised(model: nn.Module) -> str:
 
 def _read_uninitialised(model: nn.Module, lazy: str) -> Reading:
     """A graph of verdicts alone."""
-    reason = f"`{lazy}` has no numbers yet; run the model once before folding"
+    reason = reasons.NO_NUMBERS_YET(lazy=lazy)
     nodes = tuple(
         absent(path, reason).node()
         for path, module in model.named_modules()

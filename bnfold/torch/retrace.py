@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnfold import reasons
 from bnfold.ir import Graph, Node
 from bnfold.merge import Merged
 from bnfold.torch.merging import touched_modules
@@ -129,7 +130,7 @@ def refuse_everything(model: nn.Module, example_inputs: Any, reading: Reading) -
     """The reading with every BatchNorm kept."""
     refused = _refuse(reading, {place.path for place in reading.norms.values()}, set())
     written = {
-        name: replace(refused.graph[name], affine=None, reason="some code looks at its numbers")
+        name: replace(refused.graph[name], affine=None, reason=reasons.LOOKS_AT_NUMBERS())
         for name in reading.formulas
     }
     return replace(refused, graph=refused.graph.replace(written))
@@ -169,13 +170,9 @@ def _refuse(reading: Reading, norms: set[str], biases: set[str]) -> Reading:
     for node in reading.graph.nodes:
         norm, linear = reading.norms.get(node.name), reading.linears.get(node.name)
         if norm is not None and norm.path in norms and node.affine is not None:
-            reason = (
-                "some code looks at it otherwise than by calling it, and would do something else without it"
-            )
-            nodes[node.name] = replace(node, affine=None, reason=reason)
+            nodes[node.name] = replace(node, affine=None, reason=reasons.LOOKED_AT())
         if linear is not None and linear.weight.name in biases and node.linear is not None:
-            reason = "its code does something else where there is a bias"
-            own = replace(node.linear, biasless=node.linear.biasless or reason)
+            own = replace(node.linear, biasless=node.linear.biasless or reasons.BIAS_CHANGES_CODE())
             nodes[node.name] = replace(node, linear=own)
     graph: Graph = reading.graph.replace(nodes)
     return replace(reading, graph=graph)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from bnfold import reasons
 from bnfold.ir import Shape
 from bnfold.torch.alignment import Alignment
 from bnfold.torch.constants import Evaluator, slots_of
@@ -130,7 +131,7 @@ class _Settler:
         if frame is None:
             return
         if item.is_batchnorm or item.linear is not None:
-            item.refuse(f"the code of `{self._where(frame, trial)}` uses it otherwise")
+            item.refuse(reasons.USED_OTHERWISE(where=self._where(frame, trial)))
         else:
             item.become_opaque(item.call.label)
 
@@ -172,7 +173,7 @@ def _same_words(mine: Call, theirs: Call) -> bool:
 def _give_up(item: DraftNode) -> None:
     """Let nothing travel through an item that does something else for other inputs."""
     if item.is_batchnorm:
-        item.refuse("it does something else for inputs of another size")
+        item.refuse(reasons.OTHER_SIZE())
     else:
         item.become_opaque(item.call.label)
         item.attributes = {}

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnfold import reasons
 from bnfold.algebra import Array, Linear
 from bnfold.errors import Refuse
 from bnfold.torch.capture import computes_weight
@@ -38,9 +39,7 @@ from bnfold.torch.trace import Call, Frame, Trace, Value
 if TYPE_CHECKING:
     from bnfold.torch.calls import ModuleCalls
 
-__all__ = ["HOMELESS", "Origin", "bind_linears", "choose", "origin_of", "roots_of"]
-
-HOMELESS = "its module is not held by the model; make it an attribute, or keep it in an nn.ModuleList"
+__all__ = ["Origin", "bind_linears", "choose", "origin_of", "roots_of"]
 
 
 def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode], calls: ModuleCalls) -> None:
@@ -60,7 +59,7 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator, calls: Module
     assert item.linear is not None
     frame = item.call.frame
     if frame.module is not None and frame.path is None:
-        return item.refuse(HOMELESS)
+        return item.refuse(reasons.HOMELESS())
     found, computed = origin_of(item.weight), ""
     if found.factors or not found.value.slots:
         computed = _how_computed(item, item.weight)
@@ -70,23 +69,21 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator, calls: Module
         return _bind_code(item, evaluator, calls)
     origin = found.value
     if not item.weight.constant and not computed:
-        return item.refuse("its weight changes while the model runs")
+        return item.refuse(reasons.WEIGHT_CHANGES(role="weight"))
     if not _is_plain(origin):
-        return item.refuse("its weight is no ordinary tensor of numbers")
+        return item.refuse(reasons.NOT_ORDINARY())
     slot = Slot(frame.path or "", "weight", "parameter") if computed else choose(origin, frame)
     if slot is None:
         names = " and ".join(f"`{s.name}`" for s in origin.slots[:3])
-        return item.refuse(
-            f"its weight is held by {names} at once, and its code does not tell which is meant"
-        )
+        return item.refuse(reasons.HELD_BY_SEVERAL(names=names))
     bias, bias_scaling = _bind_bias(model, item, slot), None
     if item.bias is not None and isinstance(bias, Slot):
         bias_scaling = origin_of(item.bias).scaling(evaluator)
         if bias_scaling is None or np.any(bias_scaling == 0):
-            bias = "its bias is computed while the model runs"
+            bias = reasons.WEIGHT_COMPUTED(role="bias")
     part = found.part
     if part is not None and item.bias is None and isinstance(bias, Slot):
-        bias = f"its weight is a part of `{slot.name}`"
+        bias = reasons.PART(name=slot.name)
     if isinstance(bias, str):
         if item.bias is not None:
             return item.refuse(bias)
@@ -112,7 +109,7 @@ def _bind_code(item: DraftNode, evaluator: Evaluator, calls: ModuleCalls) -> Non
     """
     assert item.weight is not None
     assert item.linear is not None
-    computed = "its weight is computed while the model runs"
+    computed = reasons.WEIGHT_COMPUTED(role="weight")
     known = [value for value in (item.weight, item.bias) if value is not None]
     roots = [root for value in known for root in slots_of(value).values()]
     if not all(value.constant and slots_of(value) for value in known) or any(
@@ -125,7 +122,7 @@ def _bind_code(item: DraftNode, evaluator: Evaluator, calls: ModuleCalls) -> Non
         check_form(item.linear, item.op, item.call.made[0].rank)
         host = calls.find([item.name], item.inputs[0], item.outputs[0], {})
     except Refuse as refusal:
-        return item.refuse(f"{computed}, and {refusal}")
+        return item.refuse(reasons.WEIGHT_COMPUTED_AS(role="weight", because=refusal))
     except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
         return item.refuse(computed)
     code = (item.weight, item.bias, host)
@@ -140,11 +137,11 @@ def check_form(linear: Linear, op: str, rank: int) -> None:
     """Refuse what no module of torch.nn computes, or what is no operator by itself."""
     window = linear.window
     if op not in ("Gemm", "MatMul", "Conv") or (op == "Conv" and (window is None or window.pads is None)):
-        raise Refuse("no module of torch.nn computes it alone")
+        raise Refuse(reasons.NOT_ALONE())
     if window is None and {linear.in_axis, linear.out_axis} != {rank - 1}:
-        raise Refuse("torch has no module for a matrix along another axis than the last")
+        raise Refuse(reasons.LAST_AXIS())
     if window is not None and any(before != after for before, after in window.pads or ()):
-        raise Refuse("torch's convolutions pad alike on both sides")
+        raise Refuse(reasons.PADS_UNEVENLY())
 
 
 def _how_computed(item: DraftNode, origin: Value) -> str:
@@ -170,13 +167,13 @@ def _bind_bias(model: nn.Module, item: DraftNode, weight: Slot) -> Slot | str | 
     if item.bias is not None:
         origin = origin_of(item.bias)
         if not item.bias.constant or not origin.value.slots or origin.transposed:
-            return "its bias is computed while the model runs"
-        return choose(origin.value, frame) or "its bias is held by several modules at once"
+            return reasons.WEIGHT_COMPUTED(role="bias")
+        return choose(origin.value, frame) or reasons.BIAS_OF_SEVERAL()
     assert item.linear is not None
     module = frame.module
     if module is not None and weight.name == f"{frame.path}.weight" and getattr(module, "bias", 0) is None:
         return Slot(weight.module, "bias", "parameter")
-    nobody = f"the code of `{frame.path or type(model).__name__}` gives it no bias"
+    nobody = reasons.NO_BIAS(where=frame.path or type(model).__name__)
     return item.linear.biasless or nobody
 
 
@@ -213,8 +210,8 @@ def _check_reads(trace: Trace, item: DraftNode, used: Mapping[int, str]) -> None
         for root in roots_of(value):
             taken = root in used and root not in scales and not alone
             if taken or _changes(trace, root):
-                how = f"is read by `{used[root]}` as well" if taken else "changes while the model runs"
-                item.refuse(f"its {what} {how}")
+                row = reasons.READ_AS_WELL if taken else reasons.WEIGHT_CHANGES
+                item.refuse(row(role=what, who=used.get(root)))
                 return
 
 
@@ -243,7 +240,7 @@ def _check_sharing(linears: list[DraftNode]) -> None:
         clashes = [(one, other) for one, other in permutations(kinds, 2) if _meet(one[0], other[0])]
         for one, other in clashes:
             for item in kinds[one]:
-                item.refuse(f"`{name}` is used in another way by `{kinds[other][0].name}`")
+                item.refuse(reasons.OTHER_WAY(name=name, other=kinds[other][0].name))
 
 
 def _meet(first: Part | None, second: Part | None) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from bnfold import reasons
 from bnfold.torch.draft import DraftNode
 from bnfold.torch.modules import TAILS
 from bnfold.torch.trace import Frame
@@ -85,7 +86,7 @@ def _stand_in(item: DraftNode, value: str, resolve: Callable[[str], str]) -> nn.
 def obstacle(frame: Frame) -> str:
     """Why a module call cannot become another one, whatever it computes."""
     if type(frame.module).__call__ is not nn.Module.__call__:
-        return "its class has a `__call__` of its own"
+        return reasons.OWN_CALL()
     if not frame.plain:
-        return "it is called with more than one argument, or returns more than one tensor"
-    return "its code does not always do the same" if frame.data_dependent else ""
+        return reasons.NOT_PLAIN()
+    return reasons.NOT_ALWAYS() if frame.data_dependent else ""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnfold import reasons
 from bnfold.algebra import Affine, Array
 from bnfold.errors import Refuse
 from bnfold.ir import Node
@@ -298,13 +299,13 @@ def check_fit(model: nn.Module, reading: Reading) -> Callable[[Node], str]:
         if like.device.type == "meta":
             return ""
         if like.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            return f"its weight is stored as {str(like.dtype).removeprefix('torch.')}"
+            return reasons.STORED_AS(dtype=str(like.dtype).removeprefix("torch."))
         if like.dtype != torch.float16 and _is_moderate(node) and place.bias_scaling is None:
             return ""
         weight, bias = _fold(model, place, node)
         for what, array in (("weight", weight), ("bias", bias)):
             if array is not None and not torch.isfinite(round_like(array, like)).all():
-                return f"its {what} would overflow {str(like.dtype).removeprefix('torch.')}"
+                return reasons.OVERFLOWS(role=what, dtype=str(like.dtype).removeprefix("torch."))
         return ""
 
     return fits

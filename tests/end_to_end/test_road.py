@@ -1,13 +1,17 @@
-"""The whole road as a reader walks it: the commands of the README in an empty folder, and the README's own code."""
+"""The whole road as a reader walks it: the commands of the README in an empty folder, and the code of the pages."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "docs/first_steps.md", "docs/why.md", *(f"docs/guides/{name}.md" for name in (
+    "fold_a_file", "fold_a_module", "in_ci", "before_quantisation", "for_the_lecture",
+))]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +54,31 @@ def test_the_readme_shows_what_the_fold_prints(road):
     assert re.sub(r"[0-9]", "0", said) == re.sub(r"[0-9]", "0", shown)
 
 
-def test_the_python_of_the_readme_runs(road, monkeypatch):
-    monkeypatch.chdir(road)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+def test_the_readme_is_short_and_has_the_road_in_one_piece():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    commands = [line for line in lines if line.startswith(("make ", "python -m "))]
+    assert [line.partition("  ")[0] for line in commands[:5]] == [
+        "make demo", "make test", "python -m train", "python -m bnfold.fold ckpt.pt", "python -m export",
+    ]  # fmt: skip
+
+
+def test_every_guide_is_read_here():
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert {page for page in found if "```python" in (ROOT / page).read_text(encoding="utf-8")} <= {*PAGES}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs(page, road, tmp_path, monkeypatch):
+    """From top to bottom, in a folder of its own with the files of the road."""
+    copytree(road, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, page, "exec"), names)
 
 
 def test_the_map_of_the_repository_is_up_to_date():
