@@ -130,6 +130,10 @@ TRAINING = Reason(
     "Call `model.eval()` before folding. If it is meant to normalise by the batch, it is no affine map, "
     "and has to stay.",
 )
+TRAINING_PROGRAM = Reason(
+    "it was exported in training mode and normalises by the batch; call model.eval() and export again",
+    "A program has no mode to change: export the model after `model.eval()`.",
+)
 TRAINING_NODE = Reason(
     "it is in training mode (training_mode=1) and normalises by the batch; export the model in eval mode",
     "Call `model.eval()` before exporting, and do not export with `training=TrainingMode.TRAINING`.",

@@ -27,7 +27,7 @@ from bnfold.algebra import Affine, Array, Linear, widen
 from bnfold.errors import Refuse
 from bnfold.ir import Dim, Node, Shape
 
-__all__ = ["TABLE", "Row", "Surroundings", "find"]
+__all__ = ["TABLE", "Row", "Surroundings", "find", "without_row"]
 
 LARGEST = 1 << 24
 """An affine that would have to be written out in more numbers than this goes no further."""
@@ -115,8 +115,19 @@ def find(node: Node) -> Row:
     """
     row = TABLE.get(node.op)
     if row is None:
-        raise Refuse(reasons.NOT_LINEAR(node=node))
+        raise Refuse(without_row(node))
     return row
+
+
+_UNFOLLOWED = frozenset(
+    ["addbmm", "addmm", "baddbmm", "bmm", "cumsum", "CumSum", "index_add", "lerp", "tensordot", "trapezoid"]
+)
+"""Operators without a row that are linear in each of their operands, so that "not linear" would be no reason."""
+
+
+def without_row(node: Node) -> str:
+    """Why no affine map passes an operator that the table does not have."""
+    return reasons.NOT_FOLLOWED(node=node) if node.op in _UNFOLLOWED else reasons.NOT_LINEAR(node=node)
 
 
 def sign_of(node: Node, place: int) -> float:

@@ -36,7 +36,7 @@ from bnfold.duplicate import copy_producers, original
 from bnfold.errors import InputError, Refuse
 from bnfold.ir import Graph, Node, Shape
 from bnfold.report import Outcome, Verdict
-from bnfold.rules import TABLE, find, sign_of
+from bnfold.rules import TABLE, find, sign_of, without_row
 
 __all__ = ["HALVES", "Options", "Plan", "travel"]
 
@@ -169,7 +169,7 @@ class _Driver:
             row = TABLE.get(node.op)
             way = ends.get(node.outputs[0]) if row is not None and row.carries else None
             if row is None:
-                way = reasons.NOT_LINEAR(node=node)
+                way = without_row(node)
             if way:
                 ends.update(dict.fromkeys(node.inputs, way))
         return ends

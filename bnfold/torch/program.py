@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from bnfold import reasons
 from bnfold.archive import name_stranger
 from bnfold.errors import InputError, UnreadableModel
 from bnfold.exclusive import exclusive
@@ -113,6 +114,11 @@ def fold_program(program: ExportedProgram, **options: Any) -> tuple[ExportedProg
     recompose(module)
     _make_modules(module)
     folded, report = fold(module, (args, kwargs), inplace=True, **{**options, "merge": False})
+    verdicts = (
+        replace(each, reason=each.reason.replace(reasons.TRAINING(), reasons.TRAINING_PROGRAM()))
+        for each in report.verdicts
+    )
+    report = replace(report, verdicts=tuple(verdicts))
     try:
         again = torch.export.export(folded, args, kwargs, dynamic_shapes=dynamic)
     except Exception as error:
