@@ -142,6 +142,10 @@ TRAINING_OUTPUTS = Reason(
     "it has more than one output, so it is in training mode; export the model in eval mode",
     "Export the model in eval mode; older operator sets say by the number of outputs that they train.",
 )
+NORM_QUANTISED = Reason(
+    "it is quantised; fold the model before it is quantised",
+    "Fold first, then quantise: `docs/guides/before_quantisation.md`.",
+)
 UNTRACKED = Reason(
     "it keeps no running statistics and normalises by the batch even in eval (track_running_stats=False)",
     "Train with `track_running_stats=True`; what normalises by the batch is no affine map.",

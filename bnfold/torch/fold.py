@@ -82,6 +82,8 @@ def fold(
         UnreadableModel: the module cannot be run on the example inputs, or not copied.
         NotEquivalent: the folded module computes something else. With `inplace` it has been edited by then.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UnreadableModel("DistributedDataParallel copies buffers in every pass; fold its `module`")
     reading, plan, merged = decide(model, example_inputs, Options(**options))
     size = _count(model)
     comparison = _compare(model, example_inputs, reading, plan, merged, inplace) if verify else None

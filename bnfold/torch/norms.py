@@ -273,6 +273,8 @@ def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> li
         elif path not in ran:
             who = used.get(path)
             reason = reasons.NOT_CALLED(who=who) if who else reasons.NOT_RUN()
+        elif "quantized" in type(module).__module__.split("."):
+            reason = reasons.NORM_QUANTISED()
         elif module.training:
             reason = reasons.TRAINING()
         else:

@@ -52,7 +52,9 @@ def test_every_document_that_a_way_out_names_exists():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_no_two_reasons_say_the_same():
+def test_no_two_reasons_say_the_same_or_are_of_one_name():
+    names = re.findall(r"^(\w+) = Reason\(", Path(reasons.__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(names) == sorted(ROWS)
     assert len({row.says for row in ROWS.values()}) == len(ROWS)
 
 

@@ -420,7 +420,9 @@ def test_the_document_names_every_operator_and_shows_pictures_that_exist() -> No
     assert shown == {f"pictures/travel/{path.name}" for path in (folder / "pictures" / "travel").iterdir()}
 
 
-@pytest.mark.parametrize(("op", "says"), [("bmm", "is not followed, though it is linear"), ("Tanh", "is not linear")])
+@pytest.mark.parametrize(
+    ("op", "says"), [("bmm", "is not followed, though it is linear"), ("Tanh", "is not linear")]
+)
 def test_a_linear_operator_without_a_row_is_not_called_anything_else(op, says):
     with pytest.raises(Refuse, match=says):
         find(Node("n", op, ("x",), ("y",)))

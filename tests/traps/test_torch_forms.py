@@ -614,3 +614,25 @@ def test_a_scale_goes_up_through_a_norm_and_its_shift_stays(order, keepdim):
     _, report = fold(model.eval(), torch.randn(2, 3, 6, 6))
     assert [(v.outcome, v.into) for v in report.verdicts] == [("scale folded", ("conv",))]
     assert report.verified
+
+
+class QuantizedBatchNorm(nn.Module):
+    """What torch's quantisation makes of a BatchNorm, by its place; such a module says that it is training."""
+
+    __module__ = "torch.ao.nn.quantized.modules.batchnorm"
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.randn(channels))
+        self.register_buffer("running_var", torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        return torch.fake_quantize_per_tensor_affine(
+            (x - self.running_mean[:, None, None]), 0.1, 0, -128, 127
+        )
+
+
+def test_a_quantised_batchnorm_is_not_told_to_go_to_eval_mode():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), QuantizedBatchNorm(4).train())
+    verdicts = fold(net, (IMAGES,))[1].verdicts
+    assert [v.reason for v in verdicts] == ["it is quantised; fold the model before it is quantised"]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnfold.errors import Refuse
+from bnfold.errors import Refuse, UnreadableModel
+from bnfold.torch.fold import fold
 from bnfold.torch.read import read
 
 IMAGES = torch.randn(2, 4, 6, 6)
@@ -162,3 +163,9 @@ def test_the_steps_leave_out_modules_and_the_nodes_that_are_gone():
     left = calls.steps({"b"}, {added.name: added.inputs[0]})
     assert [step.label for step in left] == ["conv2d", "tanh", "return"]
     assert left[1].sources == (0,)
+
+
+def test_a_wrapper_that_copies_buffers_in_every_pass_names_the_module_in_it(monkeypatch):
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", nn.Sequential)
+    with pytest.raises(UnreadableModel, match="fold its `module`"):
+        fold(nn.Sequential(nn.Linear(3, 3)), (torch.randn(2, 3),))
