@@ -74,8 +74,14 @@ class _Finder:
             place = place_of(self.model, self.trace, self.items, lines) if name else ""
             if isinstance(place, FormulaPlace):
                 one = _replace(lines[0], list(lines))
-                one.affine, one.place, one.site = _compose(lines), place, name
+                one.affine, one.place, one.site = _compose(lines), place, self._owner(place) or name
                 self._put(one, lines)
+
+    def _owner(self, place: FormulaPlace) -> str:
+        """The BatchNorm that holds all numbers of a formula, without being called."""
+        owners = {slot.module for slot in place.slots.values()}
+        owner = next(iter(owners)) if len(owners) == 1 else ""
+        return owner if owner and calls_itself_batchnorm(self.model.get_submodule(owner)) else ""
 
     def _put(self, one: DraftNode, head: Sequence[DraftNode]) -> None:
         """Let one node stand where the parts of an affine map did."""

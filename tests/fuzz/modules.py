@@ -172,16 +172,81 @@ def functional(s: Sketch) -> None:
 
 
 def by_hand(s: Sketch) -> None:
-    """The formula of a BatchNorm, written on its buffers."""
-    first, second = s.conv(), s.norm()
+    """The formula of a BatchNorm, in some spelling, written on its buffers or on those of one that is called, too."""
+    first, second = s.conv(), s.norm() if s.chance(0.7) else s.earlier(*NORMS)
+    spelling = s.choose("divided", "inverse", "ahead", "at once")
 
     def run(m: Drawn, x: Tensor) -> Tensor:
         n = m.layers[second]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        y = (m.layers[first](x) - n.running_mean.view(shape)) / torch.sqrt(n.running_var + n.eps).view(shape)
-        return y if n.weight is None else y * n.weight.view(shape) + n.bias.view(shape)
+        mean, variance = n.running_mean.view(shape), n.running_var.view(shape) + n.eps
+        gain, bias = (None if t is None else t.view(shape) for t in (n.weight, n.bias))
+        h = m.layers[first](x)
+        if spelling == "ahead" and gain is not None:
+            scale = gain / variance.sqrt()
+            return h * scale + (bias - mean * scale)
+        y = (h - mean) * variance**-0.5 if spelling == "inverse" else (h - mean) / torch.sqrt(variance)
+        if gain is None:
+            return y
+        return torch.addcmul(bias, y, gain) if spelling == "at once" else y * gain + bias
 
     s.step(run)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / (weight.square().mean() + 0.1).sqrt()
+        return self._conv_forward(x, weight, self.bias)
+
+
+def computed(s: Sketch) -> None:
+    """A convolution that computes its weight, now and then from the weight of another one, and a BatchNorm."""
+    if s.rank != 4:
+        raise Unsuitable
+    more = {"bias": s.chance(0.6), "padding": 1, "groups": s.choose(1, 2)}
+    place, norm = s.hold(s.seeded(lambda: Standardised(CHANNELS, CHANNELS, 3, **more))), s.norm()
+    if s.chance(0.2):
+        other = s.module.layers[s.earlier(nn.Conv2d)].weight
+        if isinstance(other, nn.Parameter) and other.shape == s.module.layers[place].weight.shape:
+            s.module.layers[place].weight = other
+    s.step(lambda m, x: m.layers[norm](m.layers[place](x)))
+
+
+def parts(s: Sketch) -> None:
+    """Two linear layers whose weights and biases are parts of one, apart or not, and a BatchNorm between them."""
+    place, norm = s.hold(s.seeded(lambda: nn.Linear(CHANNELS, 3 * CHANNELS))), s.norm()
+    starts, whole = s.choose((0, 4), (8, 0), (0, 0), (1, 3)), s.chance(0.1)
+
+    def run(m: Drawn, x: Tensor) -> Tensor:
+        layer, rows = m.layers[place], [slice(start, start + CHANNELS) for start in starts]
+        y = F.linear(x.movedim(1, -1), layer.weight[rows[0]], layer.bias[rows[0]]).movedim(-1, 1)
+        y = m.layers[norm](y).movedim(1, -1)
+        y = F.linear(y, layer.weight[rows[1]], layer.bias[rows[1]]).movedim(-1, 1)
+        return y * layer.weight.mean() if whole else y
+
+    s.step(run)
+
+
+def bilinear(s: Sketch) -> None:
+    """A bilinear form of two values, or of one with itself, and a BatchNorm."""
+    place = s.hold(s.seeded(lambda: nn.Bilinear(CHANNELS, CHANNELS, CHANNELS, bias=s.chance(0.6))))
+    norm, other = s.norm(), s.choose(-1, -2, -3)
+
+    def run(m: Drawn, values: Values, flag: bool) -> Tensor:
+        x, y = read(values, -1), read(values, other)
+        y = y if y.shape == x.shape else x.sin()
+        return m.layers[norm](m.layers[place](x.movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1))
+
+    s.module.parts.append(run)
+
+
+def windows(s: Sketch) -> None:
+    """The means of the windows of an axis."""
+    step = s.choose(1, 2)
+    s.step(lambda m, x: x.unfold(-1, 2, step).mean(-1) if x.shape[-1] > 3 else x)
 
 
 def parametrised(s: Sketch) -> None:
@@ -414,6 +479,10 @@ FEATURES: Features = {
     "functional": (2, functional),
     "by hand": (2, by_hand),
     "parametrised": (1, parametrised),
+    "computed": (1, computed),
+    "parts": (1, parts),
+    "bilinear": (1, bilinear),
+    "windows": (1, windows),
     "hooked": (2, hooked),
     "linear": (3, linear),
     "recurrent": (2, recurrent),

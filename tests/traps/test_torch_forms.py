@@ -314,7 +314,9 @@ def test_of_a_batchnorm_and_a_formula_in_a_row_one_takes_the_other_in():
 
 
 KEPT = {
-    "read by other code": lambda n, h: SPELLINGS["the lecture's"](n, h) + n.gain,
+    "read by other code": lambda n, h: SPELLINGS["the lecture's"](n, h).sin() * n.gain,
+    "one number in two roles": lambda n, h: SPELLINGS["the lecture's"](n, h) + n.gain,
+    "twice the gain": lambda n, h: torch.addcmul(n.bias, (h - n.mean) / n.std, n.gain, value=2),
     "another formula": lambda n, h: SPELLINGS["by a root"](n, SPELLINGS["by a root"](n, h).tanh()),
     "a power of two": lambda n, h: (h - n.mean) / torch.sqrt(n.var + 1e-5).exp2() * n.gain + n.bias,
 }
