@@ -127,11 +127,12 @@ def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tenso
         if place.computed and f"{place.weight.module}.weight" in state:
             settle_weight(module, place.computed)
             module.register_parameter("weight", nn.Parameter(torch.empty_like(state[place.weight.name])))
-        if place.bias is not None and place.bias.name in state:
+        if place.bias is not None and place.bias.whole in state:
             owner = model.get_submodule(place.bias.module)
             if getattr(owner, place.bias.attribute) is None:
+                vars(owner).pop(place.bias.attribute, None)
                 owner.register_parameter(
-                    place.bias.attribute, nn.Parameter(torch.empty_like(state[place.bias.name]))
+                    place.bias.attribute, nn.Parameter(torch.empty_like(state[place.bias.whole]))
                 )
     put_merged(model, operators)
     _give_biases(model, merged, state)

@@ -3,6 +3,10 @@
 An operator is bound to the parameter that its weight is, through casts and transposes, or to the module whose
 parametrization or hook computes it. Where a bias can be added, it is bound to the place of that.
 
+**Parts.** Code may take a part of a parameter (octave convolutions, slimmable nets, matrices in a stack): slices, one
+of many, splits. Each part is a place of its own, and the rest of the parameter stays as it is. Parts that overlap are
+used in different ways, and stay. A bias of the same rows can be added where no other part has those rows, too.
+
 **Scaled weights.** Code may multiply a parameter by constants on every pass (the mask of a pruned net, the constant of
 an equalised learning rate). Rows and columns are scaled by what is written into the parameter, before the code
 multiplies: `(a W b) * c = a (W * c) b`, whatever zeros c has. A bias takes a sum, so it is divided by its constant
@@ -17,17 +21,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnfold.algebra import Array
+from bnfold.algebra import Array, Linear
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import DraftNode, LinearPlace
-from bnfold.torch.tensors import Slot, inside
+from bnfold.torch.lower import bind
+from bnfold.torch.tensors import Part, Slot, inside
 from bnfold.torch.trace import Call, Frame, Trace, Value
 
 __all__ = ["HOMELESS", "Origin", "bind_linears", "choose", "origin_of", "roots_of"]
@@ -43,7 +49,9 @@ def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> 
     used = _other_reads(trace, items)
     for item in linears:
         _check_reads(trace, item, used)
-    _check_sharing([item for item in linears if item.linear is not None])
+    linears = [item for item in linears if item.linear is not None]
+    _check_new_biases(linears)
+    _check_sharing(linears)
 
 
 def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
@@ -65,7 +73,7 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
         return item.refuse("its weight changes while the model runs")
     if not _is_plain(origin):
         return item.refuse("its weight is no ordinary tensor of numbers")
-    slot = Slot(frame.path or "", "weight", "parameter") if computed else choose(origin, frame)
+    slot = Slot(frame.path or "", "weight", "parameter") if computed else found.slot(frame)
     if slot is None:
         names = " and ".join(f"`{s.name}`" for s in origin.slots[:3])
         return item.refuse(
@@ -88,7 +96,8 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator) -> None:
         item.place = replace(item.place, scaling=scaling)
     if item.bias is not None and origin_of(item.bias).factors:
         item.place = replace(item.place, bias_scaling=bias_scaling)
-    item.site = slot.module if slot.attribute == "weight" and slot.module else slot.name
+    alone = slot.attribute == "weight" and slot.module and not slot.part
+    item.site = slot.module if alone else slot.name
     return None
 
 
@@ -116,13 +125,21 @@ def _bind_bias(model: nn.Module, item: DraftNode, weight: Slot) -> Slot | str | 
         origin = origin_of(item.bias)
         if not item.bias.constant or not origin.value.slots or origin.transposed:
             return "its bias is computed while the model runs"
-        return choose(origin.value, frame) or "its bias is held by several modules at once"
+        return origin.slot(frame) or "its bias is held by several modules at once"
     assert item.linear is not None
     module = frame.module
-    if module is not None and weight.name == f"{frame.path}.weight" and getattr(module, "bias", 0) is None:
-        return Slot(weight.module, "bias", "parameter")
+    if module is not None and weight.whole == f"{frame.path}.weight" and getattr(module, "bias", 0) is None:
+        return _new_bias(item.linear, weight, origin_of(item.weight).transposed if item.weight else False)
     nobody = f"the code of `{frame.path or type(model).__name__}` gives it no bias"
     return item.linear.biasless or nobody
+
+
+def _new_bias(linear: Linear, weight: Slot, transposed: bool) -> Slot | str:
+    """Where a module that has no bias would hold one."""
+    rows = weight.part[:1]
+    if weight.part and (transposed or linear.order != "oi" or not isinstance(rows[0], range)):
+        return "its weight is a part of a parameter, beside which there is no bias"
+    return Slot(weight.module, "bias", "parameter", rows)
 
 
 def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
@@ -175,18 +192,40 @@ def _changes(trace: Trace, root: int) -> bool:
 
 
 def _check_sharing(linears: list[DraftNode]) -> None:
-    """Refuse operators that store one parameter in different ways."""
-    uses: dict[str, list[DraftNode]] = {}
+    """Refuse operators that store one parameter, or the same numbers of one, in different ways."""
+    uses: dict[str, dict[Any, tuple[Slot, list[DraftNode]]]] = {}
     for item in linears:
         assert isinstance(item.place, LinearPlace)
         for slot in (item.place.weight, item.place.bias):
             if slot is not None:
-                uses.setdefault(slot.name, []).append(item)
-    clashes = [(name, items) for name, items in uses.items() if len({_kind(item) for item in items}) > 1]
-    for name, items in clashes:
+                users = uses.setdefault(slot.whole, {}).setdefault((slot, _kind(item)), (slot, []))
+                users[1].append(item)
+    pairs = [pair for each in uses.values() for pair in permutations(each.values(), 2)]
+    clashes = [(slot, items, others[0]) for (slot, items), (other, others) in pairs if slot.overlaps(other)]
+    for slot, items, other in clashes:
         for item in items:
-            other = next(other for other in items if other is not item)
-            item.refuse(f"`{name}` is used in another way by `{other.name}`")
+            if item.linear is not None:
+                item.refuse(f"`{slot.name}` is used in another way by `{other.name}`")
+
+
+def _check_new_biases(linears: list[DraftNode]) -> None:
+    """Let none be added of which two parts of a weight would read the same numbers."""
+    new: dict[str, dict[str, tuple[Slot, list[DraftNode]]]] = {}
+    for item in linears:
+        assert isinstance(item.place, LinearPlace)
+        slot = item.place.bias
+        if item.bias is None and slot is not None and item.place.weight.part:
+            users = new.setdefault(slot.whole, {}).setdefault(item.place.weight.name, (slot, []))
+            users[1].append(item)
+    for parts in new.values():
+        slots = [slot for slot, _ in parts.values()]
+        if any(one.overlaps(other) for one, other in combinations(slots, 2)):
+            for item in (item for _, items in parts.values() for item in items):
+                assert item.linear is not None
+                assert isinstance(item.place, LinearPlace)
+                reason = "a bias of its module would be that of several parts of its weight"
+                item.linear = replace(item.linear, biasless=reason)
+                item.place = replace(item.place, bias=None)
 
 
 def _kind(item: DraftNode) -> Any:
@@ -240,17 +279,20 @@ class Origin:
     Attributes:
         value: a parameter or buffer; the value itself where it is not one of those, scaled.
         transposed: whether it was transposed on the way.
+        part: what of it is taken, along its own axes; empty for all.
         factors: by what it was multiplied, or divided where the first flag says so; laid out as the parameter is, or
             as its transpose where the second one does.
     """
 
     value: Value
     transposed: bool = False
+    part: Part = ()
     factors: tuple[tuple[Any, bool, bool], ...] = ()
 
     def scaling(self, evaluator: Evaluator) -> Array | None:
-        """The product of all factors, as large as the parameter; None where it is not known or not finite."""
-        whole = np.ones(self.value.shape)
+        """The product of all factors, as large as what is taken; None where it is not known or not finite."""
+        shape = self.shape
+        whole = np.ones(shape)
         try:
             with np.errstate(all="ignore"):
                 for factor, divides, turned in self.factors:
@@ -261,7 +303,33 @@ class Origin:
                     whole = whole / array if divides else whole * array
         except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
             return None
-        return whole if whole.shape == self.value.shape and np.isfinite(whole).all() else None
+        return whole if whole.shape == shape and np.isfinite(whole).all() else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is taken of the parameter."""
+        axes = self.part or tuple(map(range, self.value.shape))
+        return tuple(len(part) for part in axes if isinstance(part, range))
+
+    def slot(self, frame: Frame) -> Slot | None:
+        """The place that the code of a frame means; None where that cannot be told."""
+        slot = choose(self.value, frame)
+        return None if slot is None else replace(slot, part=self.part)
+
+    def within(self, axis: int, taken: range | int) -> Origin | None:
+        """The same, but of what this is, some places of one axis; None where that is not covered."""
+        shape, axis = self.shape, 1 - axis if self.transposed else axis
+        if self.factors or (self.transposed and isinstance(taken, int)):
+            return None
+        part = list(self.part or map(range, self.value.shape))
+        place = [at for at, one in enumerate(part) if isinstance(one, range)][axis]
+        own = part[place]
+        assert isinstance(own, range)
+        part[place] = own[taken] if isinstance(taken, int) else own[taken.start : taken.stop : taken.step]
+        whole = len(part) == len(shape) and all(
+            one == range(size) for one, size in zip(part, self.value.shape, strict=True)
+        )
+        return replace(self, part=() if whole else tuple(part))
 
 
 def origin_of(weight: Value) -> Origin:
@@ -277,11 +345,41 @@ def _trace_back(value: Value) -> Origin | None:
         return None
     if call.label in ("mul", "div", "neg"):
         return _product_of(value, call)
+    if call.label in _PARTS:
+        return _part_of(value, call)
     turns = value.rank == 2 and (call.label == "t" or (call.label in _SWAPS and _is_turn(call.args[1:])))
     if len(call.reads) != 1 or not (turns or call.label in _PLAIN_STEPS):
         return None
     found = _trace_back(next(iter(call.reads.values())))
     return found if found is None or not turns else replace(found, transposed=not found.transposed)
+
+
+_PARTS = ("slice", "select", "split", "split_with_sizes", "unbind")
+
+
+def _part_of(value: Value, call: Call) -> Origin | None:
+    """A part of a parameter."""
+    given = bind(call)
+    source, place = given["self"], next(at for at, one in enumerate(call.made) if one is value)
+    found = _trace_back(source)
+    if found is None:
+        return None
+    axis = given["dim"] % source.rank
+    return found.within(axis, _taken(call.label, range(source.shape[axis]), place, given))
+
+
+def _taken(label: str, size: range, place: int, given: dict[str, Any]) -> range | int:
+    """Which places of an axis are taken."""
+    if label == "slice":
+        return size[given["start"] : given["end"] : int(given["step"])]
+    if label == "select":
+        return size[int(given["index"])]
+    if label == "unbind":
+        return place
+    if label == "split":
+        return size[place * int(given["split_size"]) : (place + 1) * int(given["split_size"])]
+    start: int = sum(given["split_sizes"][:place])
+    return size[start : start + int(given["split_sizes"][place])]
 
 
 def _product_of(value: Value, call: Call) -> Origin | None:

@@ -67,9 +67,7 @@ def _changed(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor | None]:
     """The tensors at the two slots; a computed weight as it is now."""
     module = model.get_submodule(place.weight.module)
-    bias = (
-        None if place.bias is None else getattr(model.get_submodule(place.bias.module), place.bias.attribute)
-    )
+    bias = None if place.bias is None else place.bias.read(model)
     if place.computed == "parametrization":
         held: Any = module.parametrizations
         weight = next(iter(held["weight"].parameters(recurse=False)))
@@ -78,7 +76,9 @@ def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor
             p for name, p in module._parameters.items() if p is not None and name.startswith("weight_")
         )
     else:
-        weight = getattr(module, place.weight.attribute)
+        held = place.weight.read(model)
+        assert held is not None
+        weight = held
     return weight, bias
 
 

@@ -29,7 +29,7 @@ from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
 from bnfold.torch.sandbox import copy_structure
 from bnfold.torch.stored import round_like, stored_numbers, stored_tensors, stored_weight
-from bnfold.torch.tensors import leaves
+from bnfold.torch.tensors import Slot, leaves
 from bnfold.travel import Plan
 
 __all__ = ["become", "check_fit", "settle_weight", "write"]
@@ -103,10 +103,11 @@ def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tenso
     new_weight, new_bias = _fold(model, place, node)
     if place.computed:
         settle_weight(module, place.computed)
-    made = [_put(module, place.weight.attribute, new_weight, weight)]
+    made = [_put(module, place.weight.attribute, new_weight, weight, place.weight)]
     if new_bias is not None and place.bias is not None:
         owner = model.get_submodule(place.bias.module)
-        made.append(_put(owner, place.bias.attribute, new_bias, weight if bias is None else bias))
+        like = weight if bias is None else bias
+        made.append(_put(owner, place.bias.attribute, new_bias, like, place.bias, len(made[0])))
     return made
 
 
@@ -161,9 +162,18 @@ def _fold(model: nn.Module, place: LinearPlace, node: Node) -> tuple[Array, Arra
     return (np.ascontiguousarray(weight.T) if place.transposed else weight), new_bias
 
 
-def _put(module: nn.Module, attribute: str, array: Array, like: Tensor) -> Tensor:
-    """Store numbers at a slot, with the dtype, device, layout and gradient setting of the tensor that was there."""
+def _put(
+    module: nn.Module, attribute: str, array: Array, like: Tensor, slot: Slot | None = None, rows: int = 0
+) -> Tensor:
+    """Store numbers at a slot, with the dtype, device, layout and gradient setting of the tensor that was there.
+
+    Beside a part of a tensor, all stays as it was, and is zero where there was none; then `rows` says how long it is.
+    """
     tensor = round_like(array, like)
+    if slot is not None and slot.part:
+        held = getattr(module, attribute)
+        part, tensor = tensor, tensor.new_zeros(rows) if held is None else held.detach().clone()
+        tensor[slot.index] = part
     if attribute in module._buffers:
         module._buffers[attribute] = tensor
     elif isinstance(vars(module).get(attribute), Tensor) and attribute not in module._parameters:
