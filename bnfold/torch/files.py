@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.archive import load_plain, name_stranger
+from bnfold.checkpoint import refuse_torchscript
 from bnfold.errors import InputError
 from bnfold.merge import Merged
 from bnfold.output import replacing
@@ -321,6 +322,7 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     name_stranger(path)
+    refuse_torchscript(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

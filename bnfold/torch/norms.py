@@ -10,13 +10,14 @@ A BatchNorm whose tensors other code reads as well is found, and refused: withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from bnfold.algebra import Affine
+from bnfold.torch.compiled import WAY_OUT, compiled_norms, holder_of
 from bnfold.torch.constants import slots_of
 from bnfold.torch.draft import DraftNode, NormPlace, readers_of
 from bnfold.torch.storage import HOMELESS, roots_of
@@ -253,10 +254,9 @@ def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> li
             continue
         if any(site.startswith(f"{path}.") for site in met):
             continue
-        compiled = next((p for p in _parents(path) if isinstance(modules[p], torch.jit.ScriptModule)), None)
-        if compiled is not None or isinstance(module, torch.jit.ScriptModule):
-            reason = f"it is compiled into the ScriptModule `{compiled or path}`; fold before scripting"
-        elif path not in ran:
+        if holder_of(path, modules) is not None:
+            continue
+        if path not in ran:
             who = used.get(path)
             reason = f"it is not called; the code of `{who}` uses its numbers" if who else _IDLE
         elif module.training:
@@ -266,7 +266,21 @@ def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> li
         one = absent(path, reason)
         one.name += " (not met)" if path in taken else ""
         missed.append(one)
-    return [*items, *missed, *_written_out(model, items, trace)]
+    return [*items, *missed, *_compiled(modules, taken), *_written_out(model, items, trace)]
+
+
+def _compiled(modules: Mapping[str, nn.Module], taken: set[str]) -> Iterator[DraftNode]:
+    """A verdict for each BatchNorm that is compiled, be it a module or an operator of a graph."""
+    paths = [
+        path
+        for path, module in modules.items()
+        if calls_itself_batchnorm(module) and holder_of(path, modules)
+    ]
+    for name in dict.fromkeys((*paths, *compiled_norms(modules))):
+        holder = holder_of(name, modules) or name
+        one = absent(name, f"it is compiled into the ScriptModule `{holder}`; {WAY_OUT}")
+        one.name += " (not met)" if name in taken else ""
+        yield one
 
 
 def _written_out(model: nn.Module, items: Sequence[DraftNode], trace: Trace) -> Iterator[DraftNode]:
@@ -344,9 +358,3 @@ def calls_itself_batchnorm(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return "batchnorm" in str(getattr(module, "original_name", "")).lower()
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or "batchnorm" in type(module).__name__.lower()
-
-
-def _parents(path: str) -> Iterator[str]:
-    while path:
-        path = path.rpartition(".")[0]
-        yield path
