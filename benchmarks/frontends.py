@@ -104,25 +104,34 @@ def reason_for(name: str) -> str:
 
 
 def fold_all_ways(name: str, model: Any, inputs: Any) -> Verdicts:
-    """Fold a module, and the files of it; one that cannot be exported has that instead."""
+    """Fold a module, and the files of it."""
     import bnfold
-    from benchmarks.onnx_folders import WAYS, export
-    from bnfold.torch.sandbox import arrange
+    from benchmarks.onnx_folders import WAYS
 
     folded = bnfold.fold(model, inputs, verify=False, runtime="any")[1]
     found = {f"{name}, module": of_module(folded.verdicts)}
-    args, kwargs = arrange(inputs)
     with tempfile.TemporaryDirectory() as folder:
         for way in WAYS:
-            path = Path(folder) / f"{way}.onnx"
-            try:
-                export(model, (*args, kwargs) if kwargs else args, path, way)
-            except Exception as error:
-                found[f"{name}, {way}"] = failure("not exported", f"{type(error).__name__}: {error}")
-                continue
-            report = bnfold.fold_file(path, None, verify=False, runtime="any")
-            found[f"{name}, {way}"] = of_file(report.verdicts, path)
+            found[f"{name}, {way}"] = export_and_fold(model, inputs, Path(folder) / f"{way}.onnx", way)
     return found
+
+
+def export_and_fold(model: Any, inputs: Any, path: Path, way: str) -> dict[str, Record]:
+    """Fold the file of a module; where the exporter fails, or writes what is not valid, that is said instead."""
+    import bnfold
+    from benchmarks.onnx_folders import export
+    from bnfold.errors import InputError
+    from bnfold.torch.sandbox import arrange
+
+    args, kwargs = arrange(inputs)
+    try:
+        export(model, (*args, kwargs) if kwargs else args, path, way)
+    except Exception as error:
+        return failure("not exported", f"{type(error).__name__}: {error}")
+    try:
+        return of_file(bnfold.fold_file(path, None, verify=False, runtime="any").verdicts, path)
+    except InputError as error:
+        return failure("not valid", str(error))
 
 
 def fold_net(name: str, net: str, gammas: str) -> Verdicts:
