@@ -231,3 +231,19 @@ def test_a_slimmed_convolution_is_given_a_bias_of_its_whole_width():
 
     folded, _ = check(nn.Sequential(Slim(6, 8, 3, bias=False), nn.BatchNorm2d(5)), IMAGES, folded=["1"])
     assert folded[0].bias.shape == (8,)
+
+
+def test_a_matrix_of_a_stack_that_a_number_of_the_input_picks_stays():
+    """On other inputs it would be another one, which is not scaled."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack, self.bias = nn.Parameter(torch.randn(2, 5, 6)), nn.Parameter(torch.randn(2, 5))
+            self.bn = nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            expert = int(x.sum() > 0)
+            return self.bn(F.linear(x, self.stack[expert], self.bias[expert]))
+
+    check(Experts(), WHITE, kept=["bn"])
