@@ -56,6 +56,7 @@ __all__ = [
     "identify",
     "is_checkpoint",
     "load",
+    "refuse_torchscript",
     "save",
 ]
 
@@ -404,6 +405,16 @@ def _identify_archive(archive: zipfile.ZipFile) -> Kind:
     return "checkpoint" if claimed else "torch archive"
 
 
+def refuse_torchscript(path: str | Path) -> None:
+    """Refuse an archive of compiled code, with the ways out.
+
+    Raises:
+        InputError: it is one.
+    """
+    if identify(path) == "torchscript":
+        raise InputError(f"{path} {_STRANGERS['torchscript']}")
+
+
 def _refuse_strangers(path: str | Path) -> None:
     kind = identify(path)
     if kind != "checkpoint":
@@ -415,7 +426,9 @@ _STRANGERS: dict[Kind, str] = {
     "torch archive": "is a torch archive (a state dict?) that does not describe its net; `bnfold fold` reads it with "
     "--model package.module:factory --input 1x3x224x224",
     "exported program": "is an exported program (.pt2); fold the module before exporting it",
-    "torchscript": "is a TorchScript archive; fold the module before scripting it",
+    "torchscript": "is a TorchScript archive, which holds code and is not loaded; if you trust it, fold the ONNX file "
+    "that torch.onnx.export(torch.jit.load(FILE), inputs, 'model.onnx', dynamo=False) writes, or save its state_dict() "
+    "and fold that with --model package.module:factory",
     "zip": "is a zip archive but none that torch.save writes; make a checkpoint with `python -m train`",
     "pickle": "is a bare pickle, which can run code when read; make a checkpoint with `python -m train`",
     "other": "is no checkpoint; make one with `python -m train`",

@@ -225,8 +225,10 @@ NOT_AFFINE = Reason(
     "It calls itself a BatchNorm and computes something else in eval mode; only an affine map can be folded.",
 )
 COMPILED = Reason(
-    "it is compiled into the ScriptModule `{path}`; fold before scripting",
-    "Fold the module that was scripted or traced, and script the result.",
+    "it is compiled into the ScriptModule `{path}`; fold the module before scripting, or the ONNX file that "
+    "torch.onnx.export writes of it with dynamo=False",
+    "Fold the module that was scripted or traced, and script the result; where there is only a file, "
+    "`torch.onnx.export(torch.jit.load(file), ..., dynamo=False)` gives one that folds.",
 )
 WRITTEN_OUT = Reason(
     "it is written out in the code of `{where}`; make it a module of its own",
@@ -678,8 +680,12 @@ ZEROS_OUTSIDE = Reason(
     "A deformable convolution takes the scale, and no shift: put the BatchNorm behind it, which folds whole.",
 )
 PART = Reason(
-    "its weight is a part of `{name}`",
-    "A layer that reads a part of a parameter gets no bias of its own. Give it one, or a parameter of its own.",
+    "its weight is the part `{name}` of a parameter, beside which there is no bias",
+    "A bias can be added where rows of a layer's weight are taken. Give the operator a bias, or a weight of its own.",
+)
+BIAS_OF_PARTS = Reason(
+    "a bias of its module would be that of several parts of its weight",
+    "Two operators that read parts of one weight would add one bias twice. Give each a layer of its own.",
 )
 WEIGHT_CHANGES = Reason(
     "its {role} changes while the model runs",

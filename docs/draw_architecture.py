@@ -28,7 +28,8 @@ PLACES: dict[tuple[str, str], str] = {
     (
         "torch",
         "import",
-    ): "read simplify norms formulas aliasing storage steps determinism naming tails calls trials alignment sizes idle",
+    ): "read simplify norms formulas aliasing storage steps determinism naming tails calls trials alignment sizes "
+    "idle compiled",
     ("torch", "write"): "write merging stored modules",
     ("torch", "run and compare"): "fold retrace sandbox double nudge choices",
     ("", "lower"): "canonical algebra window",

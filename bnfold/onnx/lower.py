@@ -54,6 +54,8 @@ def _table() -> dict[str, Lowering]:
         "Transpose": _transpose,
         "Slice": _slice,
         "Split": _split,
+        "SplitToSequence SequenceConstruct": _sequence,
+        "SequenceAt": _element,
         "Concat": _concat,
         "Tile": _tile,
         "DepthToSpace SpaceToDepth": _depth_to_space,
@@ -509,6 +511,57 @@ def _split(ref: NodeRef, context: ImportContext) -> Node:
         each = -(-size // parts)
         sizes = [min(each, size - each * part) for part in range(parts)]
     return _node(ref, [data], axis=axis, sizes=tuple(sizes))
+
+
+def _sequence(ref: NodeRef, context: ImportContext) -> Node | tuple[Node, ...]:
+    """A sequence from which known parts are taken is nothing by itself: each part is one of what it is made of."""
+    uses = context.whole.uses.get(ref.outputs[0], [])
+    takers = [use.ref if use.ref is not None and use.ref.op == "SequenceAt" else None for use in uses]
+    for taker in takers:
+        if taker is None:
+            return _opaque(ref, context)
+        _element(taker, context)
+    return () if takers else _opaque(ref, context)
+
+
+def _element(ref: NodeRef, context: ImportContext) -> Node:
+    """One part of a sequence: a value that was put into it, or a piece of the value that was split."""
+    maker, place = context.whole.makers[ref.inputs[0]], context.constants.integers(ref.inputs[1])
+    if place is None or len(place) != 1 or maker.results:
+        raise Unusual
+    if maker.op == "SequenceConstruct":
+        if maker.inputs[place[0]] in context.constants:
+            raise Unusual
+        return Node(ref.name, "Identity", (maker.inputs[place[0]],), tuple(ref.outputs))
+    data = _data(maker, context)
+    shape, options = context.shape(data), attributes(maker.node)
+    if maker.op != "SplitToSequence" or shape is None:
+        raise Unusual
+    axis = wrap(options.get("axis", 0), len(shape))
+    start, stop = _piece(maker, context, place[0], shape[axis])
+    if not options.get("keepdims", 1) and not _input(maker, 1):
+        return Node(
+            ref.name, "Gather", (data,), tuple(ref.outputs), {"axis": axis, "indices": np.int64(start)}
+        )
+    cut = [slice(None)] * len(shape)
+    cut[axis] = slice(start, stop, 1)
+    return Node(ref.name, "Slice", (data,), tuple(ref.outputs), {"slices": tuple(cut)})
+
+
+def _piece(maker: NodeRef, context: ImportContext, place: int, size: Dim) -> tuple[int, int]:
+    """Where a piece of a SplitToSequence begins and ends; one size is that of each piece, but for the last one."""
+    split = _input(maker, 1)
+    sizes = context.constants.integers(split) if split else [1]
+    if sizes is None or min(sizes) < 0:
+        raise Unusual
+    if not split or context.constants.dims(split) == ():
+        if not isinstance(size, int):
+            raise Unusual
+        sizes = [min(sizes[0], size - start) for start in range(0, size, sizes[0])]
+    if _differ(size, sum(sizes)):
+        raise Unusual
+    stop = sum(sizes[: place % len(sizes) + 1])
+    return stop - sizes[place], stop
 
 
 def _concat(ref: NodeRef, context: ImportContext) -> Node:

@@ -15,7 +15,6 @@ from bnfold.algebra import Affine, Array, Linear
 from bnfold.ir import Node
 from bnfold.torch.constants import Evaluator
 from bnfold.torch.lower import lower
-from bnfold.torch.tensors import Part
 from bnfold.torch.trace import Call, Slot, Trace, Value
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ class LinearPlace:
         scaling: what the code multiplies the stored weight by, laid out as that is; None where it takes it as it is.
         bias_scaling: what it multiplies the stored bias by; nowhere zero.
         code: the weight and bias that code computes, and the module in whose place the operator comes.
-        part, bias_part: which part of what is stored its weight and its bias are; None for all of it.
     """
 
     weight: Slot
@@ -47,8 +45,6 @@ class LinearPlace:
     scaling: Array | None = field(default=None, compare=False)
     bias_scaling: Array | None = field(default=None, compare=False)
     code: tuple[Value, Value | None, ModulePlace] | None = field(default=None, compare=False)
-    part: Part | None = None
-    bias_part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)

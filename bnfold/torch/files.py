@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.archive import load_plain, name_stranger
+from bnfold.checkpoint import refuse_torchscript
 from bnfold.errors import InputError
 from bnfold.ir import Node
 from bnfold.merge import Merged
@@ -141,11 +142,12 @@ def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tenso
         if place.computed and f"{place.weight.module}.weight" in state:
             settle_weight(module, place.computed)
             module.register_parameter("weight", nn.Parameter(torch.empty_like(state[place.weight.name])))
-        if place.bias is not None and place.bias.name in state:
+        if place.bias is not None and place.bias.whole in state:
             owner = model.get_submodule(place.bias.module)
             if getattr(owner, place.bias.attribute) is None:
+                vars(owner).pop(place.bias.attribute, None)
                 owner.register_parameter(
-                    place.bias.attribute, nn.Parameter(torch.empty_like(state[place.bias.name]))
+                    place.bias.attribute, nn.Parameter(torch.empty_like(state[place.bias.whole]))
                 )
     put_merged(model, operators)
     _give_biases(model, merged, state)
@@ -346,6 +348,7 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     name_stranger(path)
+    refuse_torchscript(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -28,7 +28,8 @@ Modules:
 Trees: `torch.utils._pytree` (`tree_map_only`, `tree_structure`, `tree_unflatten`).
 
 Exported programs, for `archive`: `torch._export.serde`, of it `schema`, `ExportedProgramDeserializer` and
-`_dict_to_dataclass`, which are given nothing but what `archive` has looked at.
+`_dict_to_dataclass`, which are given nothing but what `archive` has looked at. For `recompose`, of the core set of
+ATen: `_native_batch_norm_legit_no_training` and `_unsafe_view`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from bnfold.torch.constants import slots_of
 from bnfold.torch.trace import Call, Value
 from bnfold.window import Window
 
-__all__ = ["LOWERINGS", "Draft", "Lowering", "Opaque", "Statistics", "lower", "lowering"]
+__all__ = ["LOWERINGS", "Draft", "Lowering", "Opaque", "Statistics", "bind", "lower", "lowering"]
 
 
 class Draft(Protocol):
@@ -92,7 +92,7 @@ def lower(draft: Draft, call: Call) -> bool:
     if found is None or not call.made or not all(value.data or not value.constant for value in call.made):
         return False
     try:
-        arguments = _bind(call)
+        arguments = bind(call)
         first = [arguments.pop(name) for name in ("self", "input", "data") if name in arguments]
         found(draft, call, *first, **arguments)
     except Opaque:
@@ -100,8 +100,12 @@ def lower(draft: Draft, call: Call) -> bool:
     return True
 
 
-def _bind(call: Call) -> dict[str, Any]:
-    """The arguments by the names of the schema, with its defaults."""
+def bind(call: Call) -> dict[str, Any]:
+    """The arguments by the names of the schema, with its defaults.
+
+    Raises:
+        Opaque: it writes into tensors that it is given for that.
+    """
     schema = call.function._schema.arguments
     _need(not any(each.is_out for each in schema))
     defaults = {each.name: each.default_value for each in schema if each.has_default_value()}

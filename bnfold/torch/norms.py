@@ -11,7 +11,7 @@ A BatchNorm whose tensors other code reads as well is found, and refused: withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from bnfold import reasons
 from bnfold.algebra import Affine
+from bnfold.torch.compiled import compiled_norms, holder_of
 from bnfold.torch.constants import slots_of
 from bnfold.torch.draft import DraftNode, NormPlace, readers_of
 from bnfold.torch.formulas import FormulaPlace, chains_of, place_of
@@ -273,10 +274,9 @@ def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> li
             continue
         if any(site.startswith(f"{path}.") for site in met):
             continue
-        compiled = next((p for p in _parents(path) if isinstance(modules[p], torch.jit.ScriptModule)), None)
-        if compiled is not None or isinstance(module, torch.jit.ScriptModule):
-            reason = reasons.COMPILED(path=compiled or path)
-        elif path not in ran:
+        if holder_of(path, modules) is not None:
+            continue
+        if path not in ran:
             who = used.get(path)
             reason = reasons.NOT_CALLED(who=who) if who else reasons.NOT_RUN()
         elif "quantized" in type(module).__module__.split("."):
@@ -288,7 +288,21 @@ def add_absent(model: nn.Module, trace: Trace, items: Sequence[DraftNode]) -> li
         one = absent(path, reason)
         one.name += " (not met)" if path in taken else ""
         missed.append(one)
-    return [*items, *missed, *_written_out(model, items, trace)]
+    return [*items, *missed, *_compiled(modules, taken), *_written_out(model, items, trace)]
+
+
+def _compiled(modules: Mapping[str, nn.Module], taken: set[str]) -> Iterator[DraftNode]:
+    """A verdict for each BatchNorm that is compiled, be it a module or an operator of a graph."""
+    paths = [
+        path
+        for path, module in modules.items()
+        if calls_itself_batchnorm(module) and holder_of(path, modules)
+    ]
+    for name in dict.fromkeys((*paths, *compiled_norms(modules))):
+        holder = holder_of(name, modules) or name
+        one = absent(name, reasons.COMPILED(path=holder))
+        one.name += " (not met)" if name in taken else ""
+        yield one
 
 
 def _written_out(model: nn.Module, items: Sequence[DraftNode], trace: Trace) -> Iterator[DraftNode]:
@@ -356,9 +370,3 @@ def calls_itself_batchnorm(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return "batchnorm" in str(getattr(module, "original_name", "")).lower()
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or "batchnorm" in type(module).__name__.lower()
-
-
-def _parents(path: str) -> Iterator[str]:
-    while path:
-        path = path.rpartition(".")[0]
-        yield path

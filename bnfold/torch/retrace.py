@@ -44,7 +44,7 @@ def runs_alike(
     """
     shifted = (node for node in plan.graph.nodes if node.linear is not None and node.linear.shifts)
     places = (reading.linears[node.name] for node in shifted if node.name in reading.linears)
-    biased = {place.weight.name for place in places if place.bias is not None}
+    biased = _with_companions(reading, {place.weight.name for place in places if place.bias is not None})
     if merged is None or not merged.merges or reading.calls is None:
         return _matches(folded, example_inputs, reading, biased)
     paths = touched_modules(merged)
@@ -82,6 +82,15 @@ def _same(mine: TraceStep, theirs: TraceStep, biased: set[str]) -> bool:
     return not mine.weight or theirs.biased == (mine.biased or mine.weight in biased)
 
 
+def _with_companions(reading: Reading, weights: Collection[str]) -> set[str]:
+    """Some weights, and those that have another part of the same bias: it is there for all of them, or for none."""
+    biases = [
+        (place.weight.name, place.bias.whole) for place in reading.linears.values() if place.bias is not None
+    ]
+    shared = {bias for weight, bias in biases if weight in weights}
+    return {weight for weight, bias in biases if bias in shared}
+
+
 def read_again(model: nn.Module, example_inputs: Any, reading: Reading) -> Reading:
     """The reading with the calls of a further pass, which finds what a first one has left in caches."""
     try:
@@ -99,7 +108,8 @@ def find_fault(model: nn.Module, example_inputs: Any, reading: Reading) -> Readi
         return _matches(_without(model, reading, set(paths), set()), example_inputs, reading, set())
 
     def add(names: Sequence[str]) -> bool:
-        return _matches(_without(model, reading, set(), set(names)), example_inputs, reading, set(names))
+        biased = _with_companions(reading, names)
+        return _matches(_without(model, reading, set(), biased), example_inputs, reading, biased)
 
     if reading.data_dependent:
         return refuse_everything(model, example_inputs, reading)
@@ -158,7 +168,8 @@ def _without(model: nn.Module, reading: Reading, norms: set[str], biases: set[st
             owner = twin.get_submodule(place.bias.module)
             if getattr(owner, place.bias.attribute, None) is None:
                 weight = getattr(owner, place.weight.attribute)
-                zeros = torch.zeros(linear.outputs, dtype=weight.dtype, device=weight.device)
+                size = len(weight) if place.bias.part else linear.outputs
+                zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
                 vars(owner).pop(place.bias.attribute, None)
                 owner._parameters[place.bias.attribute] = nn.Parameter(zeros, weight.requires_grad)
     return twin

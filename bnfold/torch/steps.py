@@ -13,7 +13,7 @@ from typing import Any
 from bnfold.algebra import Affine
 from bnfold.torch.constants import slots_of
 from bnfold.torch.draft import DraftNode
-from bnfold.torch.storage import choose, origin_of
+from bnfold.torch.storage import origin_of
 from bnfold.torch.trace import Trace
 
 __all__ = ["TraceStep", "settings", "steps_of"]
@@ -68,7 +68,7 @@ def steps_of(
         origins.update(dict.fromkeys(item.outputs, at if count else ""))
         if not count:
             continue
-        slot = None if item.weight is None else choose(origin_of(item.weight).value, item.call.frame)
+        slot = None if item.weight is None else origin_of(item.weight).slot(item.call.frame)
         weight = "" if slot is None else slot.name
         affine = None if item.is_batchnorm else item.affine
         words = tuple(settings((item.call.args, item.call.kwargs)))

@@ -3,6 +3,11 @@
 An operator is bound to the parameter that its weight is, through casts and transposes, or to the module whose
 parametrization or hook computes it. Where a bias can be added, it is bound to the place of that.
 
+**Parts.** Code may take a part of a parameter (octave convolutions, slimmable nets, projections of attention, matrices
+in a stack): slices, one of many, splits. Each part is a place of its own, and the rest of the parameter stays as it is.
+Parts that overlap are used in different ways, and stay. A bias of the same rows can be added where no other part has
+those rows, too.
+
 **Scaled weights.** Code may multiply a parameter by constants on every pass (the mask of a pruned net, the constant of
 an equalised learning rate). Rows and columns are scaled by what is written into the parameter, before the code
 multiplies: `(a W b) * c = a (W * c) b`, whatever zeros c has. A bias takes a sum, so it is divided by its constant
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +38,8 @@ from bnfold.errors import Refuse
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import DraftNode, LinearPlace
-from bnfold.torch.tensors import Part, Slot, inside, returned
+from bnfold.torch.lower import bind
+from bnfold.torch.tensors import Part, Slot, inside
 from bnfold.torch.trace import Call, Frame, Trace, Value
 
 if TYPE_CHECKING:
@@ -50,7 +56,9 @@ def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode], cal
     used = _other_reads(trace, items)
     for item in linears:
         _check_reads(trace, item, used)
-    _check_sharing([item for item in linears if item.linear is not None])
+    linears = [item for item in linears if item.linear is not None]
+    _check_new_biases(linears)
+    _check_sharing(linears)
 
 
 def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator, calls: ModuleCalls) -> None:
@@ -72,7 +80,7 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator, calls: Module
         return item.refuse(reasons.WEIGHT_CHANGES(role="weight"))
     if not _is_plain(origin):
         return item.refuse(reasons.NOT_ORDINARY())
-    slot = Slot(frame.path or "", "weight", "parameter") if computed else choose(origin, frame)
+    slot = Slot(frame.path or "", "weight", "parameter") if computed else found.slot(frame)
     if slot is None:
         names = " and ".join(f"`{s.name}`" for s in origin.slots[:3])
         return item.refuse(reasons.HELD_BY_SEVERAL(names=names))
@@ -81,24 +89,20 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator, calls: Module
         bias_scaling = origin_of(item.bias).scaling(evaluator)
         if bias_scaling is None or np.any(bias_scaling == 0):
             bias = reasons.WEIGHT_COMPUTED(role="bias")
-    part = found.part
-    if part is not None and item.bias is None and isinstance(bias, Slot):
-        bias = reasons.PART(name=slot.name)
     if isinstance(bias, str):
         if item.bias is not None:
             return item.refuse(bias)
         item.linear, bias = replace(item.linear, biasless=bias), None
     elif item.op != "Embedding":
         item.linear = replace(item.linear, biasless="")
-    bias_part = origin_of(item.bias).part if item.bias is not None else None
-    item.place = LinearPlace(slot, found.transposed, bias, computed, part=part, bias_part=bias_part)
+    item.place = LinearPlace(slot, found.transposed, bias, computed)
     if found.factors:
         item.linear = replace(item.linear, centre=None)
         item.place = replace(item.place, scaling=scaling)
     if item.bias is not None and origin_of(item.bias).factors:
         item.place = replace(item.place, bias_scaling=bias_scaling)
-    item.site = slot.module if slot.attribute == "weight" and slot.module and part is None else slot.name
-    item.site += "" if part is None else str(part)
+    alone = slot.attribute == "weight" and slot.module and not slot.part
+    item.site = slot.module if alone else slot.name
     return None
 
 
@@ -168,13 +172,21 @@ def _bind_bias(model: nn.Module, item: DraftNode, weight: Slot) -> Slot | str | 
         origin = origin_of(item.bias)
         if not item.bias.constant or not origin.value.slots or origin.transposed:
             return reasons.WEIGHT_COMPUTED(role="bias")
-        return choose(origin.value, frame) or reasons.BIAS_OF_SEVERAL()
+        return origin.slot(frame) or reasons.BIAS_OF_SEVERAL()
     assert item.linear is not None
     module = frame.module
-    if module is not None and weight.name == f"{frame.path}.weight" and getattr(module, "bias", 0) is None:
-        return Slot(weight.module, "bias", "parameter")
+    if module is not None and weight.whole == f"{frame.path}.weight" and getattr(module, "bias", 0) is None:
+        return _new_bias(item.linear, weight, origin_of(item.weight).transposed if item.weight else False)
     nobody = reasons.NO_BIAS(where=frame.path or type(model).__name__)
     return item.linear.biasless or nobody
+
+
+def _new_bias(linear: Linear, weight: Slot, transposed: bool) -> Slot | str:
+    """Where a module that has no bias would hold one."""
+    rows = weight.part[:1]
+    if weight.part and (transposed or linear.order != "oi" or not isinstance(rows[0], range)):
+        return reasons.PART(name=weight.name)
+    return Slot(weight.module, "bias", "parameter", rows)
 
 
 def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
@@ -228,24 +240,39 @@ def _changes(trace: Trace, root: int) -> bool:
 
 
 def _check_sharing(linears: list[DraftNode]) -> None:
-    """Refuse operators that store one parameter in different ways."""
-    uses: dict[str, dict[tuple[Part | None, Any], list[DraftNode]]] = {}
+    """Refuse operators that store one parameter, or the same numbers of one, in different ways."""
+    uses: dict[str, dict[Any, tuple[Slot, list[DraftNode]]]] = {}
     for item in linears:
-        place = item.place
-        assert isinstance(place, LinearPlace)
-        for slot, part in ((place.weight, place.part), (place.bias, place.bias_part)):
+        assert isinstance(item.place, LinearPlace)
+        for slot in (item.place.weight, item.place.bias):
             if slot is not None:
-                uses.setdefault(slot.name, {}).setdefault((part, _kind(item)), []).append(item)
-    for name, kinds in uses.items():
-        clashes = [(one, other) for one, other in permutations(kinds, 2) if _meet(one[0], other[0])]
-        for one, other in clashes:
-            for item in kinds[one]:
-                item.refuse(reasons.OTHER_WAY(name=name, other=kinds[other][0].name))
+                users = uses.setdefault(slot.whole, {}).setdefault((slot, _kind(item)), (slot, []))
+                users[1].append(item)
+    pairs = [pair for each in uses.values() for pair in permutations(each.values(), 2)]
+    clashes = [(slot, items, others[0]) for (slot, items), (other, others) in pairs if slot.overlaps(other)]
+    for slot, items, other in clashes:
+        for item in items:
+            if item.linear is not None:
+                item.refuse(reasons.OTHER_WAY(name=slot.name, other=other.name))
 
 
-def _meet(first: Part | None, second: Part | None) -> bool:
-    """Whether two parts of one parameter, None for all of it, have a number in common."""
-    return first is None or second is None or first.overlaps(second)
+def _check_new_biases(linears: list[DraftNode]) -> None:
+    """Let none be added of which two parts of a weight would read the same numbers."""
+    new: dict[str, dict[str, tuple[Slot, list[DraftNode]]]] = {}
+    for item in linears:
+        assert isinstance(item.place, LinearPlace)
+        slot = item.place.bias
+        if item.bias is None and slot is not None and item.place.weight.part:
+            users = new.setdefault(slot.whole, {}).setdefault(item.place.weight.name, (slot, []))
+            users[1].append(item)
+    for parts in new.values():
+        slots = [slot for slot, _ in parts.values()]
+        if any(one.overlaps(other) for one, other in combinations(slots, 2)):
+            for item in (item for _, items in parts.values() for item in items):
+                assert item.linear is not None
+                assert isinstance(item.place, LinearPlace)
+                item.linear = replace(item.linear, biasless=reasons.BIAS_OF_PARTS())
+                item.place = replace(item.place, bias=None)
 
 
 def _kind(item: DraftNode) -> Any:
@@ -263,8 +290,7 @@ def _kind(item: DraftNode) -> Any:
     )
     scalings = (item.place.scaling, item.place.bias_scaling)
     scaled = tuple(None if each is None else each.tobytes() for each in scalings)
-    parts = (item.place.part, item.place.bias_part)
-    return (item.place.weight.name, bias, item.place.transposed, item.bias is None, *parts, *scaled, *form)
+    return (item.place.weight.name, bias, item.place.transposed, item.bias is None, *scaled, *form)
 
 
 def roots_of(value: Value) -> dict[int, Value]:
@@ -290,7 +316,6 @@ def choose(value: Value, frame: Frame) -> Slot | None:
 
 
 _SWAPS = ("transpose", "permute")
-_CUTS = ("slice", "select", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind")
 _PLAIN_STEPS = ("detach", "alias", "contiguous", "clone", "_to_copy")
 
 
@@ -301,19 +326,19 @@ class Origin:
     Attributes:
         value: a parameter or buffer; the value itself where it is not one of those, scaled.
         transposed: whether it was transposed on the way.
+        part: what of it is taken, along its own axes; empty for all.
         factors: by what it was multiplied, or divided where the first flag says so; laid out as the parameter is, or
             as its transpose where the second one does.
-        part: which part of the parameter it is; what is transposed and multiplied is that. None for all of it.
     """
 
     value: Value
     transposed: bool = False
+    part: Part = ()
     factors: tuple[tuple[Any, bool, bool], ...] = ()
-    part: Part | None = None
 
     def scaling(self, evaluator: Evaluator) -> Array | None:
-        """The product of all factors, as large as the parameter; None where it is not known or not finite."""
-        shape = self.value.shape if self.part is None else self.part.shape
+        """The product of all factors, as large as what is taken; None where it is not known or not finite."""
+        shape = self.shape
         whole = np.ones(shape)
         try:
             with np.errstate(all="ignore"):
@@ -326,6 +351,32 @@ class Origin:
         except Exception:  # noqa: BLE001 whatever torch says of what cannot be repeated in float64
             return None
         return whole if whole.shape == shape and np.isfinite(whole).all() else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is taken of the parameter."""
+        axes = self.part or tuple(map(range, self.value.shape))
+        return tuple(len(part) for part in axes if isinstance(part, range))
+
+    def slot(self, frame: Frame) -> Slot | None:
+        """The place that the code of a frame means; None where that cannot be told."""
+        slot = choose(self.value, frame)
+        return None if slot is None else replace(slot, part=self.part)
+
+    def within(self, axis: int, taken: range | int) -> Origin | None:
+        """The same, but of what this is, some places of one axis; None where that is not covered."""
+        shape, axis = self.shape, 1 - axis if self.transposed else axis
+        if self.factors or (self.transposed and isinstance(taken, int)):
+            return None
+        part = list(self.part or map(range, self.value.shape))
+        place = [at for at, one in enumerate(part) if isinstance(one, range)][axis]
+        own = part[place]
+        assert isinstance(own, range)
+        part[place] = own[taken] if isinstance(taken, int) else own[taken.start : taken.stop : taken.step]
+        whole = len(part) == len(shape) and all(
+            one == range(size) for one, size in zip(part, self.value.shape, strict=True)
+        )
+        return replace(self, part=() if whole else tuple(part))
 
 
 def origin_of(weight: Value) -> Origin:
@@ -341,7 +392,7 @@ def _trace_back(value: Value) -> Origin | None:
         return None
     if call.label in ("mul", "div", "neg"):
         return _product_of(value, call)
-    if call.label in _CUTS:
+    if call.label in _PARTS:
         return _part_of(value, call)
     turns = value.rank == 2 and (call.label == "t" or (call.label in _SWAPS and _is_turn(call.args[1:])))
     if len(call.reads) != 1 or not (turns or call.label in _PLAIN_STEPS):
@@ -350,21 +401,33 @@ def _trace_back(value: Value) -> Origin | None:
     return found if found is None or not turns else replace(found, transposed=not found.transposed)
 
 
+_PARTS = ("slice", "select", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind")
+
+
 def _part_of(value: Value, call: Call) -> Origin | None:
-    """The box of a parameter that a value is, told by where it would lie in the memory of one."""
-    source, *settings = call.args
-    if not source.slots or 0 in source.shape or any(isinstance(one, Value) for one in settings):
+    """A part of a parameter."""
+    given = bind(call)
+    source, place = given["self"], next(at for at, one in enumerate(call.made) if one is value)
+    found = _trace_back(source)
+    if found is None:
         return None
-    given = dict(zip((each.name for each in call.function._schema.arguments), call.args, strict=False))
-    axis = {**given, **call.kwargs}.get("dim", 0) % source.rank
-    whole = torch.empty(source.shape, device="meta")
-    seen = list(returned(call.function(whole, *settings, **call.kwargs)))[call.made.index(value)]
-    count = seen.shape[axis] if seen.dim() == whole.dim() else 1
-    if count > 1 and seen.stride(axis) != whole.stride(axis):
-        return None
-    start = seen.storage_offset() // whole.stride(axis)
-    ends = ((0, size) if place != axis else (start, start + count) for place, size in enumerate(source.shape))
-    return Origin(source, part=Part(tuple(ends), tuple(value.shape)))
+    axis = given["dim"] % source.rank
+    return found.within(axis, _taken(call.label, range(source.shape[axis]), place, given))
+
+
+def _taken(label: str, size: range, place: int, given: dict[str, Any]) -> range | int:
+    """Which places of an axis are taken."""
+    if label == "slice":
+        return size[given["start"] : given["end"] : int(given["step"])]
+    if label == "select":
+        return size[int(given["index"])]
+    if label == "unbind":
+        return place
+    label = label.removeprefix("unsafe_")
+    if label == "split":
+        return size[place * int(given["split_size"]) : (place + 1) * int(given["split_size"])]
+    start: int = sum(given["split_sizes"][:place])
+    return size[start : start + int(given["split_sizes"][place])]
 
 
 def _product_of(value: Value, call: Call) -> Origin | None:

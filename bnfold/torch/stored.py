@@ -73,11 +73,7 @@ def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor
     if place.code is not None:
         return _held(model, next(iter(slots_of(place.code[0]).values()))), None
     module = model.get_submodule(place.weight.module)
-    bias = (
-        None if place.bias is None else getattr(model.get_submodule(place.bias.module), place.bias.attribute)
-    )
-    if bias is not None and place.bias_part is not None:
-        bias = place.bias_part.take(bias)
+    bias = None if place.bias is None else place.bias.read(model)
     if place.computed == "parametrization":
         held: Any = module.parametrizations
         weight = next(iter(held["weight"].parameters(recurse=False)))
@@ -86,8 +82,10 @@ def stored_tensors(model: nn.Module, place: LinearPlace) -> tuple[Tensor, Tensor
             p for name, p in module._parameters.items() if p is not None and name.startswith("weight_")
         )
     else:
-        weight = getattr(module, place.weight.attribute)
-    return (weight if place.part is None else place.part.take(weight)), bias
+        held = place.weight.read(model)
+        assert held is not None
+        weight = held
+    return weight, bias
 
 
 def stored_weight(model: nn.Module, place: LinearPlace, scaled: bool = True) -> npt.NDArray[Any]:

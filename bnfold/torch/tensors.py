@@ -11,45 +11,67 @@ from torch import Tensor, nn
 
 __all__ = ["Part", "Slot", "held", "inside", "leaves", "put_back", "returned", "words"]
 
+Part = tuple[range | int, ...]
+"""What of a tensor is meant, axis by axis; an axis of which one place is taken is gone. Empty: all of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place of a module that holds a tensor: `module` is its path, `kind` parameter, buffer or attribute."""
+    """A place of a module that holds a tensor, or a part of it.
+
+    Attributes:
+        module: its path.
+        attribute: of the module.
+        kind: parameter, buffer or attribute.
+        part: what of the tensor is meant.
+    """
 
     module: str
     attribute: str
     kind: str
+    part: Part = ()
 
     @property
     def name(self) -> str:
+        """As in a state dict, with the part in Python's notation."""
+        return f"{self.whole}[{', '.join(map(_written, self.part))}]" if self.part else self.whole
+
+    @property
+    def whole(self) -> str:
         """As in a state dict."""
         return f"{self.module}.{self.attribute}" if self.module else self.attribute
 
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A box of a tensor: where it begins and ends on each axis, and the shape in which it is used."""
-
-    ends: tuple[tuple[int, int], ...]
-    shape: tuple[int, ...]
-
     @property
-    def index(self) -> tuple[slice, ...]:
-        """The box as an index."""
-        return tuple(slice(*ends) for ends in self.ends)
+    def index(self) -> tuple[slice | int, ...]:
+        """The part, as tensors are indexed."""
+        return tuple(p if isinstance(p, int) else slice(p.start, p.stop, p.step) for p in self.part)
 
-    def take(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor."""
-        return tensor[self.index].reshape(self.shape)
-
-    def overlaps(self, other: Part) -> bool:
+    def overlaps(self, other: Slot) -> bool:
         """Whether two parts of one tensor have a number in common."""
-        pairs = zip(self.ends, other.ends, strict=True)
-        return all(max(a, c) < min(b, d) for (a, b), (c, d) in pairs)
+        pairs = zip(self.part, other.part, strict=False)
+        return all(_meet(_places(mine), _places(theirs)) for mine, theirs in pairs)
 
-    def __str__(self) -> str:
-        """As one would write it."""
-        return "[" + ", ".join(f"{start}:{stop}" for start, stop in self.ends) + "]"
+    def read(self, model: nn.Module) -> Tensor | None:
+        """The tensor, or its part, with no history; None where a module holds none."""
+        tensor = getattr(model.get_submodule(self.module), self.attribute)
+        if tensor is None or not self.part:
+            return tensor  # type: ignore[no-any-return]
+        return tensor.detach()[self.index].requires_grad_(tensor.requires_grad)  # type: ignore[no-any-return]
+
+
+def _written(part: range | int) -> str:
+    if isinstance(part, int):
+        return str(part)
+    return f"{part.start}:{part.stop}" + (f":{part.step}" if part.step != 1 else "")
+
+
+def _meet(mine: range, theirs: range) -> bool:
+    near = max(mine.start, theirs.start) < min(mine.stop, theirs.stop)
+    return near and (mine.step == theirs.step == 1 or not set(mine).isdisjoint(theirs))
+
+
+def _places(part: range | int) -> range:
+    return range(part, part + 1) if isinstance(part, int) else part
 
 
 def held(model: nn.Module) -> Iterator[tuple[Tensor, tuple[Slot, ...]]]:

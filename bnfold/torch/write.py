@@ -26,7 +26,6 @@ from bnfold.ir import Node
 from bnfold.merge import Merged
 from bnfold.operators import of_linear
 from bnfold.torch.capture import computes_weight
-from bnfold.torch.constants import numbers
 from bnfold.torch.draft import LinearPlace, NormPlace
 from bnfold.torch.formulas import FormulaPlace
 from bnfold.torch.merging import compute_merged, put_merged, put_operator
@@ -34,7 +33,7 @@ from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
 from bnfold.torch.sandbox import copy_structure
 from bnfold.torch.stored import round_like, stored_numbers, stored_tensors, stored_weight
-from bnfold.torch.tensors import Part, leaves
+from bnfold.torch.tensors import Slot, leaves
 from bnfold.travel import Plan
 
 __all__ = ["become", "check_fit", "settle_weight", "write"]
@@ -93,7 +92,7 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged) -> lis
             and new.linear is not node.linear
         ):
             place = reading.linears[node.name]
-            stored = f"{place.weight.name}{place.part or ''}"
+            stored = place.weight.name
             if stored not in done:
                 made += _edit_linear(model, place, new)
                 done.add(stored)
@@ -117,21 +116,12 @@ def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tenso
     new_weight, new_bias = _fold(model, place, node)
     if place.computed:
         settle_weight(module, place.computed)
-    made = [_put_part(module, place.weight.attribute, new_weight, weight, place.part)]
+    made = [_put(module, place.weight.attribute, new_weight, weight, place.weight)]
     if new_bias is not None and place.bias is not None:
-        owner, like = model.get_submodule(place.bias.module), weight if bias is None else bias
-        made.append(_put_part(owner, place.bias.attribute, new_bias, like, place.bias_part))
+        owner = model.get_submodule(place.bias.module)
+        like = weight if bias is None else bias
+        made.append(_put(owner, place.bias.attribute, new_bias, like, place.bias, len(made[0])))
     return made
-
-
-def _put_part(module: nn.Module, attribute: str, array: Array, like: Tensor, part: Part | None) -> Tensor:
-    """Store numbers at a slot, or in a part of what is stored there."""
-    if part is not None:
-        like = getattr(module, attribute)
-        whole = numbers(like).numpy().copy()
-        whole[part.index] = array.reshape(whole[part.index].shape)
-        array = whole
-    return _put(module, attribute, array, like)
 
 
 def settle_weight(module: nn.Module, how: str) -> None:
@@ -185,9 +175,18 @@ def _fold(model: nn.Module, place: LinearPlace, node: Node) -> tuple[Array, Arra
     return (np.ascontiguousarray(weight.T) if place.transposed else weight), new_bias
 
 
-def _put(module: nn.Module, attribute: str, array: Array, like: Tensor) -> Tensor:
-    """Store numbers at a slot, with the dtype, device, layout and gradient setting of the tensor that was there."""
+def _put(
+    module: nn.Module, attribute: str, array: Array, like: Tensor, slot: Slot | None = None, rows: int = 0
+) -> Tensor:
+    """Store numbers at a slot, with the dtype, device, layout and gradient setting of the tensor that was there.
+
+    Beside a part of a tensor, all stays as it was, and is zero where there was none; then `rows` says how long it is.
+    """
     tensor = round_like(array, like)
+    if slot is not None and slot.part:
+        held = getattr(module, attribute)
+        part, tensor = tensor, tensor.new_zeros(rows) if held is None else held.detach().clone()
+        tensor[slot.index] = part
     if attribute in module._buffers:
         module._buffers[attribute] = tensor
     elif isinstance(vars(module).get(attribute), Tensor) and attribute not in module._parameters:

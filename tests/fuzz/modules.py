@@ -171,6 +171,36 @@ def functional(s: Sketch) -> None:
     s.step(run)
 
 
+class Bank(nn.Module):
+    """A weight, and mostly a bias, of twice as many channels, of which code takes parts."""
+
+    def __init__(self, rank: int, kernel: int, biased: bool) -> None:
+        super().__init__()
+        wide = 2 * CHANNELS
+        self.weight = nn.Parameter(torch.randn(wide, wide, *[kernel] * (rank - 2)))
+        self.bias = nn.Parameter(torch.randn(wide)) if biased else None
+
+
+def part(s: Sketch) -> None:
+    """A convolution by a part of a bank, of which others may take the same, another, or one that overlaps."""
+    banks = [place for place, layer in enumerate(s.module.layers) if isinstance(layer, Bank)]
+    new = not banks or s.chance(0.4)
+    kernel, biased = s.choose(1, 3), s.chance(0.6)
+    place = s.hold(s.seeded(lambda: Bank(s.rank, kernel, biased))) if new else int(s.choose(*banks))
+    halves = (slice(0, 4), slice(4, 8), slice(0, 8, 2), slice(1, 8, 2), slice(2, 6))
+    rows, columns, passes = s.choose(*halves), s.choose(*halves), s.chance(0.8)
+    second = s.norm() if s.chance(0.8) else None
+
+    def run(m: Drawn, x: Tensor) -> Tensor:
+        bank: Any = m.layers[place]
+        call = F.conv2d if bank.weight.dim() == 4 else F.conv1d
+        bias = bank.bias[rows] if passes and bank.bias is not None else None
+        h = call(x, bank.weight[rows, columns], bias, padding=bank.weight.shape[-1] // 2)
+        return h if second is None else m.layers[second](h)
+
+    s.step(run)
+
+
 def by_hand(s: Sketch) -> None:
     """The formula of a BatchNorm, in some spelling, written on its buffers or on those of one that is called, too."""
     first, second = s.conv(), s.norm() if s.chance(0.7) else s.earlier(*NORMS)
@@ -477,6 +507,7 @@ FEATURES: Features = {
     "again": (3, again),
     "tied": (2, tied),
     "functional": (2, functional),
+    "part": (2, part),
     "by hand": (2, by_hand),
     "parametrised": (1, parametrised),
     "computed": (1, computed),

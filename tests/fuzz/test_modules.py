@@ -36,6 +36,10 @@ def test_a_weight_that_is_computed_is_tied_to_nothing() -> None:
     assert not search(range(20), "parametrised", "tied")
 
 
+def test_parts_of_weights_are_folded_into_apart() -> None:
+    assert not search(range(60), "part", "elementwise", "combine")
+
+
 ONE_SIZE = (Draw(6404, (("pool", 1778), ("chain", 7985))), Draw(10706, (("pool", 5551), ("chain", 9006))))
 """A Linear along the last axis where that is 4, as it is in images of 5 after the pool, and in no others."""
 
