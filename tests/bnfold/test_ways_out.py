@@ -58,11 +58,14 @@ def written_out():
         y = net.linear(x)
         return (y - net.mean) / torch.sqrt(net.var + 1e-5) * net.gamma + net.beta
 
-    gamma, beta = (nn.Parameter(torch.rand(4) + 0.5) for _ in range(2))
-    stuck = Code(formula, linear=nn.Linear(6, 4), gamma=gamma, beta=beta)
-    stuck.register_buffer("mean", torch.rand(4))
-    stuck.register_buffer("var", torch.rand(4) + 0.5)
-    return stuck, nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), None
+    def build(saved):
+        gamma, beta = (nn.Parameter(torch.rand(4) + 0.5) for _ in range(2))
+        net = Code(formula, linear=nn.Linear(6, 4), gamma=gamma, beta=beta)
+        net.register_buffer("mean", torch.rand(4), persistent=saved)
+        net.register_buffer("var", torch.rand(4) + 0.5, persistent=saved)
+        return net
+
+    return build(False), build(True), None
 
 
 def homeless():
@@ -161,7 +164,7 @@ MODULES = {
     reasons.TRAINING: (in_training_mode, ROWS),
     reasons.UNTRACKED: (untracked, ROWS),
     reasons.FUNCTION: (function, ROWS),
-    reasons.WRITTEN_OUT: (written_out, ROWS),
+    reasons.NOT_SAVED: (written_out, ROWS),
     reasons.HOMELESS: (homeless, ROWS),
     reasons.PADS: (padded, IMAGES),
     reasons.COUNTS_PADDING: (padding_counted, IMAGES),
