@@ -11,14 +11,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
 from bnfold.errors import InputError
+from train.backprop import differentiate
 from train.material import Material
 from train.recipes import Recipe
 
@@ -26,7 +27,7 @@ __all__ = ["Training", "descend", "postponed_interrupt"]
 
 
 class Training:
-    """A net on its way down, between two steps.
+    """A net on its way down, between two steps, on the device that it is on; chances are those of the CPU anywhere.
 
     Attributes:
         step: how many steps were taken.
@@ -35,7 +36,11 @@ class Training:
     def __init__(self, net: nn.Sequential, material: Material, recipe: Recipe, generator: Generator) -> None:
         self.net, self.recipe, self.step = net.train(), recipe, 0
         self._optimiser = recipe.optimiser(net)
-        self._batches = _Batches(lambda: recipe.draw(material, recipe.batch, generator), generator)
+        gradients = self._optimiser.gradients
+        self._differentiate = differentiate(net, gradients)
+        x, y = (each.to(gradients.device) for each in material.examples)
+        near = replace(material, examples=(x, y))
+        self._batches = _Batches(lambda: recipe.draw(near, recipe.batch, generator), generator)
 
     def __iter__(self) -> Iterator[float]:
         """Take the steps that are left, and yield the loss of each batch, as it was before the step.
@@ -52,15 +57,13 @@ class Training:
 
     def _take(self) -> float:
         x, y = next(self._batches)
-        loss = F.cross_entropy(self.net(x), y, reduction="sum" if y.is_floating_point() else "mean")
-        self._optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._differentiate(x, y, len(x))
         self._optimiser.step(self.recipe.rate * self.recipe.schedule(self.step / self.recipe.steps))
-        return loss.item()
+        return loss
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on, in plain values and tensors of its own."""
-        net = {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
+        net = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.net.state_dict().items()}
         optimiser, batches = self._optimiser.state(), self._batches.state()
         return {"step": self.step, "net": net, "optimiser": optimiser, "batches": batches}
 
