@@ -9,6 +9,7 @@
     python -m train --recipe zeros --explain          which parameters moved, and why the others did not
     python -m train --calibrate                       the statistics of the whole training set in every BatchNorm
     python -m train --resume                          after a kill: goes on where the same command was
+    python -m train --device cuda --batch 16384       the steps on a GPU
     python -m train --compare a.pt b.pt               two nets side by side; trains nothing
 
 Exit code 0; 2 with one line on stderr where an argument or a list cannot be used; 130 after Ctrl-C, which ends the
@@ -39,7 +40,7 @@ from bnfold.errors import InputError, run_command
 from bnfold.output import check_target
 from data.names import DEFAULT_LIST
 from train import calibration, gradients
-from train.arguments import at_least, check_folder, positive
+from train.arguments import at_least, check_folder, pick_device, positive
 from train.compare import compare, load_side
 from train.diagnostics import Diagnostics, compare_statistics
 from train.evaluate import measure, study_habits
@@ -104,6 +105,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="keep the training after every N-th step (about every ten seconds)",
     )
+    add("--device", default="cpu", metavar="NAME", help="where the steps are taken: cpu, cuda, cuda:1 (cpu)")
     look = parser.add_argument_group("looking inside").add_argument
     look(
         "--plots",
@@ -157,11 +159,12 @@ def _run_recipe(console: Console, options: argparse.Namespace, recipe: Recipe) -
     names = data.read_names(options.names)
     material = prepare(names, recipe.context)
     generator = Generator().manual_seed(options.seed)
-    net = make(recipe, material, generator)
+    net = make(recipe, material, generator).to(pick_device(options.device))
     with postponed_interrupt() as interrupted:
         console.print(_introduce(names, material, recipe, net), soft_wrap=True)
         seen, keeper = _prepare(net, material, recipe, generator, options, names)
         _train(seen, keeper, interrupted)
+        net.cpu()
         nets = {"this net": net}
         if options.calibrate:
             nets = {"running statistics": net, **calibration.calibrate(net, material, recipe)}
@@ -239,6 +242,7 @@ def _layers(text: str) -> int | str:
 def _check(options: argparse.Namespace, recipe: Recipe) -> None:
     """Raise before the training, and not after it, if what is asked for cannot be had."""
     check_target(options.out)
+    pick_device(options.device)
     if options.plots:
         check_folder(options.plots, "the pictures")
     if options.tensorboard:

@@ -7,7 +7,7 @@
 In nets as small as the lecture's neither the numbers nor the matrices take the time: it is memory that is asked for and
 given back, and what it costs to call an operation at all. A tape has a buffer for each result. On the CPU its
 elementwise operations are NumPy's, on the same memory, which cost half as much to call as torch's; matrices are
-torch's, on as many threads as torch has. On CUDA it is torch's operations, and the whole tape is one graph, played by one call.
+torch's, on as many threads as torch has. On CUDA all are torch's, and the whole tape is one graph, played by one call.
 
 Where a batch is spread over processes, `add` adds a tensor up over all of them. Not covered: operations that are not in
 the table, and results whose size depends on the numbers.
