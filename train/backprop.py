@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bnfold.errors import InputError
 from train import layers as scratch
 from train.tape import Add, Tape
 
@@ -55,12 +56,13 @@ def differentiate(net: nn.Sequential, gradients: Tensor, add: Add | None = None)
         add: where a batch is spread over processes.
 
     Raises:
-        ValueError: it is, and a layer has no row here.
+        InputError: it is, and a layer has no row here.
     """
-    if all(_is_known(layer) for layer in net) and all(p.requires_grad for p in net.parameters()):
+    strange = [name for name, layer in net.named_children() if not _is_known(layer)]
+    if not strange and all(p.requires_grad for p in net.parameters()):
         return ByHand(net, gradients, add)
     if add is not None:
-        raise ValueError("a layer of this net normalises by the rows of one process, or may do so")
+        raise InputError(f"{', '.join(strange)}: no layer that several processes can train; start one")
     return by_autograd(net, gradients)
 
 

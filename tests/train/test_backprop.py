@@ -13,6 +13,7 @@ from torch import Generator, nn
 from torch.nn import functional as F
 
 import data
+from bnfold.errors import InputError
 from tests.conftest import CHECKOUT
 from train import layers as scratch
 from train import tape
@@ -92,7 +93,7 @@ def test_a_layer_without_a_row_goes_by_autograd_and_not_over_processes(layer) ->
     x, y, gradients = torch.randint(9, (11, 3)), torch.randint(9, (11,)), flatten(net)[1]
     assert differentiate(net, gradients)(x, y, 11) == F.cross_entropy(plain(x), y).item()
     assert gradients.abs().max() > 0
-    with pytest.raises(ValueError, match="rows of one process"):
+    with pytest.raises(InputError, match="3: no layer that several processes can train"):
         differentiate(net, gradients, lambda values: None)
 
 
