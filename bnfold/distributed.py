@@ -25,22 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bnfold.command import is_started
 from bnfold.errors import InputError, ProcessLost
 
-__all__ = ["PATIENCE", "Processes", "is_first", "is_started", "join"]
+__all__ = ["PATIENCE", "Processes", "join"]
 
 PATIENCE = timedelta(minutes=2)
 """So long a process waits for the others before it gives them up."""
-
-
-def is_started() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def is_first() -> bool:
-    """Whether this process speaks for all."""
-    return not is_started() or os.environ.get("RANK") == "0"
 
 
 class Processes:

@@ -12,12 +12,16 @@ from tests.conftest import CHECKOUT
 STARTER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0"]
 
 
+def environment() -> dict[str, str]:
+    """That of a program which is run from a folder of its own."""
+    return os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
+
+
 def torchrun(folder: Path, *program: object, count: int = 2) -> subprocess.CompletedProcess[str]:
     """Run `program` in `folder` in so many processes; returns code, stdout and stderr of all."""
-    variables = os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
     command = [*STARTER, "--nproc-per-node", str(count), *map(str, program)]
     return subprocess.run(
-        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240, check=False
     )
 
 

@@ -28,9 +28,8 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,8 @@ from torch import Generator, nn
 
 import data
 from bnfold.checkpoint import Checkpoint, InputDomain, save
-from bnfold.command import Parser
-from bnfold.distributed import Processes, is_first, join
+from bnfold.command import Parser, is_first, report_once
+from bnfold.distributed import Processes, join
 from bnfold.errors import InputError, ProcessLost, run_command
 from bnfold.output import check_target
 from data.names import DEFAULT_LIST
@@ -434,14 +433,8 @@ def _record(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; of several processes, only the first complains of the arguments."""
-    if is_first():
-        return run_command(lambda: run(parse(arguments)))
-    with redirect_stderr(StringIO()) as said:
-        code = run_command(lambda: run(parse(arguments)))
-    if code == ProcessLost.exit_code:
-        print(said.getvalue(), end="", file=sys.stderr)
-    return code
+    """Run the command and return its exit code."""
+    return report_once(lambda: run_command(lambda: run(parse(arguments))))
 
 
 if __name__ == "__main__":

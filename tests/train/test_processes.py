@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from bnfold.checkpoint import load
-from tests.processes import errors, torchrun
+from tests.processes import STARTER, environment, errors, torchrun
 from tests.train.names import NAMES
 from train import __main__ as command
 
@@ -113,3 +116,18 @@ def test_what_cannot_be_used_is_said_once(folder) -> None:
         assert done.returncode != 0
         (error,) = errors(done)
         assert fact in error
+
+
+def test_an_interrupt_ends_all_of_them_with_a_checkpoint(folder) -> None:
+    given = [*SMALL, "--recipe", "lecture", "--steps", "100000000", "--save-every", "20"]
+    starter = [*STARTER, "--nproc-per-node", "2", "-m", "train", *given]
+    with subprocess.Popen(
+        starter, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (folder / "ckpt.training.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=120)
+    taken = load(folder / "ckpt.pt").record["steps"]["taken"]
+    assert taken > 0, error
+    assert f"stopped after {taken} of 100000000 steps" in out
