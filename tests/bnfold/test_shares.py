@@ -13,7 +13,7 @@ from bnfold.cases import Case
 from bnfold.distributed import Processes
 from bnfold.divergence import Divergence
 from bnfold.equivalence import Worst
-from bnfold.errors import InputError, UnreadableModel
+from bnfold.errors import BnfoldError, InputError, UnreadableModel
 from bnfold.report import Evidence
 from bnfold.shares import judge_together, take_share
 from bnfold.verification import Verification
@@ -40,7 +40,7 @@ def together(*compare, keep=False):
     def judge(rank):
         try:
             return judge_together(compare[rank], keep, Threads(rank, len(compare), said, barrier))
-        except Exception as error:
+        except BnfoldError as error:
             return error
 
     with ThreadPoolExecutor(len(compare)) as pool:
@@ -80,7 +80,9 @@ def test_all_come_to_the_same_verdict_which_names_the_share_nearest_its_bound() 
 
 
 def test_a_difference_that_one_process_finds_is_the_verdict_of_all() -> None:
-    for found in together(lambda: verdict(0.0), lambda: verdict(0.25, "the models differ"), keep=True):
+    for found in together(
+        lambda: verdict(0.5, bound=1.0), lambda: verdict(0.25, "the models differ"), keep=True
+    ):
         assert found.failure == "process 1: the models differ"
         assert found.worst == verdict(0.25).worst
         assert found.divergence == Divergence("conv1", "Conv", 0.5, ("x",))
