@@ -7,7 +7,8 @@
 All contestants take turns of some steps in one process, and the ratios are medians over the turns, so that whatever
 else the machine does falls on all. The notebook's loop is that of `benchmarks.train_recipe`: explicit layers,
 `loss.backward()`, every parameter moved by hand. `autograd` is the same loop with the layers of torch.nn and one vector
-of parameters. Exit code 2 with one line where there is no CUDA.
+of parameters; the watched ones are ours, with `train.diagnostics` looking on. Exit code 2 with one line where there
+is no CUDA.
 """
 
 from __future__ import annotations
@@ -31,25 +32,36 @@ from benchmarks.train_recipe import Notebook
 from bnfold.errors import run_command
 from train.arguments import at_least, pick_device
 from train.backprop import by_autograd
+from train.diagnostics import Diagnostics
 from train.loop import Training
 from train.material import Material, prepare
 from train.recipes import RECIPES, make
 
-TURNS, EXAMPLES = 25, 2**13
+TURNS, EXAMPLES = 25, 12_800
 BATCHES = (32, 256, 2048, 16384, 65536)
 
 Steps = Callable[[int], float]
 """Takes some steps and returns the seconds they took."""
 
 
-def start(material: Material, batch: int, device: torch.device, autograd: bool = False) -> Steps:
-    """Return what trains the lecture's three-layer net on a device."""
+def start(
+    material: Material, batch: int, device: torch.device, autograd: bool = False, watched: int = 0
+) -> Steps:
+    """Return what trains the lecture's three-layer net on a device, watched every so many steps."""
     kit = "torch" if autograd else "scratch"
     recipe, generator = replace(RECIPES["lecture"], batch=batch, kit=kit), Generator().manual_seed(1)
     training = Training(make(recipe, material, generator).to(device), material, recipe, generator)
     if autograd:
         training._differentiate = by_autograd(training.net, training._optimiser.gradients)
-    return partial(clock, iter(training))
+    return partial(clock, watch(training, watched) if watched else iter(training))
+
+
+def watch(training: Training, every: int) -> Iterator[float]:
+    """Yield the losses, and look on as --plots does."""
+    with Diagnostics(training.net, every) as diagnostics:
+        for loss in training:
+            diagnostics.record(loss)
+            yield loss
 
 
 def clock(losses: Iterator[float], steps: int) -> float:
@@ -89,6 +101,8 @@ def beside_notebook(material: Material, batch: int) -> Table:
         "the notebook's loop": notebook.run,
         "autograd, torch.nn": start(material, batch, here, autograd=True),
         "python -m train": start(material, batch, here),
+        "watched every 100th step": start(material, batch, here, watched=100),
+        "watched every 10th step": start(material, batch, here, watched=10),
     }
     return tabulate(take_turns(contestants, max(2, EXAMPLES // batch // 4)), f"batch {batch}, one thread")
 
