@@ -1,6 +1,6 @@
 """python -m benchmarks.train_processes: steps of training a second in one process and in two, which share the rows.
 
-Each row of the table is a torchrun of its own, on the CPU over gloo; three rounds, the best of each counts, since
+Each column of the table is a torchrun of its own, on the CPU over gloo; three rounds, the best of each counts, since
 processes that wait for each other suffer from whatever else a machine does. One process by torchrun has the
 collectives, too, with nobody to wait for.
 """
@@ -20,10 +20,9 @@ from rich.table import Table
 from torch import Generator
 
 import data
-from bnfold.command import is_started
+from bnfold.command import is_first
 from bnfold.distributed import Processes, join
 from bnfold.errors import run_command
-from train.arguments import at_least
 from train.loop import Training
 from train.material import prepare
 from train.recipes import RECIPES, make
@@ -44,41 +43,44 @@ def clock(batch: int, processes: Processes | None) -> float:
     return (time.perf_counter() - begin) / steps * 1e6
 
 
-def measure(count: int, batch: int) -> float:
-    """Return the same of so many processes; 0 is one without torchrun."""
+def measure(count: int) -> list[float]:
+    """Return the same of so many processes, for every size of batch; 0 is one without torchrun."""
     starter = (*STARTER, "--nproc-per-node", str(count)) if count else (sys.executable,)
-    command = (*starter, "-m", "benchmarks.train_processes", "--batch", str(batch))
+    command = (*starter, "-m", "benchmarks.train_processes", "--here")
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return [float(line) for line in done.stdout.split()]
 
 
 def tabulate() -> Table:
     """Return one row for each size of batch."""
     names = {0: "one process", 1: "torchrun, one", 2: "torchrun, two"}
     table = Table("batch", *(f"{name}, us" for name in names.values()), "two against one")
-    for batch in BATCHES:
-        rounds = [[measure(count, batch) for count in names] for _ in range(ROUNDS)]
-        best = [min(column) for column in zip(*rounds, strict=True)]
+    rounds = [[measure(count) for count in names] for _ in range(ROUNDS)]
+    for place, batch in enumerate(BATCHES):
+        best = [min(one[column][place] for one in rounds) for column in range(len(names))]
         table.add_row(f"{batch:,}", *(f"{one:,.0f}" for one in best), f"{best[0] / best[2]:.2f}")
     return table
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the table, or the time of one row where this is a row."""
+    """Print the table, or the times of one column where this is one."""
     torch.set_num_threads(1)
-    if options.batch is None:
+    if not options.here:
         Console(highlight=False).print(tabulate())
         return
     with join() as processes:
-        taken = clock(options.batch, processes)
-        if not is_started() or processes.rank == 0:
-            print(taken)
+        for batch in BATCHES:
+            taken = clock(batch, processes)
+            if is_first():
+                print(taken)
 
 
 def main() -> int:
     """Run the benchmark and return its exit code."""
     parser = argparse.ArgumentParser(description="Steps of training a second in several processes.")
-    parser.add_argument("--batch", type=at_least(2), metavar="N", help="one measurement, in this process")
+    parser.add_argument(
+        "--here", action="store_true", help="measure this process, alone or with those of torchrun"
+    )
     return run_command(lambda: run(parser.parse_args()))
 
 
