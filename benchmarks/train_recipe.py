@@ -89,7 +89,7 @@ class Tanh:
 class Notebook:
     """The lecture's three-layer net and its loop, to be run in pieces."""
 
-    def __init__(self, material: Material) -> None:
+    def __init__(self, material: Material, batch: int = 32) -> None:
         characters, context = len(material.vocabulary), material.context
         self.x, self.y = material.examples
         self.generator = Generator().manual_seed(2147483647)
@@ -106,7 +106,7 @@ class Notebook:
         self.parameters = [self.embedding, *(p for layer in self.layers for p in layer.parameters())]
         for parameter in self.parameters:
             parameter.requires_grad = True
-        self.step = 0
+        self.step, self.batch = 0, batch
 
     def forward(self, x: Tensor) -> Tensor:
         """Contexts (batch, length) to logits (batch, characters)."""
@@ -119,7 +119,7 @@ class Notebook:
         """Take some steps and return the seconds they took."""
         begin = time.perf_counter()
         for _ in range(steps):
-            chosen = torch.randint(0, len(self.x), (32,), generator=self.generator)
+            chosen = torch.randint(0, len(self.x), (self.batch,), generator=self.generator)
             loss = F.cross_entropy(self.forward(self.x[chosen]), self.y[chosen])
             for parameter in self.parameters:
                 parameter.grad = None

@@ -78,7 +78,8 @@ def calibrate(model: Model, batches: Any, **options: Any) -> Model:
         model: not changed.
         batches: the data set in batches that can be read several times: a list, a DataLoader, a generator function.
         **options: `apply=lambda model, batch: ...` to call the model, `weights=lambda batch: ...` for examples that
-            count several times, `dtype=None` to compute in the model's own dtype.
+            count several times, `dtype=None` to compute in the model's own dtype, `group=dist.group.WORLD` where each
+            of several processes has a share of the batches.
 
     Raises:
         InputError: the model or the batches cannot be used; the message names the layer.

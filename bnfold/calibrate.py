@@ -23,9 +23,13 @@ set; the alternative is the caller's, by the size of the batch.
 merged by the formula of Chan, Golub & LeVeque (1983), all shifted by the mean of the first, so that a mean that is
 large beside the deviations costs no digits. Results are rounded once, to the dtype of the buffers.
 
+**Over processes.** A set may be spread over the processes of a group, in shares of any size. After each pass they tell
+each other what arrived, and merge it in the order of their ranks, as one process merges batches; so all of them end
+with the same statistics, to the last bit, and these are those of one process but for roundings of float64.
+
 A BatchNorm that is called several times in a pass normalises each call by that call's own statistics, as in
-training, and keeps those of all calls together. Not covered: `F.batch_norm` without a module, sets spread over
-processes, and InstanceNorm and frozen BatchNorms, which are left as they are.
+training, and keeps those of all calls together. Not covered: `F.batch_norm` without a module, and InstanceNorm and
+frozen BatchNorms, which are left as they are.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +48,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfold.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from bnfold.distributed import Processes
 
 __all__ = ["Apply", "Batches", "calibrate"]
 
@@ -87,6 +96,8 @@ class _Moments:
 
 
 _Known = dict[_Site, _Moments]
+_Go = Callable[[Iterable[Any], _Known], tuple[_Known, int]]
+"""One pass over the set: the batches, and what is known, to what arrived at each site, and the number of batches."""
 
 
 def calibrate(
@@ -96,6 +107,7 @@ def calibrate(
     apply: Apply | None = None,
     weights: Weights | None = None,
     dtype: torch.dtype | None = torch.float64,
+    group: ProcessGroup | None = None,
 ) -> Model:
     """Return a copy of `model` whose BatchNorms have the statistics of the whole set; `model` is not changed.
 
@@ -115,19 +127,27 @@ def calibrate(
             of the batch. What arrives at each BatchNorm must have the examples on axis 0.
         dtype: what to compute in; floating-point parts of a batch are converted. None computes in the model's own,
             for models that insist on it; sums are kept in float64 all the same.
+        group: of `torch.distributed` (`group.WORLD`): `batches` is the share of this process, which may be none, and
+            every process of the group makes this call, with the same model.
 
     Raises:
+        ProcessLost: another process of the group is gone.
         InputError: there is no BatchNorm to calibrate, or no batch; weights do not fit what arrives; a BatchNorm
             keeps no running statistics, got one value per channel, or got one that is not finite; a batch is of no
             kind to call a model with; the set can be read only once where more passes are needed, or changes
-            between two passes.
+            between two passes; another process met any of that.
     """
     layers = _find(model)
     read = _reader(batches, len(layers))
     work = copy.deepcopy(model).eval()
     if dtype is not None:
         work.to(dtype)
-    go = partial(_pass, work, apply or _call, weights or _weigh_alike, dtype)
+    go: _Go = partial(_pass, work, apply or _call, weights or _weigh_alike, dtype)
+    if group is not None:
+        from bnfold.distributed import Processes
+
+        sizes = {name: module.running_mean.numel() for name, module in layers.items()}
+        go = partial(_pass_together, Processes(group), sizes, go)
     known, count = go(read(), {})
     if not count:
         raise InputError("there is no batch to calibrate on")
@@ -227,6 +247,44 @@ def _pass(
         for hook in hooks:
             hook.remove()
     return found, count
+
+
+def _pass_together(
+    processes: Processes, sizes: dict[str, int], go: _Go, batches: Iterable[Any], known: _Known
+) -> tuple[_Known, int]:
+    """Make a pass in each process; return what arrived in all of them, and the number of all batches."""
+    failure, found, count = None, dict[_Site, _Moments](), 0
+    try:
+        found, count = go(batches, known)
+    except InputError as error:
+        failure = error
+    if processes.any(failure is not None):
+        raise failure or InputError("another process could not use its share of the set; it says why")
+    calls = [1 + max((call for name, call in found if name == each), default=-1) for each in sizes]
+    *most, count = torch.stack(processes.gather(torch.tensor([*calls, count]))).T
+    sites = [(name, call) for name, n in zip(sizes, most, strict=True) for call in range(int(n.max()))]
+    packed = torch.cat([_pack(found.get(site), sizes[site[0]]) for site in sites] or [torch.zeros(0)])
+    return _merge(sites, sizes, processes.gather(packed)), int(count.sum())
+
+
+def _pack(moments: _Moments | None, size: int) -> Tensor:
+    """Moments as a vector on the CPU, zero where there are none."""
+    if moments is None:
+        return torch.zeros(1 + 3 * size, dtype=torch.float64)
+    count = moments.rest.new_tensor([moments.count])
+    return torch.cat([count, moments.shift, moments.rest, moments.squares]).cpu()
+
+
+def _merge(sites: list[_Site], sizes: dict[str, int], packed: list[Tensor]) -> _Known:
+    """What all processes have packed, merged in their order."""
+    known: _Known = {}
+    for everything in packed:
+        parts = torch.split(everything, [1 + 3 * sizes[name] for name, _ in sites])
+        for site, part in zip(sites, parts, strict=True):
+            if count := float(part[0]):
+                here = _Moments(count, *part[1:].view(3, -1))
+                known[site] = known[site].merge(here) if site in known else here
+    return known
 
 
 def _measure(name: str, x: Tensor, weights: Tensor | None, like: _Moments | None) -> _Moments | None:

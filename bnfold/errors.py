@@ -4,6 +4,7 @@
     |-- InputError        a file, model or argument that cannot be used        exit code 2
     |-- UnreadableModel   a model whose computation could not be followed      exit code 2
     |-- NotEquivalent     two models that should agree and do not              exit code 1
+    |-- ProcessLost       one of several processes that went away              exit code 3
 
 One way to fail: raise. A BatchNorm that is left where it is, is not a failure but a `Verdict`; what the rules say on
 the way there is a `Refuse`, which never leaves the package.
@@ -20,7 +21,15 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from bnfold.equivalence import Worst
 
-__all__ = ["BnfoldError", "InputError", "NotEquivalent", "Refuse", "UnreadableModel", "run_command"]
+__all__ = [
+    "BnfoldError",
+    "InputError",
+    "NotEquivalent",
+    "ProcessLost",
+    "Refuse",
+    "UnreadableModel",
+    "run_command",
+]
 
 BROKEN_PIPE = 141
 """The exit code that shells report for a command whose reader went away."""
@@ -61,6 +70,12 @@ class NotEquivalent(BnfoldError, AssertionError):
     def __init__(self, message: str = "", worst: Worst | None = None) -> None:
         super().__init__(message)
         self.worst = worst
+
+
+class ProcessLost(BnfoldError):
+    """One of several processes that compute together went away, or did not answer in time."""
+
+    exit_code = 3
 
 
 class Refuse(Exception):

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnfold.errors import InputError
 
-__all__ = ["LAYERS", "build_layer", "describe_layer", "is_integer", "is_sizes"]
+__all__ = ["LAYERS", "WithoutStorage", "build_layer", "describe_layer", "is_integer", "is_sizes"]
 
 Check = Callable[[Any], bool]
 _LARGEST_SIZE = 2**31
@@ -142,7 +142,7 @@ LAYERS: dict[str, list[str]] = {
 }
 
 
-class _WithoutStorage(TorchFunctionMode):
+class WithoutStorage(TorchFunctionMode):
     """While it lasts, layers are built without memory of their own, and not initialised: shapes and dtypes alone.
 
     Every tensor is one number that is repeated. torch's meta device would do as well, but imports a compiler.
@@ -195,7 +195,7 @@ def build_layer(entry: Any) -> tuple[str, nn.Module]:
     _check_arguments(label, LAYERS[kind], arguments)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     try:
-        with _WithoutStorage():
+        with WithoutStorage():
             return name, getattr(nn, kind)(**given)
     except Exception as error:  # sizes that do not go together or overflow
         raise InputError(f"{label} cannot be built: {str(error).splitlines()[0]:.200}") from error

@@ -11,8 +11,11 @@ line on stderr says where. 2: a file or an argument cannot be used.
 
 What a certificate says of two ONNX files (`--certificate`, or one that B carries) is proved first, for every input.
 Then both are run. The inputs are those of `--inputs`, once for each batch; else made up (see `bnfold.verification`).
-The worst of them is named, and kept with `--worst FILE.npz`, which `--inputs` reads again. The function that does the
-work is `bnfold.verify`, which this module must not be confused with (see the end of `bnfold/__init__.py`).
+The worst of them is named, and kept with `--worst FILE.npz`, which `--inputs` reads again. Of several processes, which
+torchrun starts, each compares its share of `--inputs` (see `bnfold.shares`), and the first reports for all.
+
+The function that does the work is `bnfold.verify`, which this module must not be confused with (see the end of
+`bnfold/__init__.py`).
 """
 
 from __future__ import annotations
@@ -20,14 +23,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bnfold.archive import is_onnx
-from bnfold.command import Parser, add_weights
+from bnfold.command import Parser, add_weights, is_first, is_started, report_once
 from bnfold.errors import InputError, run_command
 from bnfold.output import check_target, replacing, together
 from bnfold.verification import Verification, open_file, verify_sides
+
+if TYPE_CHECKING:
+    from bnfold.distributed import Processes
 
 __all__ = ["main"]
 
@@ -36,7 +45,7 @@ STDOUT = Path("-")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return run_command(lambda: _run(_parser().parse_args(arguments)))
+    return report_once(lambda: run_command(lambda: _run(_parser().parse_args(arguments))))
 
 
 def _parser() -> Parser:
@@ -59,20 +68,54 @@ def _parser() -> Parser:
 
 def _run(options: argparse.Namespace) -> int:
     _check_targets(options)
+    with _joined() as processes:
+        return _verify(options, processes)
+
+
+def _verify(options: argparse.Namespace, processes: Processes | None) -> int:
     out = sys.stderr if options.json == STDOUT else sys.stdout
     for shown in _prove(options):
-        print(f"proved: {shown}", file=out)
+        if is_first():
+            print(f"proved: {shown}", file=out)
     choices = {"arguments": options.model_args, "key": options.key, "prefix": options.prefix}
     before = open_file(options.before, options.model, options.input, **choices)
     after = open_file(options.after, options.model_b or options.model, options.input, **choices)
-    found = verify_sides(before, after, options.inputs, options.tolerance, locate=True)
-    with together():
-        _keep(options, found)
-    for line in _describe(found):
-        print(line, file=out)
+    compare = partial(verify_sides, before, after, tolerance=options.tolerance, locate=True)
+    found = compare(options.inputs) if processes is None else _compare_share(options, compare, processes)
+    if is_first():
+        with together():
+            _keep(options, found)
+        for line in _describe(found):
+            print(line, file=out)
     found.raise_if_different()
-    print("equivalent", file=out)
+    if is_first():
+        print("equivalent", file=out)
     return 0
+
+
+@contextmanager
+def _joined() -> Iterator[Processes | None]:
+    """The processes that torchrun started; alone, nothing needs torch."""
+    if not is_started():
+        yield None
+        return
+    from bnfold.distributed import join
+
+    with join() as processes:
+        yield processes
+
+
+def _compare_share(
+    options: argparse.Namespace, compare: Callable[[Any], Verification], processes: Processes
+) -> Verification:
+    """What all processes find together."""
+    from bnfold.shares import judge_together, take_share
+
+    def look() -> Verification | None:
+        share = take_share(options.inputs, processes)
+        return compare(share) if share else None
+
+    return judge_together(look, options.worst is not None, processes)
 
 
 def _prove(options: argparse.Namespace) -> Sequence[str]:

@@ -9,12 +9,17 @@
     python -m train --recipe zeros --explain          which parameters moved, and why the others did not
     python -m train --calibrate                       the statistics of the whole training set in every BatchNorm
     python -m train --resume                          after a kill: goes on where the same command was
+    python -m train --device cuda --batch 16384       the steps on a GPU
+    torchrun --nproc-per-node 2 -m train              the rows of each batch spread over processes: the same net
     python -m train --compare a.pt b.pt               two nets side by side; trains nothing
 
 Exit code 0; 2 with one line on stderr where an argument or a list cannot be used; 130 after Ctrl-C, which ends the
-training early and still writes the checkpoint. The same seed on the same machine gives the same tensors, bit for bit,
-watched or not, in one go or resumed: everything runs on one thread, and all chances come from one generator. A training
-that takes long is kept beside the checkpoint, in `ckpt.training.pt`, until that is written.
+training early and still writes the checkpoint; 3 where another of several processes went away: then the first writes
+the checkpoint of the last whole step and keeps the training, and where the first is gone, what it kept last is there.
+
+The same seed on the same machine gives the same tensors, bit for bit, watched or not, in one go or resumed: a process
+runs on one thread, and all chances come from one generator. A training that takes long is kept beside the checkpoint,
+in `ckpt.training.pt`, until that is written. Of several processes, the first one's share of the rows is watched.
 """
 
 from __future__ import annotations
@@ -34,12 +39,13 @@ from torch import Generator, nn
 
 import data
 from bnfold.checkpoint import Checkpoint, InputDomain, save
-from bnfold.command import Parser
-from bnfold.errors import InputError, run_command
+from bnfold.command import Parser, is_first, report_once
+from bnfold.distributed import Processes, join
+from bnfold.errors import InputError, ProcessLost, run_command
 from bnfold.output import check_target
 from data.names import DEFAULT_LIST
 from train import calibration, gradients
-from train.arguments import at_least, check_folder, positive
+from train.arguments import at_least, check_folder, pick_device, positive
 from train.compare import compare, load_side
 from train.diagnostics import Diagnostics, compare_statistics
 from train.evaluate import measure, study_habits
@@ -57,6 +63,8 @@ NOTEBOOK_SEED = 2147483647
 SAMPLES = 10
 WATCHED = 100
 """About as many steps are watched for the pictures, unless --every says otherwise."""
+AGREE = 16
+"""After so many steps several processes ask each other whether to stop."""
 
 Losses = dict[str, float | None]
 
@@ -104,6 +112,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="keep the training after every N-th step (about every ten seconds)",
     )
+    add("--device", default="cpu", metavar="NAME", help="where the steps are taken: cpu, cuda, cuda:1 (cpu)")
     look = parser.add_argument_group("looking inside").add_argument
     look(
         "--plots",
@@ -140,7 +149,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Do what the command line says; return the exit code."""
-    console = open_console()
+    console = open_console(quiet=not is_first())
     if options.list:
         print_recipes(console, RECIPES)
         return 0
@@ -149,19 +158,25 @@ def run(options: argparse.Namespace) -> int:
         return _compare(console, options)
     recipe = _season(RECIPES[options.recipe], options)
     _check(options, recipe)
-    return _run_recipe(console, options, recipe)
+    with join(pick_device(options.device).type) as processes:
+        return _run_recipe(console, options, recipe, processes)
 
 
-def _run_recipe(console: Console, options: argparse.Namespace, recipe: Recipe) -> int:
+def _run_recipe(
+    console: Console, options: argparse.Namespace, recipe: Recipe, processes: Processes | None
+) -> int:
     """Train, write the checkpoint, and show what came of it; return the exit code."""
     names = data.read_names(options.names)
     material = prepare(names, recipe.context)
     generator = Generator().manual_seed(options.seed)
-    net = make(recipe, material, generator)
-    with postponed_interrupt() as interrupted:
+    net = make(recipe, material, generator).to(pick_device(options.device))
+    with postponed_interrupt(several=processes is not None) as interrupted:
         console.print(_introduce(names, material, recipe, net), soft_wrap=True)
-        seen, keeper = _prepare(net, material, recipe, generator, options, names)
-        _train(seen, keeper, interrupted)
+        seen, keeper = _prepare(net, material, recipe, generator, options, names, processes)
+        lost = _train(seen, keeper, interrupted, processes)
+        if not is_first():
+            return 0 if len(seen.history) == recipe.steps else 130
+        net.cpu()
         nets = {"this net": net}
         if options.calibrate:
             nets = {"running statistics": net, **calibration.calibrate(net, material, recipe)}
@@ -181,6 +196,9 @@ def _run_recipe(console: Console, options: argparse.Namespace, recipe: Recipe) -
     )
     console.print("\n".join(["", *invented, ""]), markup=False, soft_wrap=True)
     taken = len(seen.history)
+    if lost is not None:
+        kept = "" if keeper is None else "; --resume goes on with it"
+        raise ProcessLost(f"{lost}: {options.out} holds the net of step {taken:,} of {recipe.steps:,}{kept}")
     stopped = f", stopped after {taken} of {recipe.steps} steps" if taken < recipe.steps else ""
     console.print(f"wrote {options.out}{stopped}; next: python -m bnfold.fold {options.out}", soft_wrap=True)
     return 130 if stopped else 0
@@ -239,6 +257,7 @@ def _layers(text: str) -> int | str:
 def _check(options: argparse.Namespace, recipe: Recipe) -> None:
     """Raise before the training, and not after it, if what is asked for cannot be had."""
     check_target(options.out)
+    pick_device(options.device)
     if options.plots:
         check_folder(options.plots, "the pictures")
     if options.tensorboard:
@@ -276,11 +295,13 @@ def _prepare(
     generator: Generator,
     options: argparse.Namespace,
     names: Sequence[str],
+    processes: Processes | None,
 ) -> tuple[Seen, Keeper | None]:
     """What a training needs: the one that was kept, or a new one; nobody keeps one that ends in a device."""
-    watched = options.every or max(1, recipe.steps // WATCHED) if options.plots or options.tensorboard else 0
+    looks = options.plots or options.tensorboard
+    watched = options.every or max(1, recipe.steps // WATCHED) if looks else 0
     seen = Seen(
-        Training(net, material, recipe, generator),
+        Training(net, material, recipe, generator, processes),
         [],
         Diagnostics(net, watched) if watched else None,
         Ledger(net) if options.explain or recipe.explain else None,
@@ -290,11 +311,25 @@ def _prepare(
     run = _identify(options, names, recipe) | {"watched": watched, "explained": seen.ledger is not None}
     looking = (seen.diagnostics, seen.ledger)
     keeper = Keeper(beside(options.out), run, seen.training, seen.history, looking, options.save_every)
+    note = ""
     if not options.resume and keeper.path.exists():
-        print(f"{keeper.path} holds a training that did not end; --resume goes on with it")
+        note = f"{keeper.path} holds a training that did not end; --resume goes on with it"
     elif options.resume and keeper.take_up():
-        print(f"resumed after {seen.training.step:,} of {recipe.steps:,} steps")
+        note = f"resumed after {seen.training.step:,} of {recipe.steps:,} steps"
+    if note and is_first():
+        print(note)
+    if processes is not None:
+        _check_alike(processes, run, seen.training.step)
     return seen, keeper
+
+
+def _check_alike(processes: Processes, run: dict[str, Any], step: int) -> None:
+    """Raise unless all processes are about to do the same."""
+    digest = hashlib.sha256(repr((run, step)).encode()).digest()
+    if len(set(processes.gather_bytes(digest))) > 1:
+        raise InputError(
+            "the processes have different names, options or kept trainings; give them one folder"
+        )
 
 
 def _identify(options: argparse.Namespace, names: Sequence[str], recipe: Recipe) -> dict[str, Any]:
@@ -305,8 +340,14 @@ def _identify(options: argparse.Namespace, names: Sequence[str], recipe: Recipe)
     return {"names": digest, "seed": options.seed, "torch": str(torch.__version__), **own}
 
 
-def _train(seen: Seen, keeper: Keeper | None, interrupted: Callable[[], bool]) -> None:
-    """Train until the end or Ctrl-C, at least one step, and let all look on who want to."""
+def _train(
+    seen: Seen, keeper: Keeper | None, interrupted: Callable[[], bool], processes: Processes | None
+) -> ProcessLost | None:
+    """Train until the end or Ctrl-C, at least one step, and let all look on who want to.
+
+    Returns:
+        What ended it early in the first process, where another one went away after a step.
+    """
     training = seen.training
     with ExitStack() as stack:
         bar = stack.enter_context(Bar(training.recipe.name, training.recipe.steps, training.step))
@@ -315,14 +356,28 @@ def _train(seen: Seen, keeper: Keeper | None, interrupted: Callable[[], bool]) -
             notes.append(stack.enter_context(seen.diagnostics).record)
         if seen.ledger is not None:
             notes.append(stack.enter_context(seen.ledger).count)
-        notes += [keeper.step] if keeper is not None else []
-        for loss in training:
-            for note in notes:
-                note(loss)
-            if interrupted():
-                break
-    if keeper is not None and training.step < training.recipe.steps:
+        notes += [keeper.step] if keeper is not None and is_first() else []
+        lost = None
+        try:
+            for loss in training:
+                for note in notes:
+                    note(loss)
+                if _is_over(training.step, interrupted, processes):
+                    break
+        except ProcessLost as error:
+            if not (is_first() and seen.history):
+                raise
+            lost = error
+    if keeper is not None and is_first() and training.step < training.recipe.steps:
         keeper.keep()
+    return lost
+
+
+def _is_over(step: int, interrupted: Callable[[], bool], processes: Processes | None) -> bool:
+    """Whether somebody pressed Ctrl-C; several processes ask each other now and then."""
+    if processes is None:
+        return interrupted()
+    return step % AGREE == 0 and processes.any(interrupted())
 
 
 def _compare_first(loss: float, recipe: Recipe) -> str:
@@ -379,7 +434,7 @@ def _record(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return run_command(lambda: run(parse(arguments)))
+    return report_once(lambda: run_command(lambda: run(parse(arguments))))
 
 
 if __name__ == "__main__":

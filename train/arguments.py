@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from bnfold.errors import InputError
 
-__all__ = ["at_least", "check_folder", "positive"]
+__all__ = ["at_least", "check_folder", "pick_device", "positive"]
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -29,6 +31,23 @@ def positive(text: str) -> float:
     if not 0 < (value := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no positive number")
     return value
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of a name: cpu, cuda or cuda:N.
+
+    Raises:
+        InputError: it is of another kind, or this machine has none of it.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or name == "cpu:":
+        raise InputError(f"--device {name}: a device is cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise InputError(
+            f"--device {name}: torch finds {found} CUDA device{'s' * (found != 1)} here; leave it out"
+        )
+    return torch.device(kind, int(number)) if number else torch.device(kind)
 
 
 def check_folder(path: Path, what: str) -> None:

@@ -4,7 +4,8 @@ Both are endless and take their chances from one generator. Each estimates the t
 
     loss = sum_b sum_t w[b, t] * -log p(t | x[b]),        sum w = 1
 
-`draw_examples` takes `size` examples with replacement; w is 1 / size at the example's own character.
+`draw_examples` takes `size` examples with replacement; w is 1 / size at the example's own character. Many batches are
+drawn at once, which gives the same ones and costs less.
 
 `draw_contexts` takes `size` different contexts. Context c is in a batch with probability pi(c), the square root of its
 frequency times a constant, at most 1; then w[c, t] is n(c, t) / pi(c), divided by the sum of all (Hajek 1971), which
@@ -27,7 +28,10 @@ from torch import Generator, Tensor
 
 from train.material import Material
 
-__all__ = ["ROUND", "draw_contexts", "draw_examples", "inclusion", "presence"]
+__all__ = ["AT_ONCE", "ROUND", "draw_contexts", "draw_examples", "inclusion", "presence"]
+
+AT_ONCE = 3200
+"""About as many examples are drawn at once: a hundred of the lecture's batches."""
 
 ROUND = 16
 
@@ -38,8 +42,8 @@ def draw_examples(material: Material, size: int, generator: Generator) -> Iterat
     """Yield `size` contexts (size, length) and their targets (size,), int64, drawn with replacement."""
     x, y = material.examples
     while True:
-        chosen = torch.randint(0, len(x), (size,), generator=generator)
-        yield x[chosen], y[chosen]
+        chosen = torch.randint(0, len(x), (max(1, AT_ONCE // size), size), generator=generator)
+        yield from zip(x[chosen], y[chosen], strict=True)
 
 
 def draw_contexts(material: Material, size: int, generator: Generator) -> Iterator[Batch]:

@@ -54,7 +54,7 @@ class Ledger:
 
     def __init__(self, net: nn.Sequential) -> None:
         self._net = net
-        self._start = {name: p.detach().clone() for name, p in net.named_parameters()}
+        self._start = {name: p.detach().to("cpu", copy=True) for name, p in net.named_parameters()}
         self._steps = 0
         self._inputs: dict[str, float] = defaultdict(float)
         self._outputs: dict[str, float] = defaultdict(float)
@@ -97,7 +97,7 @@ class Ledger:
 
     def _enter(self, name: str, value: Tensor) -> Entry:
         gradient = self._gradients[name]
-        moved = float((value - self._start[name]).abs().max())
+        moved = float((value.cpu() - self._start[name]).abs().max())
         return Entry(name, moved, gradient, "" if gradient or not self._steps else self._explain(name))
 
     def _explain(self, name: str) -> str:

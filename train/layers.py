@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfold.layers import WithoutStorage
+
 __all__ = [
     "BatchNorm1d",
     "Embedding",
@@ -250,7 +252,7 @@ def _twin(layer: nn.Module) -> nn.Module:
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     if isinstance(layer, StdBatchNorm1d):
         state |= {"running_var": state.pop("running_std").square(), "num_batches_tracked": torch.tensor(0)}
-    with torch.device("meta"):
+    with WithoutStorage():
         twin = _empty_twin(layer)
     twin.load_state_dict(state, assign=True)
     return twin

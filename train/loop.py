@@ -11,14 +11,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
-from bnfold.errors import InputError
+from bnfold.distributed import Processes
+from bnfold.errors import InputError, ProcessLost
+from train.backprop import differentiate
 from train.material import Material
 from train.recipes import Recipe
 
@@ -26,22 +28,38 @@ __all__ = ["Training", "descend", "postponed_interrupt"]
 
 
 class Training:
-    """A net on its way down, between two steps.
+    """A net on its way down, between two steps, on the device that it is on; chances are those of the CPU anywhere.
+
+    Several processes have the same net, draw the same batches, and take each a share of the rows. What they add up
+    makes the step that one process would make with all of them, so their nets stay the same.
 
     Attributes:
         step: how many steps were taken.
     """
 
-    def __init__(self, net: nn.Sequential, material: Material, recipe: Recipe, generator: Generator) -> None:
+    def __init__(
+        self,
+        net: nn.Sequential,
+        material: Material,
+        recipe: Recipe,
+        generator: Generator,
+        processes: Processes | None = None,
+    ) -> None:
         self.net, self.recipe, self.step = net.train(), recipe, 0
         self._optimiser = recipe.optimiser(net)
-        self._batches = _Batches(lambda: recipe.draw(material, recipe.batch, generator), generator)
+        gradients = self._optimiser.gradients
+        self._differentiate = differentiate(net, gradients, processes.add if processes else None)
+        self._share = processes.share if processes else _keep_all
+        x, y = (each.to(gradients.device) for each in material.examples)
+        near = replace(material, examples=(x, y))
+        self._batches = _Batches(lambda: recipe.draw(near, recipe.batch, generator), generator)
 
     def __iter__(self) -> Iterator[float]:
         """Take the steps that are left, and yield the loss of each batch, as it was before the step.
 
         Raises:
             InputError: the loss is no longer finite; the message names the step.
+            ProcessLost: another process is gone; the net is that after the last step that was taken.
         """
         while self.step < self.recipe.steps:
             value = self._take()
@@ -52,15 +70,17 @@ class Training:
 
     def _take(self) -> float:
         x, y = next(self._batches)
-        loss = F.cross_entropy(self.net(x), y, reduction="sum" if y.is_floating_point() else "mean")
-        self._optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            loss = self._differentiate(self._share(x), self._share(y), len(x))
+        except ProcessLost:
+            self._batches.put_back()
+            raise
         self._optimiser.step(self.recipe.rate * self.recipe.schedule(self.step / self.recipe.steps))
-        return loss.item()
+        return loss
 
     def state(self) -> dict[str, Any]:
         """All that the next steps depend on, in plain values and tensors of its own."""
-        net = {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
+        net = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.net.state_dict().items()}
         optimiser, batches = self._optimiser.state(), self._batches.state()
         return {"step": self.step, "net": net, "optimiser": optimiser, "batches": batches}
 
@@ -93,6 +113,10 @@ class _Batches:
         self._since += 1
         return batch
 
+    def put_back(self) -> None:
+        """Count the last batch among those that are to come."""
+        self._since -= 1
+
     def state(self) -> dict[str, Any]:
         return {"generator": self._before.clone(), "since": self._since}
 
@@ -113,21 +137,31 @@ def descend(net: nn.Sequential, material: Material, recipe: Recipe, generator: G
     return iter(Training(net, material, recipe, generator))
 
 
+def _keep_all(rows: Tensor) -> Tensor:
+    return rows
+
+
 @contextmanager
-def postponed_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether Ctrl-C was pressed; the second press interrupts at once."""
+def postponed_interrupt(several: bool = False) -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C was pressed; the second press interrupts at once.
+
+    One of several processes gets the signal again from torchrun, and SIGTERM when another one is gone, so neither
+    interrupts it.
+    """
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield pressed.is_set
         return
 
     def press(number: int, frame: FrameType | None) -> None:
-        if pressed.is_set():
+        if pressed.is_set() and not several:
             raise KeyboardInterrupt
         pressed.set()
 
-    before = signal.signal(signal.SIGINT, press)
+    caught = (signal.SIGINT, signal.SIGTERM) if several else (signal.SIGINT,)
+    before = {number: signal.signal(number, press) for number in caught}
     try:
         yield pressed.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -21,8 +21,8 @@ __all__ = ["Adam", "Descent", "Optimiser", "flatten"]
 class Optimiser(Protocol):
     """What the loop asks of an optimiser."""
 
-    def zero_grad(self) -> None:
-        """Set all gradients to zero."""
+    gradients: Tensor
+    """Those of all parameters, one vector that somebody fills before a step."""
 
     def step(self, rate: float) -> None:
         """Change the parameters by their gradients."""
@@ -38,15 +38,11 @@ class Descent:
     """p <- p - rate * g."""
 
     def __init__(self, net: nn.Module) -> None:
-        self._values, self._gradients = flatten(net)
-
-    def zero_grad(self) -> None:
-        """Set all gradients to zero."""
-        self._gradients.zero_()
+        self._values, self.gradients = flatten(net)
 
     def step(self, rate: float) -> None:
         """Take one step down the gradient."""
-        self._values.sub_(self._gradients, alpha=rate)
+        self._values.sub_(self.gradients, alpha=rate)
 
     def state(self) -> dict[str, Any]:
         """Nothing."""
@@ -60,18 +56,14 @@ class Adam:
     """p <- p - rate * m' / (sqrt(v') + eps): m', v' the unbiased running means of g and g^2."""
 
     def __init__(self, net: nn.Module, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        self._values, self._gradients = flatten(net)
+        self._values, self.gradients = flatten(net)
         self._first, self._second = torch.zeros_like(self._values), torch.zeros_like(self._values)
         self._betas, self._eps, self._taken = betas, eps, 0
-
-    def zero_grad(self) -> None:
-        """Set all gradients to zero."""
-        self._gradients.zero_()
 
     def step(self, rate: float) -> None:
         """Take one step down the running mean of the gradient, scaled by its running size."""
         self._taken += 1
-        (first, second), gradients = self._betas, self._gradients
+        (first, second), gradients = self._betas, self.gradients
         self._first.lerp_(gradients, 1 - first)
         self._second.mul_(second).addcmul_(gradients, gradients, value=1 - second)
         size = self._second.sqrt().div_((1 - second**self._taken) ** 0.5).add_(self._eps)
@@ -79,7 +71,8 @@ class Adam:
 
     def state(self) -> dict[str, Any]:
         """The running means, and of how many steps."""
-        return {"first": self._first.clone(), "second": self._second.clone(), "taken": self._taken}
+        first, second = (mean.to("cpu", copy=True) for mean in (self._first, self._second))
+        return {"first": first, "second": second, "taken": self._taken}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on with these running means."""

@@ -22,9 +22,9 @@ _SMOOTHING = 0.98
 _WIDTH = 130
 
 
-def open_console() -> Console:
+def open_console(quiet: bool = False) -> Console:
     """Return a console on stdout, wide where that is no terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH, quiet=quiet)
 
 
 class Bar:

@@ -42,7 +42,7 @@ def losses(model: nn.Sequential, zero, step) -> list[float]:
 def test_the_same_losses_as_torch_optim(ours, theirs) -> None:
     model, reference = net(), net()
     optimiser, other = ours(model), theirs(reference.parameters())
-    found = losses(model, optimiser.zero_grad, lambda: optimiser.step(0.01))
+    found = losses(model, optimiser.gradients.zero_, lambda: optimiser.step(0.01))
     assert found == pytest.approx(losses(reference, other.zero_grad, other.step), rel=1e-12)
     assert found[-1] < found[0]
 
