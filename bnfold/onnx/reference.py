@@ -1,8 +1,9 @@
 """ONNX's reference implementation in float64, with convolutions that are fast enough for real nets.
 
-A convolution is one matrix product of the weight with what its taps see ("im2col"). ConvTranspose is the same,
-scattered instead of gathered. BatchNormalization is written here as well, since before operator set 14 the reference
-normalises by the batch; and the poolings, since it fails on padded sequences and on windows that reach too far.
+A convolution is a matrix product of the weight with what its taps see ("im2col"), some rows of outputs at a time.
+ConvTranspose is the same, scattered instead of gathered. BatchNormalization is written here as well, since before
+operator set 14 the reference normalises by the batch; and the poolings, since it fails on padded sequences and on
+windows that reach too far. A value is forgotten once nobody will read it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
 
 from bnfold.errors import InputError
+from bnfold.onnx.flatten import bodies
 from bnfold.onnx.lower import EPSILON
 
 __all__ = ["evaluate"]
@@ -34,14 +37,46 @@ def evaluate(model: onnx.ModelProto, feeds: Sequence[dict[str, Tensor]]) -> list
         InputError: the reference implementation cannot run it.
     """
     try:
-        evaluator = ReferenceEvaluator(
-            model, new_ops=[Conv, ConvTranspose, BatchNormalization, MaxPool, AveragePool]
-        )
+        evaluator = Evaluator(model, new_ops=[Conv, ConvTranspose, BatchNormalization, MaxPool, AveragePool])
         with np.errstate(all="ignore"):
             return [list(evaluator.run(None, feed)) for feed in feeds]
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"the reference implementation cannot run it in float64: {line}") from error
+
+
+class Evaluator(ReferenceEvaluator):
+    """ONNX's own, but that a value is forgotten once nobody will read it: of a large net only a few live at once."""
+
+    def run(self, output_names: Any, feed_inputs: dict[str, Any], *given: Any, **options: Any) -> Any:
+        """The outputs by their names, in order; functions and bodies are run by ONNX's own evaluator."""
+        wanted = self.output_names if output_names is None else output_names
+        found: dict[str, Any] = {"": None, **self.rt_inits_, **feed_inputs}
+        waiting = Counter(name for node in self.rt_nodes_ for name in _reads(node.onnx_node))
+        waiting.update(wanted)
+        for node in self.rt_nodes_:
+            context = {"context": found} if node.need_context() else {}
+            made = node.run(*(found[name] for name in node.input), **context)
+            found.update(zip(node.output, made, strict=False))
+            del made
+            waiting.subtract(read := list(_reads(node.onnx_node)))
+            for name in {*read, *node.output} - {""}:
+                if not waiting[name]:
+                    found.pop(name, None)
+        return [found[name] for name in wanted]
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node and the bodies in it read, of which some may be theirs."""
+    yield from node.input
+    for body in bodies(node):
+        yield from (item.name for item in body.output)
+        for inner in body.node:
+            yield from _reads(inner)
+
+
+BLOCK = 2**22
+"""How many numbers that the taps of a convolution see are laid out at once."""
 
 
 class Conv(OpRun):
@@ -69,20 +104,28 @@ class Conv(OpRun):
             (n - (k - 1) * d - 1) // s + 1
             for n, k, d, s in zip(padded.shape[2:], kernel, dilations, strides, strict=True)
         ]
-        cuts = [
-            _window(offset, sizes, strides, dilations) for offset in itertools.product(*map(range, kernel))
-        ]
-        seen = [
-            padded[(slice(None), slice(None), *cut)].reshape(data.shape[0], group, -1, math.prod(sizes))
-            for cut in cuts
-        ]
         taps = np.moveaxis(weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1), 3, 0)
-        if weight.shape[1] == 1:
-            result = functools.reduce(np.add, (tap * each for tap, each in zip(taps, seen, strict=True)))
-        else:
-            result = np.concatenate(taps, 2) @ np.concatenate(seen, 2)
-        result = result.reshape(data.shape[0], weight.shape[0], *sizes)
+        result = np.empty((data.shape[0], weight.shape[0], *sizes), np.result_type(data, weight))
+        seen = data.shape[0] * data.shape[1] * math.prod(kernel) * math.prod(sizes[1:])
+        rows = max(1, BLOCK // max(1, seen))
+        for first in range(0, sizes[0], rows):
+            some = [min(rows, sizes[0] - first), *sizes[1:]]
+            cuts = [
+                _window(offset, some, strides, dilations) for offset in itertools.product(*map(range, kernel))
+            ]
+            block = _multiply(taps, padded[:, :, first * strides[0] :], cuts, group)
+            result[:, :, first : first + rows] = block.reshape(data.shape[0], -1, *some)
         return (result if bias is None else result + bias.reshape(-1, *[1] * len(kernel)),)
+
+
+def _multiply(taps: Tensor, data: Tensor, cuts: Sequence[tuple[slice, ...]], group: int) -> Tensor:
+    """The products of the taps with what they see, added up."""
+    seen = (data[(slice(None), slice(None), *cut)] for cut in cuts)
+    flat = (each.reshape(data.shape[0], group, -1, math.prod(each.shape[2:])) for each in seen)
+    if taps.shape[-1] == 1:
+        return functools.reduce(np.add, (tap * each for tap, each in zip(taps, flat, strict=True)))
+    product: Tensor = np.concatenate(taps, 2) @ np.concatenate(list(flat), 2)
+    return product
 
 
 class ConvTranspose(OpRun):
