@@ -146,7 +146,7 @@ def postponed_interrupt(several: bool = False) -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether Ctrl-C was pressed; the second press interrupts at once.
 
     One of several processes gets the signal again from torchrun, and SIGTERM when another one is gone, so neither
-    interrupts it.
+    interrupts it, to its end: torchrun may send one while it still says what happened.
     """
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -163,5 +163,5 @@ def postponed_interrupt(several: bool = False) -> Iterator[Callable[[], bool]]:
     try:
         yield pressed.is_set
     finally:
-        for number, handler in before.items():
+        for number, handler in before.items() if not several else ():
             signal.signal(number, handler)
