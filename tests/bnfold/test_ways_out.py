@@ -200,7 +200,8 @@ def test_a_module_folds_once_it_is_mended_as_the_way_out_says(reason):
 
 
 NUMBERS = """float[3, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3},
-    float[4] gamma = {1, 2, 3, 4}, float[4] beta = {1, 0, 1, 0}, float[4] mean = {0, 1, 0, 1}, float[4] var = {1, 2, 1, 2}"""
+    float[4] gamma = {1, 2, 3, 4}, float[4] beta = {1, 0, 1, 0},
+    float[4] mean = {0, 1, 0, 1}, float[4] var = {1, 2, 1, 2}"""
 FILES = {
     reasons.OVERRIDABLE: (
         "float[n, 3] x, float[3, 4] w",
