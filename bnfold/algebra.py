@@ -311,11 +311,13 @@ class Linear:
 
     def fold_weight(self, weight: npt.NDArray[Any]) -> Array:
         """The first half of `fold`: the new weight."""
-        folded = self.view(np.asarray(weight)).astype(np.float64)
+        folded = old = self.view(np.asarray(weight, np.float64))
         if self.before is not None:
-            folded *= np.reshape(self.before[0], (self.groups, 1, -1, 1))
+            folded = folded * np.reshape(self.before[0], (self.groups, 1, -1, 1))
         if self.after is not None:
-            folded *= np.reshape(self.after[0], (self.groups, -1, 1, 1))
+            folded = folded * np.reshape(self.after[0], (self.groups, -1, 1, 1))
+        if folded is old:
+            folded = old.copy()
         if self.parallel is not None:
             self._add_identity(folded, np.shape(weight)[2:])
         return self._unview(folded, np.shape(weight))
@@ -326,9 +328,8 @@ class Linear:
             return None
         folded = np.zeros(self.outputs) if bias is None else np.asarray(bias, np.float64)
         if self.before is not None and self.shifts_input:
-            shift = np.reshape(self.before[1], (self.groups, 1, -1, 1))
-            seen = self.view(np.asarray(weight)).astype(np.float64)
-            folded = folded + (seen * shift).sum(axis=(2, 3)).ravel()
+            seen = self.view(np.asarray(weight, np.float64)).sum(axis=3)
+            folded = folded + (seen @ np.reshape(self.before[1], (self.groups, -1, 1))).ravel()
         return folded if self.after is None else folded * self.after[0] + self.after[1]
 
     def view(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:

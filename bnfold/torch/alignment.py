@@ -34,6 +34,7 @@ from bnfold.torch.trace import Call, Frame, Trace, Value
 __all__ = ["Alignment", "Parting"]
 
 _SILENT = ("If", "Hook")
+_SLICES = ("slice", "alias")
 """Calls that stand for somebody who looks, and compute nothing."""
 
 
@@ -138,9 +139,17 @@ class Alignment:
     def of(mine: Trace, theirs: Trace) -> Alignment:
         """Two passes, but for slices that are no calls in one of them."""
         alignment = Alignment(mine, theirs)
+        if not alignment._has_lone_slices():
+            return alignment
         slices = tuple(alignment._lone_slices())
         theirs_too = tuple(alignment._turned()._lone_slices())
         return Alignment(mine, theirs, (slices, theirs_too)) if slices or theirs_too else alignment
+
+    def _has_lone_slices(self) -> bool:
+        """Whether one of the passes makes a slice that corresponds to nothing."""
+        known = self.calls.keys() | {id(call) for call in self.calls.values()}
+        calls = (*self.mine.calls, *self.theirs.calls)
+        return any(call.label in _SLICES and id(call) not in known for call in calls)
 
     def _turned(self) -> Alignment:
         return Alignment(self.theirs.recording, self.mine.recording)
@@ -149,7 +158,7 @@ class Alignment:
         """The slices of this pass that correspond to none, along axes whose sizes differ."""
         known = dict(self.values)
         for call in self.mine.calls:
-            if call.label not in ("slice", "alias") or id(call) in self.calls:
+            if call.label not in _SLICES or id(call) in self.calls:
                 continue
             source, other = _source(call), known.get(_source(call).name)
             if other is not None and (call.label == "alias" or _differ(call, source, other)):

@@ -87,7 +87,7 @@ def fold(
     reading, plan, merged = decide(model, example_inputs, Options(**options))
     size = _count(model)
     comparison = _compare(model, example_inputs, reading, plan, merged, inplace) if verify else None
-    folded = write(model, reading, plan, inplace, merged)
+    folded = write(model, reading, plan, inplace, merged, reading.rounded)
     evidence = comparison.judge(folded) if comparison else ()
     notes = comparison.notes if comparison else ["unverified: verification was switched off"]
     notes = [*notes, *_written_out(model, reading, plan)]
@@ -222,7 +222,7 @@ def _is_rehearsed(
         twin = copy_structure(model)
     except UnreadableModel:
         return True
-    folded = write(twin, reading, plan, inplace=True, merged=merged)
+    folded = write(twin, reading, plan, inplace=True, merged=merged, rounded=reading.rounded)
     return runs_alike(folded, example_inputs, reading, plan, merged)
 
 

@@ -324,8 +324,16 @@ class Computed:
     trained: bool
 
 
-def compute_merged(model: nn.Module, reading: Reading, merged: Merged) -> list[Computed]:
-    """All merged operators of a module that is as it was read."""
+def compute_merged(
+    model: nn.Module, reading: Reading, merged: Merged, known: dict[Any, Any] | None = None
+) -> list[Computed]:
+    """All merged operators of a module that is as it was read.
+
+    Args:
+        known: numbers that were computed before, by the identity of their operator, with that; what is missing is put
+            there.
+    """
+    known = {} if known is None else known
 
     def stored(node: Node) -> Any:
         return stored_numbers(model, reading.linears[node.name])
@@ -335,7 +343,9 @@ def compute_merged(model: nn.Module, reading: Reading, merged: Merged) -> list[C
         wrapped = _is_wrapped(model, reading, one.place, one.operator)
         places = [reading.linears[name] for name in one.candidate.nodes if name in reading.linears]
         trained = any(stored_tensors(model, place)[0].requires_grad for place in places)
-        return Computed(one.place, one.operator, one.operator.numbers(stored), like, wrapped, trained)
+        if id(one.operator) not in known:
+            known[id(one.operator)] = one.operator, one.operator.numbers(stored)
+        return Computed(one.place, one.operator, known[id(one.operator)][1], like, wrapped, trained)
 
     return [compute(one) for one in merged.merges]
 

@@ -61,6 +61,7 @@ class Reading:
         heads: parts that did not run and could read what the folds change; see `read`.
         calls: the module calls, as places for merged operators.
         formulas: the lines of BatchNorms that are written out, by node name.
+        rounded: new numbers that were computed for one copy, for the next one (see `write`).
     """
 
     graph: Graph
@@ -75,6 +76,7 @@ class Reading:
     heads: tuple[Idle, ...] = ()
     calls: ModuleCalls | None = None
     formulas: Mapping[str, FormulaPlace] = field(default_factory=dict)
+    rounded: dict[Any, Any] = field(default_factory=dict)
 
 
 def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Reading:

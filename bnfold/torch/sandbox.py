@@ -26,6 +26,7 @@ __all__ = [
     "arrange",
     "copied",
     "copy_structure",
+    "empty_containers",
     "first_line",
     "is_meta",
     "is_same",
@@ -45,19 +46,26 @@ def copy_structure(model: nn.Module) -> nn.Module:
     Raises:
         UnreadableModel: something in it cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        for thing in vars(module).values():
-            if type(thing) in _COPIED and not thing:
-                memo[id(thing)] = type(thing)()  # a dozen of each module's: its hooks
-            elif type(thing) not in _PLAIN:
-                memo.update((id(tensor), tensor) for _, tensor in leaves(thing))
+    memo = empty_containers(model)
+    for thing in _things(model):
+        if id(thing) not in memo and type(thing) not in _PLAIN:
+            memo.update((id(tensor), tensor) for _, tensor in leaves(thing))
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise UnreadableModel(f"the model cannot be copied: {first_line(error)}; try inplace=True") from error
+
+
+def empty_containers(model: nn.Module) -> dict[int, Any]:
+    """New ones for those that modules hold, by identity of the old ones: a dozen of each module's, for its hooks."""
+    return {id(thing): type(thing)() for thing in _things(model) if type(thing) in _COPIED and not thing}
+
+
+def _things(model: nn.Module) -> Iterator[Any]:
+    """What the modules hold that are not compiled."""
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield from vars(module).values()
 
 
 def first_line(error: BaseException) -> str:

@@ -149,10 +149,10 @@ def round_like(array: Array, like: Tensor) -> Tensor:
     if like.device.type == "meta":
         return torch.empty(array.shape, dtype=like.dtype, device="meta")
     narrow = like.dtype not in (torch.float64, torch.float32)
-    tensor = torch.from_numpy(round_to_odd(array) if narrow else np.array(array)).to(like.dtype)
-    if tensor.shape != like.shape:
-        return tensor.to(like.device)
-    return torch.empty_like(like, requires_grad=False).copy_(tensor)
+    rounded = round_to_odd(array) if narrow else np.require(array, requirements=["C", "W"])
+    if array.shape == like.shape:
+        return torch.empty_like(like, requires_grad=False).copy_(torch.from_numpy(rounded))
+    return torch.from_numpy(rounded).to(like.device, like.dtype, copy=True)
 
 
 def measure(before: nn.Module, after: nn.Module, place: LinearPlace, linear: Linear) -> float | None:

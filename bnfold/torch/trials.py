@@ -161,11 +161,10 @@ class _Desk:
         if not axes:
             return
         odd = {place: size + 1 + 2 * (place[1] % 2) for place, size in axes.items()}
-        taken = self._resize({**self.batch, **odd}) is not None
+        fewer = {p: size for p, size in self.batch.items() if size <= self.tensors[p[0]].shape[p[1]]}
+        taken = self._resize({**fewer, **odd}) is not None
         if not taken and halved:
-            taken = (
-                self._resize({**self.batch, **{p: size + size // 2 for p, size in axes.items()}}) is not None
-            )
+            taken = self._resize({**fewer, **{p: n + n // 2 for p, n in axes.items()}}) is not None
         if taken or halved:
             self.sized = True
         elif not self.untaken:

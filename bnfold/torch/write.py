@@ -31,7 +31,7 @@ from bnfold.torch.formulas import FormulaPlace
 from bnfold.torch.merging import compute_merged, put_merged, put_operator
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
-from bnfold.torch.sandbox import copy_structure
+from bnfold.torch.sandbox import copy_structure, empty_containers
 from bnfold.torch.stored import round_like, stored_numbers, stored_tensors, stored_weight
 from bnfold.torch.tensors import Slot, leaves
 from bnfold.travel import Plan
@@ -40,7 +40,12 @@ __all__ = ["become", "check_fit", "settle_weight", "write"]
 
 
 def write(
-    model: nn.Module, reading: Reading, plan: Plan, inplace: bool = False, merged: Merged | None = None
+    model: nn.Module,
+    reading: Reading,
+    plan: Plan,
+    inplace: bool = False,
+    merged: Merged | None = None,
+    rounded: Rounded | None = None,
 ) -> nn.Module:
     """The folded module: a copy, or with `inplace` the module itself.
 
@@ -48,18 +53,19 @@ def write(
         model: the module that was read, or a copy of it (in float64, say).
         reading, plan: what was read, and where every affine went.
         merged: what of that is to be one operator.
+        rounded: new numbers of operators that another copy was given; those that are missing are put there.
 
     Raises:
         UnreadableModel: the module cannot be copied.
     """
     target = model if inplace else copy_structure(model)
-    made = _edit(target, reading, plan, merged or Merged(plan.graph))
+    made = _edit(target, reading, plan, merged or Merged(plan.graph), {} if rounded is None else rounded)
     return target if inplace else _part(target, made)
 
 
 def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
     """Give a structural copy tensors of its own, except for those that are new anyway."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in made}
+    memo = empty_containers(model) | {id(tensor): tensor for tensor in made}
     for module in model.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             for _, tensor in leaves(vars(module)):
@@ -71,10 +77,10 @@ def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged) -> list[Tensor]:
+def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged, rounded: Rounded) -> list[Tensor]:
     """Apply the difference; return the tensors that are new."""
     after = {node.name: node for node in plan.graph.nodes}
-    operators = compute_merged(model, reading, merged)
+    operators = compute_merged(model, reading, merged, rounded)
     made: list[Tensor] = []
     done: set[str] = set()
     for node in sorted(reading.graph.nodes, key=lambda node: -node.affine.rank if node.affine else 0):
@@ -94,7 +100,7 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged) -> lis
             place = reading.linears[node.name]
             stored = place.weight.name
             if stored not in done:
-                made += _edit_linear(model, place, new)
+                made += _edit_linear(model, place, new, rounded)
                 done.add(stored)
     for name, formula in reading.formulas.items():
         own, new = reading.graph[name], after.get(name)
@@ -106,22 +112,39 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged) -> lis
 # ---------------------------------------------------------------- linear operators
 
 
-def _edit_linear(model: nn.Module, place: LinearPlace, node: Node) -> list[Tensor]:
+def _edit_linear(model: nn.Module, place: LinearPlace, node: Node, rounded: Rounded) -> list[Tensor]:
     if place.code is not None:
         operator, like = of_linear(node), stored_tensors(model, place)[0]
         numbers_of = operator.numbers(lambda node: stored_numbers(model, place))
         return put_operator(model, place.code[2], operator, numbers_of, like)
     module = model.get_submodule(place.weight.module)
     weight, bias = stored_tensors(model, place)
-    new_weight, new_bias = _fold(model, place, node)
+    like = weight if bias is None else bias
+    new_weight, new_bias = _round(model, place, node, (weight, like), rounded)
     if place.computed:
         settle_weight(module, place.computed)
     made = [_put(module, place.weight.attribute, new_weight, weight, place.weight)]
     if new_bias is not None and place.bias is not None:
         owner = model.get_submodule(place.bias.module)
-        like = weight if bias is None else bias
         made.append(_put(owner, place.bias.attribute, new_bias, like, place.bias, len(made[0])))
     return made
+
+
+Rounded = dict[Any, tuple[Any, ...]]
+"""New numbers, by the identity of the operator that they are of, which stands before them so that it lives as long."""
+
+
+def _round(
+    model: nn.Module, place: LinearPlace, node: Node, like: tuple[Tensor, Tensor], rounded: Rounded
+) -> tuple[Tensor, Tensor | None]:
+    """New weight and bias as they are stored; in memory that no other module has."""
+    key = place.weight.name, id(node.linear)
+    if key not in rounded:
+        weight, bias = _fold(model, place, node)
+        made = round_like(weight, like[0]), None if bias is None else round_like(bias, like[1])
+        rounded[key] = (node.linear, *made)
+    _, new_weight, new_bias = rounded[key]
+    return new_weight.clone(), None if new_bias is None else new_bias.clone()
 
 
 def settle_weight(module: nn.Module, how: str) -> None:
@@ -176,13 +199,13 @@ def _fold(model: nn.Module, place: LinearPlace, node: Node) -> tuple[Array, Arra
 
 
 def _put(
-    module: nn.Module, attribute: str, array: Array, like: Tensor, slot: Slot | None = None, rows: int = 0
+    module: nn.Module, attribute: str, new: Tensor, like: Tensor, slot: Slot | None = None, rows: int = 0
 ) -> Tensor:
-    """Store numbers at a slot, with the dtype, device, layout and gradient setting of the tensor that was there.
+    """Store a tensor at a slot, with the gradient setting of the one that was there, whose dtype and device it has.
 
     Beside a part of a tensor, all stays as it was, and is zero where there was none; then `rows` says how long it is.
     """
-    tensor = round_like(array, like)
+    tensor = new
     if slot is not None and slot.part:
         held = getattr(module, attribute)
         part, tensor = tensor, tensor.new_zeros(rows) if held is None else held.detach().clone()
@@ -230,10 +253,10 @@ _REWRITABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def _edit_formula(model: nn.Module, place: FormulaPlace, affine: Affine | None) -> list[Tensor]:
     """Let the lines of a BatchNorm that is written out compute what is left of it, or what they are given."""
     return [
-        _put(
-            module := model.get_submodule(slot.module), slot.attribute, array, getattr(module, slot.attribute)
-        )
+        _put(module, slot.attribute, round_like(array, like), like)
         for slot, array in place.solve(affine).items()
+        for module in [model.get_submodule(slot.module)]
+        for like in [getattr(module, slot.attribute)]
     ]
 
 
@@ -253,7 +276,10 @@ def _rewrite_norm(module: nn.Module, affine: Affine) -> list[Tensor]:
     norm: Any = module
     made: list[Tensor] = []
     for name, values in (("weight", affine.scale), ("bias", affine.shift)):
-        made.append(_put(norm, name, np.broadcast_to(values.ravel(), norm.num_features), getattr(norm, name)))
+        like = getattr(norm, name)
+        made.append(
+            _put(norm, name, round_like(np.broadcast_to(values.ravel(), norm.num_features), like), like)
+        )
     norm.running_mean, norm.running_var = (
         torch.zeros_like(norm.running_mean),
         torch.ones_like(norm.running_var),
