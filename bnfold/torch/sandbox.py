@@ -9,6 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -213,16 +214,16 @@ def is_same(tensor: Tensor, content: Tensor) -> bool:
 
 def _refill(container: Any, content: Any) -> None:
     """Give a container its content back; one that has it is left alone, since another thread may be looking."""
-    if _listed(container) != _listed(content):
+    if not _holds_the_same(container, content):
         container.clear()
         container.extend(content) if isinstance(container, list) else container.update(content)
 
 
-def _listed(container: Any) -> list[Any]:
-    """What a container holds, by identity and in order."""
-    if isinstance(container, dict):
-        return [(id(key), id(thing)) for key, thing in container.items()]
-    return [id(thing) for thing in container]
+def _holds_the_same(mine: Any, theirs: Any) -> bool:
+    """Whether two containers hold the same things, by identity and in order."""
+    if len(mine) != len(theirs) or not all(map(is_, mine, theirs)):
+        return False
+    return not isinstance(mine, dict) or not mine or all(map(is_, mine.values(), theirs.values()))
 
 
 def _touched(now: Mapping[str, Any], before: Mapping[str, Any], containers: Mapping[str, Any]) -> list[str]:

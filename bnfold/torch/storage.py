@@ -236,6 +236,8 @@ def _factors_of(item: DraftNode, value: Value) -> dict[int, Value]:
 
 
 def _changes(trace: Trace, root: int) -> bool:
+    if not trace.changed_slots:
+        return False
     return any(id(v) == root and id(v.tensor) in trace.changed_slots for v in trace.slots.values())
 
 
