@@ -160,7 +160,7 @@ class Draft:
         """Whether what a call was drawn as rests on no size that numbers decide: it does the same to each row."""
         if not any(value.sized for value in (*call.reads.values(), *call.made)):
             return True
-        return all(item.is_batchnorm or item.op in _BY_ROW for item in drawn)
+        return all(item.op in _AT_ANY_SIZE for item in drawn)
 
     def _draw_opaque(self, call: Call) -> None:
         inputs = [v.name for v in call.reads.values() if not v.constant and not v.slots]
@@ -245,7 +245,12 @@ class Draft:
             return None
 
 
-_BY_ROW = ("Gemm", "MatMul")
-"""Linear operators that do the same to each row."""
+_AT_ANY_SIZE = frozenset(
+    [
+        *("BatchNormalization", "Gemm", "MatMul", "Conv", "ConvTranspose", "Affine", "Add", "Sub", "Mul"),
+        *("Identity", "Cast", "Dropout", "Relu", "LeakyRelu", "PRelu", "Abs"),
+    ]
+)
+"""What does the same to each row, image or position: not what adds axes up, cuts, joins, reshapes or pools."""
 
 _TERMS = {"running_mean": "mean", "running_var": "var", "weight": "gamma", "bias": "beta"}

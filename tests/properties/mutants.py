@@ -41,10 +41,8 @@ class Mutant:
     new: str
 
 
-MUTANTS = [
-    Mutant(**entry)
-    for entry in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))["mutant"]
-]
+ENTRIES = Path(__file__).with_suffix(".toml")
+MUTANTS = [Mutant(**entry) for entry in tomllib.loads(ENTRIES.read_text("utf-8"))["mutant"]]
 
 
 @cache
