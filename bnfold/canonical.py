@@ -199,10 +199,8 @@ def normalisation(
         suits = array.ndim == len(expected) and array.shape == numbers["mean"].shape
         if not suits or any(map(_differ, expected, array.shape)):
             sizes = list(array.shape)
-            return (
-                None,
-                reasons.WRONG_SHAPE(what=_NAMES[name], sizes=sizes, shape=list(shape)),
-            )
+            row = reasons.NOT_PER_ELEMENT if per_element else reasons.WRONG_SHAPE
+            return None, row(what=_NAMES[name], sizes=sizes, shape=list(shape))
     bad = np.flatnonzero(~(numbers["var"] + eps > 0))
     if bad.size:
         return None, reasons.NOT_POSITIVE(channel=int(bad[0]))

@@ -196,6 +196,10 @@ WRONG_SHAPE = Reason(
     "its {what} has the shape {sizes}, which does not suit an input of {shape}",
     "Its vectors must have one number per channel (axis 1); it would not run as it is.",
 )
+NOT_PER_ELEMENT = Reason(
+    "its {what} has the shape {sizes}, and spatial=0 asks for a number for every element of an input of {shape}",
+    "If it was meant per channel, as files converted from MXNet (ArcFace) are, set `spatial` to 1, which is the default.",
+)
 RANK_UNKNOWN = Reason(
     "the rank of its input is not known",
     "Declare the shapes of the model's inputs, or run `onnx.shape_inference` first; names for sizes will do.",

@@ -57,6 +57,14 @@ def test_spatial_of_operator_set_7(spatial):
     fold(some, 1)
 
 
+def test_spatial_0_with_a_number_per_channel_says_what_spatial_asks_for():
+    text = """g (float[2, 3, 5, 5] x) => (float[2, 4, 5, 5] y) {
+        h = Conv(x, w) y = BatchNormalization<spatial=0>(h, s, b, m, v) }"""
+    some = model(text, {"w": weights(4, 3, 1, 1), **norm(4)}, opset=7)
+    (verdict,) = bnfold.onnx.fold(some, verify=False)[1].verdicts
+    assert "spatial=0 asks for a number for every element" in verdict.reason
+
+
 def test_spatial_0_that_varies_in_space_stays():
     numbers = {k: a.reshape(4, 5, 5) for k, a in norm(100).items()}
     text = """g (float[2, 3, 5, 5] x) => (float[2, 4, 5, 5] y) {
