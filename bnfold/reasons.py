@@ -198,7 +198,7 @@ WRONG_SHAPE = Reason(
 )
 NOT_PER_ELEMENT = Reason(
     "its {what} has the shape {sizes}, and spatial=0 asks for a number for every element of an input of {shape}",
-    "If it was meant per channel, as files converted from MXNet (ArcFace) are, set `spatial` to 1, which is the default.",
+    "If it is meant per channel, as in files converted from MXNet (ArcFace), set `spatial` to 1, which is the default.",
 )
 RANK_UNKNOWN = Reason(
     "the rank of its input is not known",
