@@ -42,7 +42,9 @@ def test_the_table_of_a_small_net_shows_every_verdict_every_comparison_and_every
     assert "report.to_text" not in text, "all of it is there"
 
 
-def test_its_text_is_the_same_in_a_notebook_and_where_colours_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_text_is_the_same_in_a_notebook_and_where_colours_are_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     text = str(REPORT)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
