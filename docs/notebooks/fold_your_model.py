@@ -225,6 +225,7 @@ _, late = bnfold.fold(onnx.load(quantise(before, folder / "late.onnx")))
 print(late.summary())
 for verdict in late.verdicts:
     print(f"{verdict.name}: {verdict.reason}")
+assert all("quantised" in verdict.reason for verdict in late.verdicts)
 
 # %% [markdown]
 """## Further
