@@ -56,7 +56,7 @@ _STYLE = """
 .bnfold .counts div.folded { border-color: #2f8f4e; }
 .bnfold .counts div.scale { border-color: #bf8700; }
 .bnfold .counts div.kept { border-color: #c2564b; }
-.bnfold .counts dt, .bnfold .counts dd { margin: 0; padding: 0; font-weight: 400; }
+.bnfold .counts dt, .bnfold .counts dd { float: none; width: auto; margin: 0; padding: 0; font-weight: 400; }
 .bnfold .counts dd { font-size: 1.5em; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .bnfold details { margin: .5em 0; border: 1px solid var(--edge); border-radius: .3em; }
 .bnfold summary { cursor: pointer; padding: .5em .8em; background: var(--wash); }
@@ -74,7 +74,8 @@ _STYLE = """
   white-space: nowrap; vertical-align: top; background: none; color: inherit; }
 .bnfold .number { text-align: right; }
 .bnfold .words { white-space: normal; min-width: 12em; }
-"""
+""".replace(".bnfold", ".bnfold.bnfold")
+"""A class that is named twice outweighs what Jupyter says of the tables and lists of an output."""
 
 
 def compose(report: Report, title: str) -> str:

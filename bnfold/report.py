@@ -164,7 +164,14 @@ class Report:
         from bnfold.printed import Printed
 
         text = StringIO()
-        console = Console(file=text, width=width, no_color=True, highlight=False, legacy_windows=False)
+        console = Console(
+            file=text,
+            width=width,
+            color_system=None,
+            highlight=False,
+            legacy_windows=False,
+            force_jupyter=False,
+        )
         console.print(Printed(self, full))
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 

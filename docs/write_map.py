@@ -24,6 +24,7 @@ FOLDERS = {
     "benchmarks": "everything that is claimed about speed and about other tools, to be run again",
     "docs": "the documentation site: what was decided, measured and drawn",
     "docs/guides": "a page for each use",
+    "docs/notebooks": "two notebooks, and the sources that they are written from",
     "docs/reference": "the Python interface, from the docstrings",
 }
 
@@ -49,7 +50,7 @@ def describe(path: Path) -> str:
     """The first sentence of a Python file's docstring, or the heading of a page."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+        line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0].lstrip("# ")
     else:
         line = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
     return line.removesuffix(".")

@@ -35,6 +35,31 @@ def browse(path: Path, profile: Path, scheme: int, *options: str) -> tuple[str, 
     return done.stdout, done.stderr
 
 
+_JUPYTER = """<!doctype html>
+<style>
+.jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th { white-space: normal; max-width: none; border: none; }
+:not(.jp-RenderedMarkdown).jp-RenderedHTMLCommon td, :not(.jp-RenderedMarkdown).jp-RenderedHTMLCommon th
+  { text-align: right; }
+.jp-OutputArea-output dt { font-weight: bold; float: left; width: 20%; }
+.jp-OutputArea-output dd { float: left; width: 80%; }
+</style>
+<div class="jp-RenderedHTMLCommon jp-OutputArea-output">PIECE</div>
+<pre id="found"></pre>
+<script>
+const styles = [...document.querySelectorAll("SELECTOR")].map(each => getComputedStyle(each).PROPERTY);
+document.getElementById("found").textContent = JSON.stringify(styles);
+</script>"""
+"""Some of what JupyterLab says of the tables and lists in an output."""
+
+
+def style_in_jupyter(piece: str, folder: Path, selector: str, name: str) -> set[str]:
+    """What a property of the elements of a piece is, where it stands in the output of a notebook."""
+    page = _JUPYTER.replace("SELECTOR", selector).replace("PROPERTY", name).replace("PIECE", piece)
+    (folder / "jupyter.html").write_text(page, encoding="utf-8")
+    dom, _ = browse(folder / "jupyter.html", folder, LIGHT, "--dump-dom")
+    return set(json.loads(unescape(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1])))
+
+
 _PROBE = """<!doctype html>
 <meta charset="utf-8">
 <style>html { color-scheme: light dark } iframe { border: 0; height: 900px }</style>

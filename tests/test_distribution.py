@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -200,6 +201,31 @@ def test_the_wheel_says_who_may_use_it_and_what_it_needs(wheel):
     needs = [Requirement(line) for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)]
     assert [need.name for need in needs if need.marker is None] == ["numpy"]
     assert "bnfold = bnfold.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
+
+
+@pytest.mark.slow
+def test_the_first_cell_of_the_lecture_fetches_the_sources_where_there_is_no_checkout(sdist, tmp_path):
+    """As in Colab, but with the sdist of this checkout and the packages of this environment; once, and again."""
+    notebook = json.loads((CHECKOUT / "docs" / "notebooks" / "lecture.ipynb").read_text(encoding="utf-8"))
+    code = next("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    where = "import data, train.lab\nprint(data.__file__, train.__file__)"
+    (tmp_path / "cell.py").write_text(f"{code}\n{where}\n")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "environment"], check=True)
+    packages = next((tmp_path / "environment").glob("lib/python*/site-packages"))
+    (packages / "borrowed.pth").write_text(f"import sys; sys.path[1:1] = {borrowed()!r}\n")
+    offline = {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": sdist.parent,
+        "PIP_NO_DEPS": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",
+    }
+    line = ["env", *(f"{name}={value}" for name, value in offline.items())]
+    for _ in range(2):
+        ran = run_away(tmp_path, *line, tmp_path / "environment" / "bin" / "python", "cell.py")
+        assert ran.returncode == 0, ran.stderr
+        assert set(map(Path, ran.stdout.split()[-2:])) == {
+            tmp_path / "bnfold-9.8.7" / name / "__init__.py" for name in ("data", "train")
+        }
 
 
 def test_pytest_finds_the_plugin_of_the_wheel_by_itself(wheel, tmp_path):

@@ -2,10 +2,14 @@
 
 Nothing is loaded: pictures are SVG in data URLs, and the page around them is that of `bnfold.page`. Pictures follow the
 reader's colour scheme by themselves (see `train.plots`).
+
+A notebook shows a picture or a table that is the value of a cell, in the notebook's own ink, which follows a theme that
+the browser knows nothing of.
 """
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +31,10 @@ class Picture:
     caption: str
     svg: str
 
+    def _repr_html_(self) -> str:
+        drawing = re.sub(r"<style.*?</style>", "", self.svg[self.svg.index("<svg") :], flags=re.DOTALL)
+        return f'<figure class="train">{_NOTEBOOK}{drawing}<figcaption>{escape(self.caption)}</figcaption></figure>'
+
 
 @dataclass(frozen=True)
 class Table:
@@ -40,6 +48,9 @@ class Table:
     def is_text(self, column: int) -> bool:
         """Tell whether a column holds words."""
         return not column or column in self.words
+
+    def _repr_html_(self) -> str:
+        return f'<div class="train">{_NOTEBOOK}{_render_table(self)}</div>'
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,19 @@ td { white-space: nowrap; }
 .words { text-align: left; white-space: normal; }
 th:first-child, td:first-child { padding-left: 0; }
 """
+
+_NOTEBOOK = """<style>
+.train { margin: .5em 0; overflow-x: auto; }
+.train figure { margin: 0; }
+.train svg { display: block; max-width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt; }
+.train figcaption, .train caption { color: inherit; opacity: .75; text-align: left; max-width: 60em; }
+.train caption { white-space: nowrap; }
+.train table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0; }
+.train th, .train td { padding: .2em .8em; text-align: right; white-space: nowrap; }
+.train .words { text-align: left; white-space: normal; min-width: 14em; }
+.train .words:first-child { min-width: 0; white-space: nowrap; }
+</style>""".replace(".train", ".train.train")
+"""What a piece of a notebook brings along: the page's own style is not there, and Jupyter's is (see `bnfold.page`)."""
 
 
 def compose(title: str, parts: Sequence[Part]) -> str:

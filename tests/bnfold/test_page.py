@@ -10,7 +10,7 @@ import pytest
 
 from bnfold import page
 from bnfold.report import Evidence, Merge, Report, Verdict
-from tests.browser import DARK, LIGHT, browse, look, needs_browser, readability
+from tests.browser import DARK, LIGHT, browse, look, needs_browser, readability, style_in_jupyter
 
 READ = "not into what comes before: the output of `block{0}.pool` (Concat) is also read by `block{0}.next` (Relu)"
 MARKUP = '<script>alert("x")</script>&amp;[bold]'
@@ -193,6 +193,17 @@ def test_a_notebook_shows_it_in_its_own_colours_whatever_the_reader_prefers(sche
         assert one["clipped"] == []
         assert min(readability(*pair) for pair in one["colours"]) >= 4.5
         assert one["scroll"] == one["width"]
+
+
+@needs_browser
+def test_jupyter_does_not_lay_its_tables_and_lists_out_anew(tmp_path):
+    asked = {
+        "dd": ("float", "none"),
+        "td:first-child": ("textAlign", "left"),
+        "td.number": ("textAlign", "right"),
+    }
+    for selector, (name, value) in asked.items():
+        assert style_in_jupyter(REPORT._repr_html_(), tmp_path, selector, name) == {value}, selector
 
 
 @needs_browser

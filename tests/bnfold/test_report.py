@@ -42,6 +42,15 @@ def test_the_table_of_a_small_net_shows_every_verdict_every_comparison_and_every
     assert "report.to_text" not in text, "all of it is there"
 
 
+def test_its_text_is_the_same_in_a_notebook_and_where_colours_are_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = str(REPORT)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert str(REPORT) == text
+
+
 def test_the_summary_comes_first_but_for_what_it_rests_on() -> None:
     summary = "1 of 3 BatchNorms folded, 1 scale folded, 1 kept, verified"
     assert str(REPORT).splitlines()[0] == summary

@@ -39,6 +39,13 @@ def test_every_document_is_a_page(site):
     } <= pages
 
 
+def test_the_notebooks_can_be_had_from_it(site):
+    linked = (site / "notebooks" / "index.html").read_text(encoding="utf-8")
+    for source in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        assert (site / "notebooks" / source.name).read_bytes() == source.read_bytes()
+        assert re.search(f'href="?{source.name}', linked)
+
+
 def test_no_page_loads_anything_from_elsewhere(site):
     loads = re.compile(
         r"""<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""

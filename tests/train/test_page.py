@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from html import unescape
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from bnfold import InputError, calibrate
 from bnfold.page import PAPER
-from tests.browser import browse, contrast, needs_browser
+from tests.browser import browse, contrast, needs_browser, style_in_jupyter
 from train import page, plots
 from train.diagnostics import Diagnostics, compare_statistics
 from train.events import write_events
@@ -139,6 +140,25 @@ def test_the_page_holds_all_it_needs_and_nothing_of_it_is_markup(folder):
         "t", [page.Table(["a<b", "c"], [["<i>", "1"]], "<caption>"), page.Section("<h>", ["<p>"])]
     )
     assert not re.findall(r"<i>|<h>|<p><p>|a<b|<caption><", table)
+
+
+def test_a_notebook_gets_every_picture_in_its_own_ink_and_no_style_for_anything_else(run):
+    for picture in plots.draw_all(run.diagnostics, run.statistics):
+        piece = picture._repr_html_()
+        styles = "\n".join(re.findall(r"<style.*?>(.*?)</style>", piece, re.DOTALL))
+        rules = re.findall(r"^(.+?) \{", styles, re.MULTILINE)
+        assert {rule.partition(" ")[0] for rule in rules} == {".train.train"}
+        assert piece.count("<svg") == 1
+        assert "currentColor" in piece
+        assert picture.caption in unescape(piece)
+
+
+@needs_browser
+def test_a_table_in_a_notebook_has_words_to_the_left_and_numbers_to_the_right(tmp_path):
+    piece = page.Table(["a<b", "c", "d"], [["<i>", "1", "words"]], "<caption>", words=(2,))._repr_html_()
+    assert "<i>" not in piece
+    for place, side in ((1, "left"), (2, "right"), (3, "left")):
+        assert style_in_jupyter(piece, tmp_path, f"td:nth-child({place})", "textAlign") == {side}
 
 
 @needs_browser
