@@ -307,7 +307,7 @@ class ModuleRuns:
         """
         self.model, self.edit, self.writes, self.inplace = model, edit, writes, inplace
         self.inputs = [example_inputs, *_perturbed(example_inputs)]
-        self.dtype, self.examples = coarsest_dtype(model, dtypes), len(self.inputs)
+        self.dtype, self.examples = coarsest_dtype(model, dtypes), sum(map(_count_examples, self.inputs))
         self.doubt, self.gone = "", False
         tensors = [tensor for _, tensor in leaves(example_inputs)]
         everything = (*model.parameters(), *model.buffers(), *tensors)
@@ -430,6 +430,12 @@ class ModuleRuns:
                 f"the folded model does not run: {type(error).__name__}: {first_line(error)}; "
                 "some code uses a BatchNorm otherwise than by calling it"
             ) from error
+
+
+def _count_examples(inputs: Any) -> int:
+    """The first axis of the tensors where that is one size, else 1; as `bnfold.cases` counts."""
+    sizes = {tensor.shape[0] for _, tensor in leaves(inputs) if tensor.dim() > 1}
+    return sizes.pop() if len(sizes) == 1 else 1
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -169,3 +169,9 @@ def test_a_wrapper_that_copies_buffers_in_every_pass_names_the_module_in_it(monk
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", nn.Sequential)
     with pytest.raises(UnreadableModel, match="fold its `module`"):
         fold(nn.Sequential(nn.Linear(3, 3)), (torch.randn(2, 3),))
+
+
+def test_the_evidence_counts_examples_and_not_calls():
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    report = fold(net, (torch.randn(7, 3),))[1]
+    assert {item.inputs for item in report.evidence} == {14}  # the rows, and the rows with noise
