@@ -4,6 +4,9 @@ The small nets of `nets`, with positive gammas and with mixed ones, and with bia
 amount (1e4), where float64 loses four digits to cancellation; each as a module in float64, float32, float16 and
 bfloat16, on inputs of several seeds. Every fold is proved over the real numbers before it is compared, so that a fold
 that is not equivalent by measurement is a right one that is refused. What cannot be run in a type is counted apart.
+
+With `--timm`, where that is installed, also nets of its zoo at the size of their papers, with random statistics, on
+images of 96 or 224 pixels.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +25,31 @@ import bnfold
 from benchmarks.nets import NETS, build
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+ZOO = (
+    *(
+        "resnet18",
+        "mobilenetv2_100",
+        "mobilenetv3_small_100",
+        "mnasnet_100",
+        "efficientnet_b0",
+        "regnety_002",
+    ),
+    *(
+        "densenet121",
+        "levit_128s",
+        "ghostnet_100",
+        "repvgg_a0",
+        "resnet26d",
+        "skresnet18",
+        "tinynet_e",
+        "lcnet_050",
+    ),
+    *("hardcorenas_a", "fbnetc_100", "rexnet_100", "xception41", "dla34", "hrnet_w18_small", "vovnet39a"),
+    *("selecsls42b", "mobileone_s0", "fastvit_t8", "edgenext_xx_small"),
+)
+FIXED = ("levit", "edgenext", "fastvit")
+"""Families that want the size of their papers."""
 
 FAR = 1e4
 """How far biases and means are moved."""
@@ -32,11 +61,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many inputs each net is tried on")
+    parser.add_argument("--timm", action="store_true", help="nets of timm as well")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for dtype in DTYPES:
         found = Counter[str]()
-        for label, model, inputs in _situations(options.seeds):
+        for label, model, inputs in chain(_situations(options.seeds), _zoo() if options.timm else ()):
             outcome = _try(model, inputs, dtype)
             found[outcome.partition(":")[0]] += 1
             if outcome.startswith("refused"):
@@ -57,6 +87,22 @@ def _situations(seeds: int) -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]
                 yield f"{name}, {gammas} gammas", model, NETS[name].small_inputs(2)
     for seed in range(seeds):
         yield "far out", *_far_out(seed)
+
+
+def _zoo() -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
+    import timm
+
+    for name in ZOO:
+        torch.manual_seed(0)
+        model = timm.create_model(name).eval()
+        for norm in model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.running_mean.normal_(0, 0.3)
+                norm.running_var.uniform_(0.5, 1.5)
+                nn.init.uniform_(norm.weight, 0.7, 1.3)
+                nn.init.normal_(norm.bias, 0, 0.2)
+        size = 224 if name.startswith(FIXED) else 96
+        yield name, model, (torch.randn(1, 3, size, size),)
 
 
 def _far_out(seed: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
