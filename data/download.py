@@ -63,7 +63,9 @@ def download(url: str, order: Order) -> bytes:
             f"{url} cannot be reached ({error.reason}); check the network or {order.instead}"
         ) from None
     except TimeoutError:
-        raise InputError(f"{url} was silent for {order.silence:.0f} s; try again or {order.instead}") from None
+        raise InputError(
+            f"{url} was silent for {order.silence:.0f} s; try again or {order.instead}"
+        ) from None
     except (OSError, HTTPException, ValueError) as error:
         raise InputError(f"{url} cannot be downloaded ({error!r}); try again or {order.instead}") from None
 

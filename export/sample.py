@@ -2,11 +2,11 @@
 
     python -m export.sample ckpt.onnx [--count 20] [--seed 1] [--temperature 1] [--longest 30] [--start ""]
 
-A name begins with a context of terminators (character 0), and with `--start`, if that is given. One character after the other is drawn from
-softmax(logits / temperature), by inverting the cumulative distribution at a uniform number, until the terminator ends
-the name. Every attempt has a stream of uniform numbers of its own, from seed and attempt, so a seed gives the same
-names whatever batch the file takes: the doubles of NumPy's PCG64, seeded by its SeedSequence of the two numbers.
-`export/page/draw.js` computes the same in a browser.
+A name begins with a context of terminators (character 0), and with `--start`, if that is given. One character after
+the other is drawn from softmax(logits / temperature), by inverting the cumulative distribution at a uniform number,
+until the terminator ends the name. Every attempt has a stream of uniform numbers of its own, from seed and attempt, so
+a seed gives the same names whatever batch the file takes: the doubles of NumPy's PCG64, seeded by its SeedSequence of
+the two numbers. `export/page/draw.js` computes the same in a browser.
 
 Every name is printed once. Thrown away are empty names, repeats, and names that have not ended after `--longest`
 characters; if a hundred attempts for each name asked for are not enough, fewer are printed and stderr says so.
@@ -77,7 +77,9 @@ class Net:
             raise InputError(f"{start!r} has more than the {longest} characters that a name may have")
         for one in start:
             if one not in self.vocabulary[1:]:
-                raise InputError(f"a name cannot begin with {start!r}: {one!r} is none of the net's characters")
+                raise InputError(
+                    f"a name cannot begin with {start!r}: {one!r} is none of the net's characters"
+                )
         return [self.vocabulary.index(one, 1) for one in start]
 
     def _read_vocabulary(self) -> list[str]:

@@ -72,7 +72,11 @@ class Tab:
         """Wait until an expression holds."""
         deadline = time.monotonic() + _PATIENCE
         while not self.ask(f"Boolean({condition})"):
-            assert time.monotonic() < deadline, (condition, self.complaints, self.ask("document.body?.innerText"))
+            assert time.monotonic() < deadline, (
+                condition,
+                self.complaints,
+                self.ask("document.body?.innerText"),
+            )
             time.sleep(0.02)
 
     def type(self, text: str) -> None:

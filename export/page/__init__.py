@@ -67,7 +67,7 @@ def write_page(
     }
     files = {**fetch_runtime(runtime), "net.onnx": model.read_bytes(), _MARK: json.dumps(told).encode()}
     files |= {name: Path(__file__).with_name(name).read_bytes() for name in _ASSETS}
-    _put(folder, files | fold.files)
+    _put(folder, {**files, **fold.files})
     return fold.missing
 
 
@@ -79,9 +79,11 @@ def _check_folder(folder: Path) -> None:
 
 
 def _put(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Let all files appear in the folder, `index.html` last, and those of an earlier page that are not among them go."""
+    """Let all files appear in the folder, `index.html` last, and what an earlier page had besides them go."""
     folder.mkdir(parents=True, exist_ok=True)
-    old = [path for path in (folder / name for name in ("unfolded.onnx", "fold.json")) if path.name not in files]
+    old = [
+        path for path in (folder / name for name in ("unfolded.onnx", "fold.json")) if path.name not in files
+    ]
     with replacing(folder / "index.html", lambda *_: old) as temporary:
         for name, content in files.items():
             temporary.with_name(name).write_bytes(content)

@@ -2,8 +2,9 @@
 
     python -m export.page ckpt.onnx [-o ckpt.page] [--checkpoint ckpt.pt] [--runtime FILE.tgz] [--serve] [--port 8000]
 
-The folder holds all that the page needs. The first run downloads onnxruntime-web (32 MB) into the cache, later ones and
-the page itself need no network. Served is it on this machine alone, until Ctrl-C; a browser does not run it from a file.
+The folder holds all that the page needs. The first run downloads onnxruntime-web (33 MB) into the cache; later runs,
+and the page itself, need no network. It is served on this machine alone, until Ctrl-C. A browser does not run it from a
+file.
 
 Exit code 0, or 2 with one line on stderr.
 """

@@ -56,7 +56,8 @@ function gather(layer, neuron, x) {
 }
 
 const minus = (text) => text.replace("-", "−");
-const spell = (number) => minus(Math.abs(number) < 1e-4 && number ? number.toExponential(1) : number.toFixed(6));
+const spell = (number) => minus(
+  !number ? "0" : Math.abs(number) < 1e-4 ? number.toExponential(1) : number.toFixed(6));
 
 function showNumbers(step, n) {
   const known = STEPS[step - 1]?.left ?? STEPS[step].left;
@@ -87,7 +88,7 @@ function showWeights(step, n) {
   svg.setAttribute("viewBox", `0 0 ${count} 100`);
   svg.replaceChildren(
     ...weights.map((weight, place) => bar(weight, place, "now", 0.8)),
-    ...n.w.map((weight, place) => bar(weight, place, "was", 0.8)),
+    ...(step < SCALED ? [] : n.w.map((weight, place) => bar(weight, place, "was", 0.8))),
     draw("line", { x1: 0, x2: count, y1: 50, y2: 50 }),
   );
   const range = `from ${spell(Math.min(...weights))} to ${spell(Math.max(...weights))}`;
@@ -111,7 +112,7 @@ function showStep(step, n) {
   at("on").disabled = step === STEPS.length - 1;
   at("before").textContent = spell(before);
   at("after").textContent = spell(after);
-  at("apart").textContent = after === before ? "0" : minus(Math.abs(after - before).toExponential(1));
+  at("apart").textContent = spell(Math.abs(after - before));
 }
 
 /** Fill the controls; return what shows the fold for a context, given the logits of the folded net. */

@@ -3,9 +3,9 @@
     h = W x + b,   y = gamma (h - mean) / sqrt(var + eps) + beta            in the checkpoint
     y = W2 x + b2,   W2 = s W,   b2 = s (b - mean) + beta,   s = gamma / sqrt(var + eps)      in the file
 
-A file has the second line alone, so the first comes from the checkpoint that it was made from, known by the hash in its
-metadata (`source_sha256`, `unfolded_sha256`). That net is written as `unfolded.onnx` with x and y among its outputs, and
-`fold.json` lists, for each BatchNorm that was folded into the Linear before it, the numbers of both lines.
+A file has the second line alone. The first comes from the checkpoint that it was made from, known by the hash in its
+metadata (`source_sha256`, `unfolded_sha256`). That net is written as `unfolded.onnx`, with x and y among its outputs,
+and `fold.json` lists, for each BatchNorm that was folded into the Linear before it, the numbers of both lines.
 
 Not covered: a BatchNorm that went anywhere else, or whose Linear absorbed more than that; such a one is not listed.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
@@ -33,7 +34,7 @@ __all__ = ["Fold", "tell_fold"]
 _CLOSE = 1e-4
 """Relative: that the numbers of a file are those of the fold, and not of another one."""
 
-Numbers = np.ndarray[Any, np.dtype[np.floating[Any]]]
+Numbers = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def _tell(folded: onnx.ModelProto, place: Path) -> Fold:
         return Fold(missing=f"{place.name} has no BatchNorm that was folded into the Linear before it")
     shown = dict.fromkeys(layer[end] for layer in layers for end in ("x", "y"))
     given = {output.name for output in unfolded.graph.output}
-    unfolded.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in shown if name not in given)
+    unfolded.graph.output.extend(
+        helper.make_empty_tensor_value_info(name) for name in shown if name not in given
+    )
     return Fold({"unfolded.onnx": unfolded.SerializeToString(), "fold.json": json.dumps(layers).encode()})
 
 
@@ -100,23 +103,28 @@ def _pair(unfolded: onnx.GraphProto, folded: onnx.GraphProto) -> Iterator[dict[s
             continue
         told = _read(linear, norm, before) | _read_folded(products[linear.name], after)
         if _holds(told):
-            yield {"batchnorm": norm.name, "linear": linear.name, "x": linear.input[0], "y": norm.output[0]} | {
-                key: _spell(value) for key, value in told.items()
-            }
+            yield {
+                "batchnorm": norm.name,
+                "linear": linear.name,
+                "x": linear.input[0],
+                "y": norm.output[0],
+            } | {key: _spell(value) for key, value in told.items()}
 
 
 def _read(linear: onnx.NodeProto, norm: onnx.NodeProto, tensors: Mapping[str, Numbers]) -> dict[str, Numbers]:
     names = ("gamma", "beta", "mean", "var")
     told = {name: tensors[key] for name, key in zip(names, norm.input[1:], strict=True)}
     eps = next(entry.f for entry in norm.attribute if entry.name == "epsilon")
-    return told | {"eps": np.float32(eps)[None]} | _affine(linear, tensors, "W", "b")
+    return told | {"eps": np.array([eps], np.float32)} | _affine(linear, tensors, "W", "b")
 
 
 def _read_folded(linear: onnx.NodeProto, tensors: Mapping[str, Numbers]) -> dict[str, Numbers]:
     return _affine(linear, tensors, "W2", "b2")
 
 
-def _affine(linear: onnx.NodeProto, tensors: Mapping[str, Numbers], weight: str, bias: str) -> dict[str, Numbers]:
+def _affine(
+    linear: onnx.NodeProto, tensors: Mapping[str, Numbers], weight: str, bias: str
+) -> dict[str, Numbers]:
     """The weight and the bias of a Gemm as `export` writes it, with its weight as torch stores it."""
     rows = tensors[linear.input[1]]
     offset = tensors[linear.input[2]] if len(linear.input) > 2 else np.zeros(len(rows), rows.dtype)
@@ -133,7 +141,9 @@ def _holds(told: Mapping[str, Numbers]) -> bool:
         return False
     scale = told["gamma"] / np.sqrt(told["var"].astype(np.float64) + told["eps"])
     wanted = {"W2": scale[:, None] * told["W"], "b2": scale * (told["b"] - told["mean"]) + told["beta"]}
-    return all(np.abs(told[key] - value).max() <= _CLOSE * np.abs(value).max() for key, value in wanted.items())
+    return all(
+        np.abs(told[key] - value).max() <= _CLOSE * np.abs(value).max() for key, value in wanted.items()
+    )
 
 
 def _spell(numbers: Numbers) -> Any:

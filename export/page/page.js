@@ -8,12 +8,18 @@ const COUNT = 20, LONGEST = 30;
 const at = (id) => document.getElementById(id);
 const read = async (name) => (await fetch(name)).json();
 
-/** One call after the other: a session takes no second one while it runs. */
-let turn = Promise.resolve();
+/** One call after the other, since a session takes no second one while it runs; keys and frames come in between. */
+let turn = Promise.resolve(), rested = 0;
 function inTurn(work) {
-  const done = turn.then(work);
+  const done = turn.then(rest).then(work);
   turn = done.catch(() => {});
   return done;
+}
+
+async function rest() {
+  if (performance.now() - rested < 12) return;
+  await new Promise((done) => setTimeout(done));
+  rested = performance.now();
 }
 
 async function open(file) {
@@ -36,6 +42,15 @@ async function openNet(told) {
   return { ...told, run };
 }
 
+/** The same net for as long as it is asked in earnest; then its next call fails, which ends whatever waits for it. */
+function whileCurrent(net, isCurrent) {
+  const run = async (contexts) => {
+    if (!isCurrent()) throw new Error("superseded");
+    return net.run(contexts);
+  };
+  return { ...net, run };
+}
+
 /** The indices of what was typed, or an error that says what is wrong with it. */
 function spell(net, text) {
   return Array.from(text, (one) => {
@@ -47,7 +62,7 @@ function spell(net, text) {
 
 function makeBars(net, append) {
   const box = at("odds");
-  box.style.setProperty("--rows", Math.ceil(net.vocabulary.length / (innerWidth < 480 ? 2 : 3)));
+  for (const columns of [2, 3]) box.style.setProperty(`--rows-${columns}`, Math.ceil(net.vocabulary.length / columns));
   return net.vocabulary.map((one, index) => {
     const button = document.createElement("button");
     button.type = "button";
@@ -75,23 +90,28 @@ function quote(text) {
   return /^[\w.]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`;
 }
 
-function tellCommand(net, { seed, temperature, text }) {
-  const extras = [temperature === 1 ? "" : ` --temperature ${temperature}`, text ? ` --start ${quote(text)}` : ""];
-  return `python -m export.sample ${quote(net.file)} --count ${COUNT} --seed ${seed}${extras.join("")}`;
+/** The command in pieces, between which a narrow page breaks it. */
+function showCommand(net, { seed, temperature, text }) {
+  const parts = ["python -m export.sample", quote(net.file), `--count ${COUNT}`, `--seed ${seed}`];
+  if (temperature !== 1) parts.push(`--temperature ${temperature}`);
+  if (text) parts.push(`--start ${quote(text)}`);
+  at("command").replaceChildren(...parts.flatMap((part) => {
+    const piece = document.createElement("span");
+    piece.textContent = part;
+    return [piece, " "];
+  }));
 }
 
-async function showNames(net, wish, isCurrent) {
+async function showNames(net, wish) {
   const list = at("names"), items = [];
   list.setAttribute("aria-busy", "true");
-  at("command").textContent = tellCommand(net, wish);
+  showCommand(net, wish);
   for await (const name of invent(net, { count: COUNT, longest: LONGEST, ...wish })) {
-    if (!isCurrent()) return;
     const item = document.createElement("li"), begun = document.createElement("mark");
     begun.textContent = wish.text;
     item.append(begun, name.slice(wish.text.length));
     items.push(item);
   }
-  if (!isCurrent()) return;
   list.replaceChildren(...items);
   list.setAttribute("aria-busy", "false");
   at("said").textContent = items.length < COUNT ? `There are no more than ${items.length} in so many attempts.` : "";
@@ -117,11 +137,10 @@ function connect(net, fold) {
     try {
       const wish = readWish(net), context = contextOf(net, wish.start);
       at("context").textContent = context.map((index) => net.vocabulary[index]).join("");
-      const [logits] = await net.run([context]);
-      if (!isCurrent()) return;
+      const asked = whileCurrent(net, isCurrent), [logits] = await asked.run([context]);
       showOdds(bars, odds(logits, wish.temperature));
       await fold?.(context, logits);
-      await showNames(net, wish, isCurrent);
+      await showNames(asked, wish);
     } catch (error) {
       if (isCurrent()) at("wrong").textContent = error.message;
     }

@@ -1,7 +1,7 @@
 """Fetch onnxruntime-web from the npm registry, one pinned version, whose bytes are known.
 
-The package is downloaded once, into the cache of `data.names`, and held to its SHA-512 every time it is used: whatever a
-registry, a mirror or a disk makes of it, only the package that was tried gets into a page. The registry is that of npm
+The package is downloaded once, into the cache of `data.names`, and held to its SHA-512 every time it is used: whatever
+a registry, a mirror or a disk makes of it, only the package that was tried gets into a page. The registry is npm's own
 unless the environment (`npm_config_registry`) or `~/.npmrc` names another; no npm is needed. Without a network,
 `--runtime` takes the file that `npm pack` makes elsewhere.
 
@@ -59,10 +59,12 @@ def locate_package() -> Path:
 
 def find_registry() -> str:
     """Return the address of the npm registry that the user has configured, or else npm's own."""
-    named = os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY")
+    named = next((value for key, value in os.environ.items() if key.lower() == "npm_config_registry"), None)
     settings = Path.home() / ".npmrc"
     if not named and settings.is_file():
-        found = re.search(r"(?m)^\s*registry\s*=\s*(\S+)", settings.read_text(encoding="utf-8", errors="replace"))
+        found = re.search(
+            r"(?m)^\s*registry\s*=\s*(\S+)", settings.read_text(encoding="utf-8", errors="replace")
+        )
         named = found and found[1].strip("\"'")
     return (named or REGISTRY).rstrip("/")
 

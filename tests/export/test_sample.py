@@ -92,7 +92,9 @@ def test_a_name_that_was_begun_may_be_as_long_as_any_other(even: Net) -> None:
     assert sorted(names) == ["bab", "baba", "babb"]
 
 
-@pytest.mark.parametrize(("start", "reason"), [("ax", "'x' is none"), (".a", "'.' is none"), ("abab", "more than")])
+@pytest.mark.parametrize(
+    ("start", "reason"), [("ax", "'x' is none"), (".a", "'.' is none"), ("abab", "more than")]
+)
 def test_a_beginning_that_no_name_has(start: str, reason: str, even: Net) -> None:
     with pytest.raises(InputError, match=reason):
         list(invent(even, 1, seed=1, longest=3, start=start))
