@@ -61,6 +61,7 @@ class Tab:
         preference = {"name": "prefers-color-scheme", "value": scheme}
         self.send("Emulation.setEmulatedMedia", features=[preference])
         self.send("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete'")
 
     def ask(self, expression: str) -> Any:
         """Return what an expression of JavaScript comes to, a promise what it is fulfilled with."""
