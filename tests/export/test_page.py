@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -254,31 +253,16 @@ class TestRuntime:
 
     @pytest.mark.usefixtures("elsewhere")
     def test_what_a_registry_sends_is_used_only_if_it_is_what_was_pinned(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        asked = []
-
-        class Registry(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked.append(self.path)
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(b"something else")
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
-            thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-            thread.start()
-            monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{server.server_port}/npm/")
-            runtime.locate_package().parent.mkdir(parents=True)
-            runtime.locate_package().write_bytes(b"damaged")
-            with pytest.raises(InputError, match=r"sent 14 bytes that are not onnxruntime-web"):
-                runtime.fetch_runtime()
-            server.shutdown()
-            thread.join()
-        assert asked == [f"/npm/onnxruntime-web/-/onnxruntime-web-{runtime.VERSION}.tgz"]
+        sent = tmp_path / "npm" / "onnxruntime-web" / "-" / f"onnxruntime-web-{runtime.VERSION}.tgz"
+        sent.parent.mkdir(parents=True)
+        sent.write_bytes(b"something else")
+        monkeypatch.setenv("npm_config_registry", f"{serve(tmp_path)}npm/")
+        runtime.locate_package().parent.mkdir(parents=True)
+        runtime.locate_package().write_bytes(b"damaged")
+        with pytest.raises(InputError, match=r"sent 14 bytes that are not onnxruntime-web"):
+            runtime.fetch_runtime()
         assert runtime.locate_package().read_bytes() == b"damaged"
 
     def test_without_a_network_one_line_says_how_it_can_be_had(
