@@ -12,7 +12,7 @@ READY := .venv/ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint docs bench clean
+.PHONY: demo page test test-all lint docs bench clean
 .DEFAULT_GOAL := test
 
 # $(call road,MODULE ARGUMENTS) runs one command in the demo's folder, as a reader of the README would.
@@ -27,6 +27,12 @@ demo: $(READY)
 	$(call road,bnfold.fold ckpt.pt)
 	$(call road,export)
 	$(call road,export.sample ckpt.onnx --count 20 --seed 1)
+
+page: $(READY) $(DEMO)/ckpt.onnx
+	$(call road,export.page ckpt.onnx --serve)
+
+$(DEMO)/ckpt.onnx:
+	$(MAKE) demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -q $(SPREAD) $(TESTS)

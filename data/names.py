@@ -17,7 +17,15 @@ from pathlib import Path
 
 from bnfold.errors import InputError
 
-__all__ = ["FEWEST_NAMES", "LONGEST_NAME", "MAKEMORE_SHA256", "is_makemore", "locate_makemore", "read_names"]
+__all__ = [
+    "FEWEST_NAMES",
+    "LONGEST_NAME",
+    "MAKEMORE_SHA256",
+    "is_makemore",
+    "locate_cache",
+    "locate_makemore",
+    "read_names",
+]
 
 DEFAULT_LIST = Path(__file__).with_name("ssa-2016.txt")
 MAKEMORE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
@@ -60,12 +68,17 @@ def read_names(source: str | Path | None = None) -> list[str]:
 
 def locate_makemore() -> Path:
     """Return where the lecture's list lies once `python -m data fetch makemore` has fetched it."""
+    return locate_cache() / "makemore-names.txt"
+
+
+def locate_cache() -> Path:
+    """Return the folder of what was downloaded, whether it is there or not."""
     if folder := os.environ.get("BNFOLD_CACHE"):
-        return Path(folder).expanduser() / "makemore-names.txt"
+        return Path(folder).expanduser()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not shared.is_absolute():
         shared = Path.home() / ".cache"
-    return shared / "bnfold" / "makemore-names.txt"
+    return shared / "bnfold"
 
 
 def is_makemore(content: bytes) -> bool:

@@ -20,6 +20,7 @@ FOLDERS = {
     "data": "names, vocabulary, contexts, splits",
     "train": "the lecture's nets, recipes, diagnostics and laboratory",
     "export": "from a checkpoint to ONNX, and names out of onnxruntime",
+    "export/page": "a page that runs the ONNX file in the browser, and shows the fold",
     "examples/ci": "a project that holds its models to each other: tests, a commit hook, a workflow",
     "benchmarks": "everything that is claimed about speed and about other tools, to be run again",
     "docs": "the documentation site: what was decided, measured and drawn",
@@ -30,7 +31,7 @@ FOLDERS = {
 
 
 ROOT_FILES = {
-    "Makefile": "demo, test, test-all, lint, docs, bench, clean: each does its own set-up",
+    "Makefile": "demo, page, test, test-all, lint, docs, bench, clean: each does its own set-up",
     "pyproject.toml": "the package, its extras, and how strict the linters are",
     "constraints.txt": "every pin",
     "mkdocs.yml": "the documentation site: its pages, and how strictly it is built",

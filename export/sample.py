@@ -1,11 +1,12 @@
 """python -m export.sample: names from an ONNX file, with onnxruntime and NumPy alone.
 
-    python -m export.sample ckpt.onnx [--count 20] [--seed 1] [--temperature 1] [--longest 30]
+    python -m export.sample ckpt.onnx [--count 20] [--seed 1] [--temperature 1] [--longest 30] [--start ""]
 
-A name begins with a context of terminators (character 0). One character after the other is drawn from
-softmax(logits / temperature), by inverting the cumulative distribution at a uniform number, until the terminator ends
-the name. Every attempt has a stream of uniform numbers of its own, from seed and attempt, so a seed gives the same
-names whatever batch the file takes.
+A name begins with a context of terminators (character 0), and with `--start`, if that is given. One character after
+the other is drawn from softmax(logits / temperature), by inverting the cumulative distribution at a uniform number,
+until the terminator ends the name. Every attempt has a stream of uniform numbers of its own, from seed and attempt, so
+a seed gives the same names whatever batch the file takes: the doubles of NumPy's PCG64, seeded by its SeedSequence of
+the two numbers. `export/page/draw.js` computes the same in a browser.
 
 Every name is printed once. Thrown away are empty names, repeats, and names that have not ended after `--longest`
 characters; if a hundred attempts for each name asked for are not enough, fewer are printed and stderr says so.
@@ -70,6 +71,17 @@ class Net:
             raise self._refuse(f"gives no finite logits for its {len(self.vocabulary)} characters")
         return logits[: len(contexts)]
 
+    def read(self, start: str, longest: int) -> list[int]:
+        """Return the indices of the characters that a name of at most `longest` begins with."""
+        if len(start) > longest:
+            raise InputError(f"{start!r} has more than the {longest} characters that a name may have")
+        for one in start:
+            if one not in self.vocabulary[1:]:
+                raise InputError(
+                    f"a name cannot begin with {start!r}: {one!r} is none of the net's characters"
+                )
+        return [self.vocabulary.index(one, 1) for one in start]
+
     def _read_vocabulary(self) -> list[str]:
         text = self._session.get_modelmeta().custom_metadata_map.get("vocabulary")
         if text is None:
@@ -97,11 +109,17 @@ class Net:
         return InputError(f"{self._path} {reason}")
 
 
-def invent(net: Net, count: int, seed: int, temperature: float = 1.0, longest: int = 30) -> Iterator[str]:
-    """Yield `count` different names, or fewer if a hundred attempts for each do not give them."""
-    seen, attempts = {""}, range(_ATTEMPTS * count)
-    for start in range(0, len(attempts), net.at_once):
-        for name in _draw(net, attempts[start : start + net.at_once], seed, temperature, longest):
+def invent(
+    net: Net, count: int, seed: int, temperature: float = 1.0, longest: int = 30, start: str = ""
+) -> Iterator[str]:
+    """Yield `count` different names, or fewer if a hundred attempts for each do not give them.
+
+    Raises:
+        InputError: a character of `start` is none of the net's, or the terminator, or there are more than `longest`.
+    """
+    seen, attempts, begun = {""}, range(_ATTEMPTS * count), net.read(start, longest)
+    for first in range(0, len(attempts), net.at_once):
+        for name in _draw(net, attempts[first : first + net.at_once], seed, temperature, longest, begun):
             if name not in seen:
                 seen.add(name)
                 yield name
@@ -109,19 +127,22 @@ def invent(net: Net, count: int, seed: int, temperature: float = 1.0, longest: i
                     return
 
 
-def _draw(net: Net, attempts: range, seed: int, temperature: float, longest: int) -> list[str]:
+def _draw(
+    net: Net, attempts: range, seed: int, temperature: float, longest: int, begun: list[int]
+) -> list[str]:
     """Return the names of these attempts that came to an end, in order."""
-    chances = np.stack([np.random.default_rng((seed, one)).random(longest + 1) for one in attempts])
-    contexts = np.zeros((len(attempts), net.length), np.int64)
+    steps = longest + 1 - len(begun)
+    chances = np.stack([np.random.default_rng((seed, one)).random(steps) for one in attempts])
+    contexts = np.tile(np.array([*[0] * net.length, *begun][-net.length :], np.int64), (len(attempts), 1))
     drawn, alive = np.zeros_like(chances, np.int64), np.arange(len(attempts))
-    for step in range(longest + 1):
+    for step in range(steps):
         drawn[alive, step] = choose(net(contexts[alive]), chances[alive, step], temperature)
         contexts[alive] = np.column_stack([contexts[alive, 1:], drawn[alive, step]])
         alive = alive[drawn[alive, step] > 0]
         if not len(alive):
             break
     ended = np.setdiff1d(np.arange(len(attempts)), alive)
-    return ["".join(net.vocabulary[one] for one in drawn[row] if one) for row in ended]
+    return ["".join(net.vocabulary[one] for one in (*begun, *drawn[row]) if one) for row in ended]
 
 
 def choose(
@@ -142,6 +163,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="another seed gives other names (1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 plainer, above 1 wilder (1)")
     parser.add_argument("--longest", type=int, default=30, help="characters that a name may have (30)")
+    parser.add_argument("--start", default="", help="what every name begins with (nothing)", metavar="TEXT")
     return parser.parse_args(arguments)
 
 
@@ -155,7 +177,8 @@ def run(options: argparse.Namespace) -> None:
     if not (isfinite(options.temperature) and options.temperature > 0):
         raise InputError(f"--temperature {options.temperature}: it takes a number above 0")
     net, found = Net(options.model), 0
-    for name in invent(net, options.count, options.seed, options.temperature, options.longest):
+    settings = options.count, options.seed, options.temperature, options.longest, options.start
+    for name in invent(net, *settings):
         print(_printable(name))
         found += 1
     if found < options.count:

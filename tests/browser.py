@@ -16,20 +16,20 @@ import pytest
 LIGHT, DARK = 1, 0
 """The colour scheme that a reader prefers, as Chromium counts them."""
 
-_BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_OPTIONS = (
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OPTIONS = (
     "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --enable-logging=stderr --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"
 )
 
 needs_browser = pytest.mark.skipif(
-    _BROWSER is None, reason="there is no Chromium here (chromium, chromium-browser or google-chrome)"
+    BROWSER is None, reason="there is no Chromium here (chromium, chromium-browser or google-chrome)"
 )
 
 
 def browse(path: Path, profile: Path, scheme: int, *options: str) -> tuple[str, str]:
     """Return what Chromium prints, and what it logs."""
-    command = [_BROWSER, *_OPTIONS.split(), f"--user-data-dir={profile / 'profile'}"]
+    command = [BROWSER, *OPTIONS.split(), f"--user-data-dir={profile / 'profile'}"]
     command += [f"--blink-settings=preferredColorScheme={scheme}", *options, path.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, done.stderr

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from bnfold.errors import InputError
-from data import fetch, names, read_names
+from data import download, fetch, names, read_names
 from data.__main__ import main
 
 LIST = b"emma\nolivia\nava\nisabella\nsophia\ncharlotte"
@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, b"5\r\nemma\n\r\nff\r\nol", Transfer_Encoding="chunked")
 
     def endless(self):
-        self.reply(200, bytes(fetch.MOST_BYTES + fetch.CHUNK))
+        self.reply(200, bytes(fetch.MOST_BYTES + download.CHUNK))
 
     def nonsense(self):
         self.wfile.write(b"220 this is not HTTP\r\n\r\n")
@@ -130,7 +130,7 @@ def test_a_damaged_copy_is_fetched_again(server, cached):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("absent", "/absent answered 404 Not Found; --url names another address"),
+        ("absent", "/absent answered 404 Not Found; name another --url"),
         ("broken", "/broken answered 500 Internal Server Error"),
         ("round", "/round answered 302"),
         ("astray", "/astray answered 302"),

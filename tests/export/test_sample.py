@@ -80,6 +80,26 @@ def test_more_names_begin_with_the_same_ones(even: Net) -> None:
     assert list(invent(even, 30, seed=1))[:10] == list(invent(even, 10, seed=1))
 
 
+@pytest.mark.parametrize("start", ["b", "ab", "abba"])
+def test_names_begin_as_asked_and_go_on_as_the_net_does_from_there(start: str, tmp_path: Path) -> None:
+    net = Net(save_net(tmp_path / "net.onnx", [[0, 0, 0], [0, -99, 99], [99, -99, -99]], batch=7))
+    assert list(invent(net, 1, seed=1, start=start)) == [start + "b" * start.endswith("a")]
+
+
+def test_a_name_that_was_begun_may_be_as_long_as_any_other(even: Net) -> None:
+    names = list(invent(even, 8, seed=2, longest=4, start="bab"))
+    assert {len(name) for name in names} == {3, 4}
+    assert sorted(names) == ["bab", "baba", "babb"]
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"), [("ax", "'x' is none"), (".a", "'.' is none"), ("abab", "more than")]
+)
+def test_a_beginning_that_no_name_has(start: str, reason: str, even: Net) -> None:
+    with pytest.raises(InputError, match=reason):
+        list(invent(even, 1, seed=1, longest=3, start=start))
+
+
 def test_characters_are_drawn_as_often_as_softmax_says() -> None:
     chances, logits = np.random.default_rng(0).random(20_000), np.array([[0.5, -1.0, 2.0]])
     for temperature in (0.5, 1.0, 2.0):
