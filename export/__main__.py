@@ -1,6 +1,6 @@
 """python -m export: a checkpoint becomes an ONNX file for inference on single examples.
 
-    python -m export [ckpt.pt] [-o ckpt.onnx] [--batch N|dynamic] [--no-timing]
+    python -m export [ckpt.pt] [-o ckpt.onnx] [--batch N|dynamic] [--tables auto] [--no-timing]
 
 BatchNorms that remain are folded first. The file is written last, once the ONNX checker has passed it and onnxruntime
 has computed what the net computes on every input. Then the sizes and the time of one example are shown beside those of
@@ -50,6 +50,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", default="1", metavar="N|dynamic", help="examples that one run takes (1)")
     parser.add_argument(
+        "--tables",
+        choices=("never", "auto"),
+        default="never",
+        help="auto: a table of outputs in the place of layers, where one example then takes less time (never)",
+    )
+    parser.add_argument(
         "--no-timing", dest="timing", action="store_false", help="skip the measurement of latency"
     )
     return parser.parse_args(arguments)
@@ -66,7 +72,7 @@ def _newest() -> Path:
 def run(options: argparse.Namespace) -> None:
     """Export, then print what was folded, how it was proven, and what it costs to run."""
     options.checkpoint = options.checkpoint or _newest()
-    exported = export(options.checkpoint, options.output, _batch(options.batch))
+    exported = export(options.checkpoint, options.output, _batch(options.batch), options.tables)
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     report = Report(exported.verdicts, (exported.evidence,))
     console.print(Printed(report, more="", parts=PARTS if exported.verdicts else PARTS[1:]))

@@ -7,6 +7,7 @@ Its `metadata_props` say where it came from, in JSON but for the hashes:
     input           shape, dtype and alphabet of one example
     source_sha256   of the checkpoint file; unfolded_sha256 of the one that was folded into it, if it was folded before
     verdicts        what became of every BatchNorm
+    tables          which table stands for layers, where one does: whole or positions (`export.tables`)
     versions        of bnfold, torch and onnx here, and under `trained` of what made the checkpoint
 
 and nothing of the time, the machine or the path, so the same checkpoint gives the same file.
@@ -19,7 +20,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import torch
@@ -27,11 +28,12 @@ from torch import Tensor, nn
 
 import bnfold
 from bnfold import checkpoint as checkpoints
-from bnfold.checkpoint import Checkpoint, drop_identities
+from bnfold.checkpoint import Checkpoint, InputDomain, drop_identities
 from bnfold.errors import InputError
 from bnfold.output import replacing
 from bnfold.report import Evidence, Verdict
 from export.prove import Examples, choose_examples, prove
+from export.tables import Kind, tabulate
 from export.write import Batch, write
 
 __all__ = ["Exported", "export", "export_module", "has_batchnorm", "locate_output"]
@@ -50,6 +52,7 @@ class Exported:
         verdicts: what became of each BatchNorm.
         evidence: the comparison that let the file be written.
         model: the folded net that the file stands for.
+        tables: which kind of table stands for layers of it, if one does.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class Exported:
     verdicts: tuple[Verdict, ...]
     evidence: Evidence
     model: nn.Module
+    tables: Kind | None = None
 
     @property
     def counts(self) -> str:
@@ -65,7 +69,12 @@ class Exported:
         return ", ".join(f"{n} {op}" if n > 1 else op for op, n in Counter(self.operators).items())
 
 
-def export(source: Checkpoint | str | Path, path: str | Path | None = None, batch: Batch = 1) -> Exported:
+def export(
+    source: Checkpoint | str | Path,
+    path: str | Path | None = None,
+    batch: Batch = 1,
+    tables: Literal["never", "auto"] = "never",
+) -> Exported:
     """Export a checkpoint as ONNX, its BatchNorms folded, proven on every input that there is.
 
     The input is named `context` and the output `logits` where the net has a vocabulary, else `input` and `output`.
@@ -74,6 +83,7 @@ def export(source: Checkpoint | str | Path, path: str | Path | None = None, batc
         source: a checkpoint or its file.
         path: where to write; by default `ckpt.onnx` beside `ckpt.pt` or `ckpt.folded.pt`.
         batch: how many examples one run takes, or `"dynamic"`.
+        tables: `"auto"` for a table in the place of layers where one example then takes less time.
 
     Raises:
         InputError: the checkpoint cannot be read or expressed, or the file not be written there.
@@ -89,7 +99,9 @@ def export(source: Checkpoint | str | Path, path: str | Path | None = None, batc
     metadata = _describe(given)
     if not isinstance(source, Checkpoint):
         metadata["source_sha256"] = sha256(Path(source).read_bytes()).hexdigest()
-    return _convert(given.model, choose_examples(given.input), path, batch, names, metadata, given.folded)
+    domain = given.input if tables == "auto" else None
+    examples = choose_examples(given.input)
+    return _convert(given.model, examples, path, batch, names, metadata, given.folded, domain)
 
 
 def export_module(model: nn.Module, inputs: Tensor, path: str | Path, batch: Batch = 1) -> Exported:
@@ -130,17 +142,22 @@ def _convert(
     names: tuple[str, str],
     metadata: dict[str, Any],
     folded_before: Any,
+    tabulated: InputDomain | None = None,
 ) -> Exported:
+    """Do all of it; with the inputs of a net in `tabulated`, tables may take the place of layers."""
     axis = _axis(batch)
     with replacing(path) as temporary:
         folded, verdicts = _fold(model, examples.inputs, folded_before)
         metadata["verdicts"] = [asdict(verdict) for verdict in verdicts]
-        proto = write(folded, _pair(examples.inputs), axis, names, _encode(metadata))
+        net, kind = tabulate(folded, tabulated, axis, model) if tabulated else (folded, None)
+        if kind:
+            metadata["tables"] = kind
+        proto = write(net, _pair(examples.inputs), axis, names, _encode(metadata))
         content = proto.SerializeToString(deterministic=True)
         evidence = prove(content, model, examples)
         temporary.write_bytes(content)
     operators = tuple(node.op_type for node in proto.graph.node)
-    return Exported(Path(path), operators, len(content), verdicts, evidence, folded)
+    return Exported(Path(path), operators, len(content), verdicts, evidence, folded, kind)
 
 
 def _fold(model: nn.Module, inputs: Tensor, before: Any) -> tuple[nn.Module, tuple[Verdict, ...]]:
