@@ -30,7 +30,7 @@ from bnfold.errors import InputError
 from bnfold.report import Evidence
 from export.session import open_session
 
-__all__ = ["Examples", "choose_examples", "prove", "run_double"]
+__all__ = ["Examples", "choose_examples", "prove", "run_double", "run_file"]
 
 _NUMBERS = 2**20
 
@@ -68,7 +68,9 @@ def prove(content: bytes, model: nn.Module, examples: Examples) -> Evidence:
     own, truth = _run_torch(model, examples.inputs), run_double(model, examples.inputs)
     nodes = len(onnx.load_from_string(content).graph.node)
     evidence = [
-        _judge(own, truth, _run(open_session(content, optimise), examples.inputs.numpy()), nodes, examples)
+        _judge(
+            own, truth, run_file(open_session(content, optimise), examples.inputs.numpy()), nodes, examples
+        )
         for optimise in (True, False)
     ]
     return max(evidence, key=lambda one: one.deviation)
@@ -115,7 +117,7 @@ def _rows(inputs: Tensor) -> int:
     return max(1, min(4096, _NUMBERS // max(1, inputs[:1].numel())))
 
 
-def _run(session: onnxruntime.InferenceSession, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def run_file(session: onnxruntime.InferenceSession, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the outputs of all inputs, in batches of the model's own size; a free one is tried at several."""
     entry = session.get_inputs()[0]
     batch = entry.shape[0] if isinstance(entry.shape[0], int) else None
