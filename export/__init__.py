@@ -8,8 +8,8 @@
     session = export.Session("ckpt.onnx"); logits = session(context)    call after call, without torch
 
 `convert` folds, has the graph written by `write` (with the table in `layers`) and proven by `prove`, and only then
-puts the file in its place; `latency` times it; `sample` uses it and needs NumPy and onnxruntime alone, which is why
-nothing is imported here until it is asked for.
+puts the file in its place; `tables` and `quantise` make it faster where that pays. `latency` times it; `session` and
+`sample` use it and need NumPy and onnxruntime alone, which is why nothing is imported here until it is asked for.
 
 None of this is in the wheel. Who has a module of their own folds it with `bnfold.fold` and exports it with
 `torch.onnx.export`, or folds what that wrote with `bnfold.fold_file`.

@@ -4,13 +4,13 @@ onnxruntime's own quantiser does it: of each weight (K, N), every `BLOCK` number
 rounded to nearest, symmetric about 0, and MatMul becomes MatMulNBits (onnxruntime's contrib operators). Weights with
 fewer than `BLOCK` rows, embeddings, convolutions and biases stay, and so do activations between the nodes; inside, the
 kernel rounds a block of them to int8 in every call (accuracy level 4). The kernels that do not (level 1) expand the
-weights to float in every call, which takes ten to sixty times as long as float weights do.
+weights to float in every call, and take five times as long as float weights, or longer.
 
 This changes the numerics, which no proof covers. The float file is proven first; then the int8 file is run on every
 context of the dev names, and is refused where its loss is above the net's by more than the budget.
 
-What it buys is memory traffic (`python -m benchmarks.int8`), so it is for weights that outgrow the cache of a core;
-below that it buys no time. The file runs in onnxruntime alone, since MatMulNBits is no operator of ONNX.
+What it buys is a smaller file and memory traffic (`python -m benchmarks.int8`): time from about 512 x 512 numbers on,
+and none for the lecture's net. The file runs in onnxruntime alone, since MatMulNBits is no operator of ONNX.
 """
 
 from __future__ import annotations

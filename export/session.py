@@ -108,8 +108,9 @@ class Session:
         )
         self.outputs: Mapping[str, Array] = MappingProxyType(self._allocate())
         self._binding = self._bind()
-        self._read, self._written = tuple(self.inputs.values()), tuple(self.outputs.values())
-        self._lock = Lock()
+        self._slots = [(array, array.shape, array.dtype) for array in self.inputs.values()]
+        self._only = next(iter(self.outputs.values())) if len(self.outputs) == 1 else None
+        self._run, self._lock = self._session.run_with_iobinding, Lock()
 
     def __call__(self, *arrays: Array) -> Any:
         """Return the output for these inputs as a new array; a tuple of arrays where the model has several outputs.
@@ -121,21 +122,15 @@ class Session:
             InputError: there are more or fewer, one has another shape or dtype, or the model refuses what is in it
                 (an index beyond a table).
         """
-        if len(arrays) != len(self._read):
-            raise InputError(f"{len(arrays)} arrays for a model with {len(self._read)} inputs")
+        if len(arrays) != len(self._slots):
+            raise InputError(f"{len(arrays)} arrays for a model with {len(self._slots)} inputs")
         with self._lock:
-            for bound, array in zip(self._read, arrays, strict=True):
-                if (
-                    not isinstance(array, np.ndarray)
-                    or array.shape != bound.shape
-                    or array.dtype != bound.dtype
-                ):
+            for (bound, shape, dtype), array in zip(self._slots, arrays, strict=False):
+                if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
                     raise InputError(f"an input takes {_tell(bound)}, and was given {_tell(array)}")
                 bound[...] = array
             self.run()
-            if len(self._written) == 1:
-                return self._written[0].copy()
-            return tuple(array.copy() for array in self._written)
+            return self._only.copy() if self._only is not None else tuple(map(np.copy, self.outputs.values()))
 
     def run(self) -> None:
         """Compute `outputs` from what stands in `inputs`.
@@ -144,7 +139,7 @@ class Session:
             InputError: the model refuses what stands there; what `outputs` hold then is undefined.
         """
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._run(self._binding)
         except Exception as error:  # onnxruntime's exceptions share no class below this one
             raise InputError(f"the model cannot be run on this: {_explain(error)}") from error
 
