@@ -135,14 +135,15 @@ def test_the_float_file_is_proven_before_its_weights_are_rounded(
 
 
 def test_gemms_of_any_form_become_products_and_what_cannot_stays() -> None:
-    text = """<ir_version: 9, opset_import: ["" : 20]> g (float[2, 128] x) => (float[2, 3] y, float[2, 128] z) {
+    text = """<ir_version: 9, opset_import: ["" : 20]> g (float[2, 128] x, float[2, 64] u) => (float[2, 3] y, float[2, 128] z, float[2, 9] v) {
+        v = MatMul(u, small)
         a = Gemm<transB = 1>(x, turned, bias)
         b = Gemm(a, square)
         c = Gemm<alpha = 0.5>(b, square, bias)
         z = MatMul(c, square)
         y = Gemm<transB = 0>(z, last) }"""
     proto, rng = parser.parse_model(text), np.random.default_rng(1)
-    shapes = {"turned": (128, 128), "square": (128, 128), "bias": (128,), "last": (128, 3)}
+    shapes = {"turned": (128, 128), "square": (128, 128), "bias": (128,), "last": (128, 3), "small": (64, 9)}
     for name, shape in shapes.items():
         array = rng.standard_normal(shape).astype(np.float32) / 8
         proto.graph.initializer.append(numpy_helper.from_array(array, name))
@@ -150,11 +151,14 @@ def test_gemms_of_any_form_become_products_and_what_cannot_stays() -> None:
     rounded = quantise.quantise(proto)
     assert proto.SerializeToString() == before
     assert [node.op_type for node in rounded.graph.node] == [
-        *["MatMulNBits", "Add", "MatMulNBits", "Gemm", "MatMulNBits", "MatMulNBits"]
+        *["MatMul", "MatMulNBits", "Add", "MatMulNBits", "Gemm", "MatMulNBits", "MatMulNBits"]
     ]
-    x = {"x": rng.standard_normal((2, 128)).astype(np.float32)}
+    x = {
+        name: rng.standard_normal((2, size)).astype(np.float32) for name, size in {"x": 128, "u": 64}.items()
+    }
     wanted, ran = (open_session(one.SerializeToString()).run(None, x) for one in (proto, rounded))
-    for exact, near in zip(wanted, ran, strict=True):
+    np.testing.assert_array_equal(ran[2], wanted[2])
+    for exact, near in zip(wanted[:2], ran[:2], strict=True):
         assert 0 < np.abs(near - exact).max() < 0.05 * np.abs(exact).max()
 
 

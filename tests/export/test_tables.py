@@ -132,6 +132,8 @@ def test_numbers_are_rounded_once(tmp_path: Path) -> None:
         ((3, 27, 64, 200), True),
         ((16, 27, 24, 64), True),
         ((8, 1000, 64, 512), True),
+        ((8, 1000, 16, 200), False),  # 6 MB, beyond the cache; of 27 characters it would pay
+        ((8, 27, 16, 200), True),
         ((16, 1000, 10, 200), False),  # 13 MB of tables: 3,200 numbers that are waited for
         ((16, 1000, 64, 512), False),  # 33 MB: it would be fast, and the file too large
     ],
