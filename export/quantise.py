@@ -159,7 +159,7 @@ def _as_product(
         or not plain
         or not _is_matrix(node.input[1], weights, block, 1 if turned else 0)
     ):
-        yield node
+        yield _named(node)
         return
     result, bias = node.output[0], [name for name in node.input[2:3] if name]
     array, name = numpy_helper.to_array(weights[node.input[1]]), f"{result}/weight"

@@ -135,7 +135,8 @@ def test_the_float_file_is_proven_before_its_weights_are_rounded(
 
 
 def test_gemms_of_any_form_become_products_and_what_cannot_stays() -> None:
-    text = """<ir_version: 9, opset_import: ["" : 20]> g (float[2, 128] x, float[2, 64] u) => (float[2, 3] y, float[2, 128] z, float[2, 9] v) {
+    text = """<ir_version: 9, opset_import: ["" : 20]>
+        g (float[2, 128] x, float[2, 64] u) => (float[2, 3] y, float[2, 128] z, float[2, 9] v) {
         v = MatMul(u, small)
         a = Gemm<transB = 1>(x, turned, bias)
         b = Gemm(a, square)
