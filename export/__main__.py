@@ -1,13 +1,17 @@
 """python -m export: a checkpoint becomes an ONNX file for inference on single examples.
 
-    python -m export [ckpt.pt] [-o ckpt.onnx] [--batch N|dynamic] [--no-timing]
+    python -m export [ckpt.pt] [-o ckpt.onnx] [--batch N|dynamic] [--tables auto] [--weights int8] [--no-timing]
 
 BatchNorms that remain are folded first. The file is written last, once the ONNX checker has passed it and onnxruntime
 has computed what the net computes on every input. Then the sizes and the time of one example are shown beside those of
 the net with its BatchNorms; of a folded checkpoint that is the file it was made from, if it lies beside it unchanged.
 
-Exit code 0; 1 where onnxruntime computes something else, 2 where a file or an argument cannot be used; after 1 and 2
-nothing was written, and there is one line on stderr.
+With `--tables auto` a table may stand for layers (`export.tables`). With `--weights int8` large weights are int8, and
+held to the dev loss of the names that the net was trained on (`export.quantise`).
+
+Exit code 0; 1 where onnxruntime computes something else, 2 where a file or an argument cannot be used, or int8 weights
+raise the dev loss by more than `--max-loss-increase`; after 1 and 2 nothing was written, and there is one line on
+stderr.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from shlex import quote
@@ -32,6 +37,7 @@ from bnfold.printed import PARTS, Printed
 from bnfold.report import Report
 from export.convert import Exported, export, has_batchnorm
 from export.latency import Timing, compare_latencies
+from export.quantise import Int8
 from export.write import Batch
 
 
@@ -50,6 +56,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", default="1", metavar="N|dynamic", help="examples that one run takes (1)")
     parser.add_argument(
+        "--tables",
+        choices=("never", "auto"),
+        default="never",
+        help="auto: a table of outputs in the place of layers, where one example then takes less time (never)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("float", "int8"),
+        default="float",
+        help="int8: large matrices in a quarter of the bytes, for onnxruntime alone (float)",
+    )
+    parser.add_argument(
+        "--max-loss-increase",
+        metavar="NATS",
+        help="by how much int8 weights may raise the dev loss (0.001)",
+    )
+    parser.add_argument(
+        "--names", metavar="FILE", help="the list that the net was trained on, as for python -m train"
+    )
+    parser.add_argument(
         "--no-timing", dest="timing", action="store_false", help="skip the measurement of latency"
     )
     return parser.parse_args(arguments)
@@ -66,11 +92,17 @@ def _newest() -> Path:
 def run(options: argparse.Namespace) -> None:
     """Export, then print what was folded, how it was proven, and what it costs to run."""
     options.checkpoint = options.checkpoint or _newest()
-    exported = export(options.checkpoint, options.output, _batch(options.batch))
+    batch, weights = _batch(options.batch), _weights(options)
+    exported = export(options.checkpoint, options.output, batch, options.tables, weights)
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     report = Report(exported.verdicts, (exported.evidence,))
     console.print(Printed(report, more="", parts=PARTS if exported.verdicts else PARTS[1:]))
     console.print(tabulate(_time(options.checkpoint, exported)) if options.timing else "")
+    if exported.loss and weights:
+        print(
+            f"int8 weights: dev loss {exported.loss.net:.5f} before, {exported.loss.file:.5f} after,"
+            f" {exported.loss.increase:+.5f} of {weights.max_loss_increase:g} allowed"
+        )
     print(f"nodes: {exported.counts}")
     print(f"wrote {exported.path}")
     if checkpoints.load(options.checkpoint).vocabulary:
@@ -96,6 +128,18 @@ def _batch(text: str) -> Batch:
     if not text.isdecimal() or not text.isascii() or not 1 <= int(text[:10]) < 2**31:
         raise InputError(f"--batch {text}: it takes a number from 1 up, or dynamic")
     return int(text)
+
+
+def _weights(options: argparse.Namespace) -> Int8 | None:
+    text = options.max_loss_increase
+    if options.weights == "float":
+        if text is not None or options.names is not None:
+            raise InputError("--max-loss-increase and --names go with --weights int8")
+        return None
+    with suppress(ValueError):
+        if text is None or 0 <= float(text) < float("inf"):
+            return Int8(names=options.names) if text is None else Int8(float(text), options.names)
+    raise InputError(f"--max-loss-increase {text}: it takes a number of nats from 0 up")
 
 
 def _time(path: Path, exported: Exported) -> list[Timing]:

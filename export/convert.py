@@ -7,6 +7,8 @@ Its `metadata_props` say where it came from, in JSON but for the hashes:
     input           shape, dtype and alphabet of one example
     source_sha256   of the checkpoint file; unfolded_sha256 of the one that was folded into it, if it was folded before
     verdicts        what became of every BatchNorm
+    weights         int8, where they are
+    tables          which table stands for layers, where one does: whole or positions (`export.tables`)
     versions        of bnfold, torch and onnx here, and under `trained` of what made the checkpoint
 
 and nothing of the time, the machine or the path, so the same checkpoint gives the same file.
@@ -19,20 +21,24 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
 import bnfold
 from bnfold import checkpoint as checkpoints
-from bnfold.checkpoint import Checkpoint, drop_identities
+from bnfold.checkpoint import Checkpoint, InputDomain, drop_identities
 from bnfold.errors import InputError
 from bnfold.output import replacing
 from bnfold.report import Evidence, Verdict
 from export.prove import Examples, choose_examples, prove
+from export.quantise import DevLoss, Int8, count_dev, hold, measure_loss, quantise
+from export.tables import Kind, tabulate
 from export.write import Batch, write
+from train.material import ContextCounts
 
 __all__ = ["Exported", "export", "export_module", "has_batchnorm", "locate_output"]
 
@@ -50,6 +56,8 @@ class Exported:
         verdicts: what became of each BatchNorm.
         evidence: the comparison that let the file be written.
         model: the folded net that the file stands for.
+        tables: which kind of table stands for layers of it, if one does.
+        loss: where the file has int8 weights, what these do to the dev loss; `evidence` then is of the file without.
     """
 
     path: Path
@@ -58,6 +66,8 @@ class Exported:
     verdicts: tuple[Verdict, ...]
     evidence: Evidence
     model: nn.Module
+    tables: Kind | None = None
+    loss: DevLoss | None = None
 
     @property
     def counts(self) -> str:
@@ -65,7 +75,22 @@ class Exported:
         return ", ".join(f"{n} {op}" if n > 1 else op for op, n in Counter(self.operators).items())
 
 
-def export(source: Checkpoint | str | Path, path: str | Path | None = None, batch: Batch = 1) -> Exported:
+@dataclass(frozen=True)
+class _Options:
+    """What only a checkpoint has: inputs that a table can list, a dev loss that int8 weights are held to."""
+
+    tables: InputDomain | None = None
+    weights: Int8 | None = None
+    dev: ContextCounts | None = None
+
+
+def export(
+    source: Checkpoint | str | Path,
+    path: str | Path | None = None,
+    batch: Batch = 1,
+    tables: Literal["never", "auto"] = "never",
+    weights: Int8 | None = None,
+) -> Exported:
     """Export a checkpoint as ONNX, its BatchNorms folded, proven on every input that there is.
 
     The input is named `context` and the output `logits` where the net has a vocabulary, else `input` and `output`.
@@ -74,9 +99,12 @@ def export(source: Checkpoint | str | Path, path: str | Path | None = None, batc
         source: a checkpoint or its file.
         path: where to write; by default `ckpt.onnx` beside `ckpt.pt` or `ckpt.folded.pt`.
         batch: how many examples one run takes, or `"dynamic"`.
+        tables: `"auto"` for a table in the place of layers where one example then takes less time.
+        weights: for large weights as int8, which onnxruntime alone reads, within a budget of dev loss.
 
     Raises:
-        InputError: the checkpoint cannot be read or expressed, or the file not be written there.
+        InputError: the checkpoint cannot be read or expressed, or the file not be written there; int8 weights cost more
+            than they may, or the net has no dev loss.
         NotEquivalent: onnxruntime computes something else; nothing is written.
     """
     given = source if isinstance(source, Checkpoint) else checkpoints.load(source)
@@ -89,7 +117,13 @@ def export(source: Checkpoint | str | Path, path: str | Path | None = None, batc
     metadata = _describe(given)
     if not isinstance(source, Checkpoint):
         metadata["source_sha256"] = sha256(Path(source).read_bytes()).hexdigest()
-    return _convert(given.model, choose_examples(given.input), path, batch, names, metadata, given.folded)
+    options = _Options(
+        tables=given.input if tables == "auto" else None,
+        weights=weights,
+        dev=count_dev(given, weights.names) if weights else None,
+    )
+    examples = choose_examples(given.input)
+    return _convert(given.model, examples, path, batch, names, metadata, given.folded, options)
 
 
 def export_module(model: nn.Module, inputs: Tensor, path: str | Path, batch: Batch = 1) -> Exported:
@@ -130,17 +164,27 @@ def _convert(
     names: tuple[str, str],
     metadata: dict[str, Any],
     folded_before: Any,
+    options: _Options = _Options(),
 ) -> Exported:
     axis = _axis(batch)
     with replacing(path) as temporary:
         folded, verdicts = _fold(model, examples.inputs, folded_before)
         metadata["verdicts"] = [asdict(verdict) for verdict in verdicts]
-        proto = write(folded, _pair(examples.inputs), axis, names, _encode(metadata))
+        net, kind = tabulate(folded, options.tables, axis, model) if options.tables else (folded, None)
+        if kind:
+            metadata["tables"] = kind
+        proto = write(net, _pair(examples.inputs), axis, names, _encode(metadata))
         content = proto.SerializeToString(deterministic=True)
-        evidence = prove(content, model, examples)
+        evidence, loss = prove(content, model, examples), None
+        if options.weights and options.dev:
+            helper.set_model_props(proto, _encode({**metadata, "weights": "int8"}))
+            proto = quantise(proto)
+            content = proto.SerializeToString(deterministic=True)
+            loss = measure_loss(model, content, options.dev)
+            hold(loss, options.weights.max_loss_increase)
         temporary.write_bytes(content)
     operators = tuple(node.op_type for node in proto.graph.node)
-    return Exported(Path(path), operators, len(content), verdicts, evidence, folded)
+    return Exported(Path(path), operators, len(content), verdicts, evidence, folded, kind, loss)
 
 
 def _fold(model: nn.Module, inputs: Tensor, before: Any) -> tuple[nn.Module, tuple[Verdict, ...]]:

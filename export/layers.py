@@ -91,14 +91,15 @@ Row = Callable[[Sketch, str, Any], str]
 def draw(model: nn.Sequential, example: Tensor, sketch: Sketch, x: str) -> str:
     """Draw every layer of a net in eval mode, the first reading `x`; return the name of the last value.
 
-    `example` (2, ...) is run through the net for the shapes.
+    `example` (2, ...) is run through the net for the shapes. A layer that no checkpoint holds brings its row as a
+    method, `row(sketch, x)` (`export.tables`).
 
     Raises:
         NoRow: a layer has no row, or its row cannot express it.
     """
     for name, layer in model.named_children():
         sketch.layer, sketch.before = name, tuple(example.shape)
-        row = ROWS.get(type(layer))
+        row = _own if hasattr(layer, "row") else ROWS.get(type(layer))
         if row is None:
             raise sketch.refuse(f"is a {type(layer).__name__}, which has no row in export/layers.py")
         example = layer(example)
@@ -107,6 +108,11 @@ def draw(model: nn.Sequential, example: Tensor, sketch: Sketch, x: str) -> str:
             raise sketch.refuse("mixes the examples of a batch")
         x = row(sketch, x, layer)
     return x
+
+
+def _own(sketch: Sketch, x: str, layer: Any) -> str:
+    drawn: str = layer.row(sketch, x)
+    return drawn
 
 
 def _nothing(sketch: Sketch, x: str, layer: nn.Module) -> str:

@@ -30,7 +30,7 @@ from bnfold.errors import InputError
 from bnfold.report import Evidence
 from export.session import open_session
 
-__all__ = ["Examples", "choose_examples", "prove"]
+__all__ = ["Examples", "choose_examples", "prove", "run_double", "run_file"]
 
 _NUMBERS = 2**20
 
@@ -65,10 +65,12 @@ def prove(content: bytes, model: nn.Module, examples: Examples) -> Evidence:
         raise InputError(
             f"the ONNX checker refuses the model: {str(error).strip().splitlines()[0]}"
         ) from error
-    own, truth = _run_torch(model, examples.inputs), _run_double(model, examples.inputs)
+    own, truth = _run_torch(model, examples.inputs), run_double(model, examples.inputs)
     nodes = len(onnx.load_from_string(content).graph.node)
     evidence = [
-        _judge(own, truth, _run(open_session(content, optimise), examples.inputs.numpy()), nodes, examples)
+        _judge(
+            own, truth, run_file(open_session(content, optimise), examples.inputs.numpy()), nodes, examples
+        )
         for optimise in (True, False)
     ]
     return max(evidence, key=lambda one: one.deviation)
@@ -102,7 +104,7 @@ def _run_torch(model: nn.Module, inputs: Tensor) -> npt.NDArray[Any]:
     return joined
 
 
-def _run_double(model: nn.Module, inputs: Tensor) -> npt.NDArray[Any] | None:
+def run_double(model: nn.Module, inputs: Tensor) -> npt.NDArray[Any] | None:
     """Return the outputs in float64, or None where the model insists on its own dtype."""
     try:
         exact = inputs.double() if inputs.is_floating_point() else inputs
@@ -115,7 +117,7 @@ def _rows(inputs: Tensor) -> int:
     return max(1, min(4096, _NUMBERS // max(1, inputs[:1].numel())))
 
 
-def _run(session: onnxruntime.InferenceSession, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def run_file(session: onnxruntime.InferenceSession, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the outputs of all inputs, in batches of the model's own size; a free one is tried at several."""
     entry = session.get_inputs()[0]
     batch = entry.shape[0] if isinstance(entry.shape[0], int) else None
