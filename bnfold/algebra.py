@@ -328,7 +328,8 @@ class Linear:
         if self.before is not None and self.shifts_input:
             shift = np.reshape(self.before[1], (self.groups, 1, -1, 1))
             seen = self.view(np.asarray(weight)).astype(np.float64)
-            folded = folded + (seen * shift).sum(axis=(2, 3)).ravel()
+            seen *= shift
+            folded = folded + seen.sum(axis=(2, 3)).ravel()
         return folded if self.after is None else folded * self.after[0] + self.after[1]
 
     def view(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:

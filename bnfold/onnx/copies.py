@@ -10,7 +10,7 @@ import onnx
 from google.protobuf.unknown_fields import UnknownFieldSet
 from onnx import TensorProto
 
-from bnfold.onnx.constant_folding import FLOATS, width
+from bnfold.onnx.constant_folding import FLOATS
 
 __all__ = ["copy_without", "without_weights"]
 
@@ -50,11 +50,11 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """A model for ONNX's checker, in which the large weights of the main graph are inputs of their type and shape.
 
     The checker would copy each number several times, and look at none. Left in the model are weights that the checker
-    has something to say about: those that are also inputs, or are not as long as their shape says. External data is
-    taken to be (see `check_external`).
+    has something to say about: those that are also inputs, or stand twice. That there are as many numbers as the shape
+    says was asked when the model was accepted (see `accept` and `check_external`), or they were computed so.
     """
     others = {item.name for item in model.graph.input}
-    others |= {tensor.name for tensor in model.graph.initializer if not _is_whole_and_large(tensor)}
+    others |= {tensor.name for tensor in model.graph.initializer if not _is_large(tensor)}
     large = [tensor for tensor in model.graph.initializer if tensor.name not in others]
     names = {tensor.name for tensor in large}
     if len(names) < len(large) or not names:
@@ -69,9 +69,7 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _is_whole_and_large(tensor: TensorProto) -> bool:
-    count = math.prod(tensor.dims)
-    if tensor.data_type not in FLOATS or count <= LARGE:
-        return False
-    whole = len(tensor.raw_data) == count * width(tensor.data_type)
-    return whole or tensor.data_location == TensorProto.EXTERNAL
+def _is_large(tensor: TensorProto) -> bool:
+    """Whether it is one of many floats, which are stored in the one way that is not copied to be looked at."""
+    stored = tensor.HasField("raw_data") or tensor.data_location == TensorProto.EXTERNAL
+    return stored and tensor.data_type in FLOATS and math.prod(tensor.dims) > LARGE

@@ -9,6 +9,7 @@ never copied or reordered, so their bytes stay as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.algebra import Array, round_to
-from bnfold.errors import InputError
+from bnfold.errors import BnfoldError, InputError
 from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.flatten import FlatModel, NodeRef, Use, bodies
 from bnfold.onnx.read import ImportedModel
@@ -176,10 +177,15 @@ def new_data(edit: Store, data_type: int) -> Array:
     """The numbers of a new tensor as bytes, computed and rounded to a type now.
 
     Raises:
+        BnfoldError: they are more or fewer than its shape says.
         InputError: one of them is not finite in this type.
     """
     dtype = onnx.helper.tensor_dtype_to_np_dtype(data_type)
     rounded = round_to(edit.numbers(), dtype)
+    if rounded.size != math.prod(edit.dims):
+        raise BnfoldError(
+            f"the new numbers of `{edit.name}` are {rounded.size}, and its shape is {edit.dims}"
+        )
     if not np.isfinite(rounded).all():
         raise InputError(f"the folded numbers of `{edit.name}` are not finite in {dtype}")
     return np.ascontiguousarray(rounded).reshape(-1).view(np.uint8)

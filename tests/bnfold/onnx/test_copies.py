@@ -54,10 +54,6 @@ def test_the_checker_gets_a_model_without_its_large_weights():
     assert len(some.graph.initializer) == 5
 
 
-def shorten(some):
-    some.graph.initializer[0].raw_data = b"\0" * 8
-
-
 def repeat(some):
     some.graph.initializer.append(some.graph.initializer[0])
 
@@ -78,7 +74,7 @@ def reshape(some):
     some.graph.initializer[0].dims[:] = [8, 4, 6, 3]
 
 
-@pytest.mark.parametrize("spoil", [shorten, repeat, misuse, define_twice, forget, reshape])
+@pytest.mark.parametrize("spoil", [repeat, misuse, define_twice, forget, reshape])
 def test_the_checker_refuses_a_spoilt_model_without_its_weights_as_with_them(spoil):
     some = net()
     spoil(some)

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import bnfold.onnx
-from bnfold.errors import InputError, NotEquivalent
+from bnfold.errors import BnfoldError, InputError, NotEquivalent
 from bnfold.onnx import runs
 from bnfold.onnx.edit import Forget, Insert, Remove, Rewire, Store, apply, new_data
 from bnfold.onnx.run import to_float64
@@ -86,6 +86,12 @@ def test_the_same_edits_give_the_float64_copy_weights_that_are_not_rounded(text)
 def test_a_new_number_that_is_not_finite_is_refused_when_it_is_computed(number):
     edit = Store("w", (2,), onnx.TensorProto.FLOAT, lambda: np.array([1.0, number]))
     with np.errstate(over="ignore"), pytest.raises(InputError, match="`w` are not finite in float32"):
+        new_data(edit, edit.data_type)
+
+
+def test_new_numbers_that_are_not_as_many_as_the_shape_says_are_refused():
+    edit = Store("w", (2, 2), onnx.TensorProto.FLOAT, lambda: np.ones(3))
+    with pytest.raises(BnfoldError, match="`w` are 3, and its shape is"):
         new_data(edit, edit.data_type)
 
 
