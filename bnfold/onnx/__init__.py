@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 import onnx
 from onnx import TensorProto
 
-from bnfold.certificate import record
 from bnfold.decide import decide, describe
 from bnfold.errors import BnfoldError, InputError
 from bnfold.merge import Merged, settle
@@ -174,6 +173,7 @@ def fold_file(
 
 def _certify(source: onnx.ModelProto, folder: Path, folded: _Folded, choices: _Choices) -> Certificate:
     """The certificate of a folded model that is not compared yet, which goes into its metadata."""
+    from bnfold.certificate import record
     from bnfold.onnx import certify
 
     decision = folded.decision

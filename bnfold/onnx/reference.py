@@ -130,7 +130,7 @@ class Conv(OpRun):
         kernel = weight.shape[2:]
         strides, dilations = strides or [1] * len(kernel), dilations or [1] * len(kernel)
         both = _padding(data.shape[2:], kernel, auto_pad, pads, strides, dilations)
-        padded = np.pad(data, [(0, 0), (0, 0), *both])
+        padded = np.pad(data, [(0, 0), (0, 0), *both]) if np.any(both) else data
         sizes = [
             (n - (k - 1) * d - 1) // s + 1
             for n, k, d, s in zip(padded.shape[2:], kernel, dilations, strides, strict=True)
@@ -155,6 +155,8 @@ def _multiply(taps: Tensor, data: Tensor, cuts: Sequence[tuple[slice, ...]], gro
     flat = (each.reshape(data.shape[0], group, -1, math.prod(each.shape[2:])) for each in seen)
     if taps.shape[-1] == 1:
         return functools.reduce(np.add, (tap * each for tap, each in zip(taps, flat, strict=True)))
+    if len(taps) == 1:
+        return np.asarray(taps[0] @ next(flat))
     product: Tensor = np.concatenate(taps, 2) @ np.concatenate(list(flat), 2)
     return product
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -22,12 +22,14 @@ from bnfold.cases import move
 from bnfold.equivalence import UNIT_ROUNDOFF, Alike, Pair, Unavailable
 from bnfold.errors import InputError
 from bnfold.onnx import inputs as made
-from bnfold.onnx.choices import Choices, find_choices
 from bnfold.onnx.files import count_floats
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.nudge import nudge
 from bnfold.onnx.read import ImportedModel
 from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, to_float64, widen
+
+if TYPE_CHECKING:
+    from bnfold.onnx.choices import Choices
 
 __all__ = ["DOUBTFUL", "HEAVY", "SLOW", "ModelRuns", "agree", "check_runs"]
 
@@ -178,6 +180,8 @@ class ModelRuns:
         Raises:
             Unavailable: it makes none, or other ones are made.
         """
+        from bnfold.onnx.choices import find_choices
+
         model = self.imported.model
         choices = find_choices(model, self.imported.context)
         if not choices:
