@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-NODES = (1_000, 10_000, 100_000)
+NODES = (1_000, 3_000, 10_000)
 
 Command = Sequence[str]
 
