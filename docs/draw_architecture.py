@@ -39,7 +39,7 @@ PLACES: dict[tuple[str, str], str] = {
     ("onnx", "see"): "accept functions flatten shapes sizes constant_folding",
     ("onnx", "lower"): "lower context",
     ("onnx", "import"): "read",
-    ("onnx", "write"): "write merging slots edit",
+    ("onnx", "write"): "write merging slots edit copies",
     ("onnx", "run and compare"): "runs run reference inputs certify nudge choices",
 }
 """Which modules stand where, by lane and stage."""

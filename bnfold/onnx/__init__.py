@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 import onnx
 from onnx import TensorProto
 
-from bnfold.certificate import record
 from bnfold.decide import decide, describe
 from bnfold.errors import BnfoldError, InputError
 from bnfold.merge import Merged, settle
 from bnfold.onnx import files
-from bnfold.onnx.edit import Edit, Store, apply
+from bnfold.onnx.copies import copy_without, without_weights
+from bnfold.onnx.edit import Edit, Forget, Store, apply, new_data
 from bnfold.onnx.functions import inline, left_in_functions
 from bnfold.onnx.merging import merge_imported
 from bnfold.onnx.read import ImportedModel, read
@@ -66,14 +66,24 @@ class _Folded:
     """A folded model that is not compared yet.
 
     Attributes:
-        external: where new tensors belong in a file, by name.
+        external: the new tensors that belong into other files, by name.
     """
 
     model: onnx.ModelProto
     report: Report
     decision: _Decision
-    external: Mapping[str, str] = field(default_factory=dict)
+    external: Mapping[str, Store] = field(default_factory=dict)
     comparison: Comparison | None = None
+
+    def save(self, path: Path, source: Path) -> None:
+        """Write the model that was folded from a file, with numbers that were left out of it."""
+        places = {name: edit.location for name, edit in self.external.items()}
+        missing = {
+            tensor.name: partial(new_data, self.external[tensor.name], tensor.data_type)
+            for tensor in self.model.graph.initializer
+            if tensor.name in self.external and tensor.data_location == TensorProto.EXTERNAL
+        }
+        files.save_file(self.model, path, source, places, missing)
 
     def judge(self, written: onnx.ModelProto | Path) -> Report:
         """The report, with the evidence that the model, as it is now or as it was written, is equivalent."""
@@ -148,12 +158,13 @@ def fold_file(
     proto = files.load_file(source)
     with _within_memory():
         if target is None:
-            folded = _fold(proto, source.parent, choices)
+            folded = _fold(proto, source.parent, choices, source)
             return folded.judge(folded.model)
         with files.writing(Path(target), source) as path:
-            folded = _fold(proto, source.parent, choices)
+            folded = _fold(proto, source.parent, choices, source, later=certificate is None)
             told = None if certificate is None else _certify(proto, source.parent, folded, choices)
-            files.save_file(folded.model, path, source, folded.external)
+            folded.save(path, source)
+            folded = replace(folded, model=onnx.ModelProto())  # it is in the file
             report = folded.judge(path)
             if told is None:
                 return report
@@ -162,6 +173,7 @@ def fold_file(
 
 def _certify(source: onnx.ModelProto, folder: Path, folded: _Folded, choices: _Choices) -> Certificate:
     """The certificate of a folded model that is not compared yet, which goes into its metadata."""
+    from bnfold.certificate import record
     from bnfold.onnx import certify
 
     decision = folded.decision
@@ -256,8 +268,20 @@ def _within_memory() -> Iterator[None]:
         raise InputError(f"the model asks for more memory than there is: {error}") from error
 
 
-def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Folded:
+def _fold(
+    model: onnx.ModelProto,
+    folder: Path | None,
+    choices: _Choices,
+    file: Path | None = None,
+    later: bool = False,
+) -> _Folded:
     """Fold a copy of a model.
+
+    Args:
+        model: the model; its external data lies in `folder`.
+        folder, choices: see `fold`.
+        file: where the model came from.
+        later: leave out the new numbers that belong into other files, to be computed when those are written.
 
     Raises:
         InputError: the model is not valid, or cannot be run and is to be compared.
@@ -275,8 +299,9 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
         report = decision.merged.tell(report, decision.plan.graph)
         return _Folded(_copy(imported.model), report, decision)
     edits = write(imported, decision.plan.graph, decision.merged)
-    comparison = _compare(decision, edits, choices, model) if choices.verify else None
-    folded = apply(edits, _copy(imported.model))
+    comparison = _compare(decision, edits, choices, model, file) if choices.verify else None
+    dropped = {name for edit in edits if isinstance(edit, Forget) and not edit.graph for name in edit.names}
+    folded = apply(edits, copy_without(imported.model, dropped), later=later)
     if choices.freeze_initializers:
         _freeze(folded)
     _check_validity(folded, model, choices.verify)
@@ -285,7 +310,7 @@ def _fold(model: onnx.ModelProto, folder: Path | None, choices: _Choices) -> _Fo
         verdicts, notes=tuple(notes), parameters=(before, files.count_floats(folded)), proof=proof
     )
     report = decision.merged.tell(report, decision.plan.graph)
-    external = {edit.name: edit.location for edit in edits if isinstance(edit, Store) and edit.location}
+    external = {edit.name: edit for edit in edits if isinstance(edit, Store) and edit.location}
     return _Folded(folded, report, decision, external, comparison)
 
 
@@ -313,13 +338,18 @@ def _choose(
 
 
 def _compare(
-    decision: _Decision, edits: tuple[Edit, ...], choices: _Choices, original: onnx.ModelProto
+    decision: _Decision,
+    edits: tuple[Edit, ...],
+    choices: _Choices,
+    original: onnx.ModelProto,
+    file: Path | None,
 ) -> Comparison:
     from bnfold.equivalence import Comparison
     from bnfold.onnx.runs import ModelRuns
 
     imported, edit = decision.imported, partial(apply, edits, exact=True)
-    return Comparison(ModelRuns(imported, edit, choices.inputs, original, imported.folder), decision.changed)
+    runs = ModelRuns(imported, edit, choices.inputs, original, imported.folder, file)
+    return Comparison(runs, decision.changed)
 
 
 def _judge(comparison: Comparison, folded: onnx.ModelProto | Path) -> tuple[Evidence, ...]:
@@ -368,13 +398,14 @@ def _check_validity(model: onnx.ModelProto, unfolded: onnx.ModelProto, runs: boo
 
 
 def _complaint(model: onnx.ModelProto) -> str:
-    """What ONNX's checker has against a model; nothing where it is too large to ask, or has its data elsewhere."""
-    external = any(t.data_location == TensorProto.EXTERNAL for t in files.stored_tensors(model))
-    if external or files.size(model) >= files.LIMIT // 2:
+    """What ONNX's checker has against a model; nothing where, large weights aside, it has data elsewhere."""
+    bare = without_weights(model)
+    external = any(t.data_location == TensorProto.EXTERNAL for t in files.stored_tensors(bare))
+    if external or files.size(bare) >= files.LIMIT // 2:
         return ""
     try:
-        onnx.checker.check_model(_with_shapes(model))
-        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        onnx.checker.check_model(_with_shapes(bare))
+        onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True)
     except (
         onnx.checker.ValidationError,
         onnx.shape_inference.InferenceError,

@@ -17,7 +17,7 @@ tensors in external files (`constants.check_external`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import onnx
@@ -70,7 +70,7 @@ def _messages(model: onnx.ModelProto, label: str) -> Iterator[Any]:
         message, depth = waiting.pop()
         if depth > DEPTH:
             raise InputError(f"{label} nests its bodies or types too deep (more than {DEPTH} messages)")
-        for field, value in message.ListFields():
+        for field, value in _fields(message):
             if field.type == field.TYPE_STRING:
                 _check_text(value, field.name, label)
             elif field.type == field.TYPE_MESSAGE:
@@ -78,6 +78,20 @@ def _messages(model: onnx.ModelProto, label: str) -> Iterator[Any]:
                     (inner, depth + 1) for inner in ([value] if hasattr(value, "ListFields") else value)
                 ]
         yield message
+
+
+_OF_TENSOR = [
+    field for field in TensorProto.DESCRIPTOR.fields if field.type in (field.TYPE_STRING, field.TYPE_MESSAGE)
+]
+"""What else a tensor holds: text, and messages, of which `segment` alone stands once."""
+
+
+def _fields(message: Any) -> Iterable[tuple[Any, Any]]:
+    """What a message holds; of a tensor without its numbers, which would be copied to be given."""
+    if not isinstance(message, TensorProto):
+        return message.ListFields()  # type: ignore[no-any-return]
+    fields = (field for field in _OF_TENSOR if field.name != "segment" or message.HasField("segment"))
+    return [(field, getattr(message, field.name)) for field in fields]
 
 
 def _check_text(value: Any, field: str, label: str) -> None:

@@ -9,6 +9,7 @@ never copied or reordered, so their bytes stay as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,12 +19,23 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.algebra import Array, round_to
-from bnfold.errors import InputError
+from bnfold.errors import BnfoldError, InputError
 from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.flatten import FlatModel, NodeRef, Use, bodies
 from bnfold.onnx.read import ImportedModel
 
-__all__ = ["Edit", "Editor", "Forget", "Insert", "Remove", "Rewire", "SetAttribute", "Store", "apply"]
+__all__ = [
+    "Edit",
+    "Editor",
+    "Forget",
+    "Insert",
+    "Remove",
+    "Rewire",
+    "SetAttribute",
+    "Store",
+    "apply",
+    "new_data",
+]
 
 Path = tuple[tuple[int, int], ...]
 """The way to a graph from the main one, which is (): the place of a node and the number of its body, and so on."""
@@ -111,13 +123,16 @@ Edit = Rewire | SetAttribute | Store | Forget | Remove | Insert
 # ---------------------------------------------------------------- carrying them out
 
 
-def apply(edits: Sequence[Edit], model: onnx.ModelProto, exact: bool = False) -> onnx.ModelProto:
+def apply(
+    edits: Sequence[Edit], model: onnx.ModelProto, exact: bool = False, later: bool = False
+) -> onnx.ModelProto:
     """Change a model as these edits say.
 
     Args:
         edits: in the order of `Editor.finish`: those that move nodes come last, from the back of a graph to its front.
         model: the one that they were planned on, or an unchanged copy; edited in place.
         exact: store new numbers in float64, as a copy wants them in which all floating-point types are.
+        later: leave out the new numbers that belong into other files; `new_data` gives them.
 
     Returns:
         The model.
@@ -127,7 +142,9 @@ def apply(edits: Sequence[Edit], model: onnx.ModelProto, exact: bool = False) ->
     """
     graphs = {path: _find(model, path) for path in {edit.graph for edit in edits}}
     for edit in edits:
-        if isinstance(edit, Store):
+        if isinstance(edit, Store) and later and edit.location:
+            _announce(edit, model)
+        elif isinstance(edit, Store):
             _store(edit, model, TensorProto.DOUBLE if exact and edit.data_type in FLOATS else edit.data_type)
         elif isinstance(edit, Forget):
             _forget(edit, graphs[edit.graph])
@@ -156,15 +173,40 @@ def _change(edit: Rewire | SetAttribute, node: onnx.NodeProto) -> None:
         node.attribute.append(onnx.helper.make_attribute(edit.name, edit.value))
 
 
-def _store(edit: Store, model: onnx.ModelProto, data_type: int) -> None:
+def new_data(edit: Store, data_type: int) -> Array:
+    """The numbers of a new tensor as bytes, computed and rounded to a type now.
+
+    Raises:
+        BnfoldError: they are more or fewer than its shape says.
+        InputError: one of them is not finite in this type.
+    """
     dtype = onnx.helper.tensor_dtype_to_np_dtype(data_type)
     rounded = round_to(edit.numbers(), dtype)
-    if not np.isfinite(rounded.astype(np.float64)).all():
+    if rounded.size != math.prod(edit.dims):
+        raise BnfoldError(
+            f"the new numbers of `{edit.name}` are {rounded.size}, and its shape is {edit.dims}"
+        )
+    if not np.isfinite(rounded).all():
         raise InputError(f"the folded numbers of `{edit.name}` are not finite in {dtype}")
-    tensor = model.graph.initializer.add(name=edit.name, data_type=data_type, dims=edit.dims)
-    tensor.raw_data = np.ascontiguousarray(rounded).tobytes()
+    return np.ascontiguousarray(rounded).reshape(-1).view(np.uint8)
+
+
+def _store(edit: Store, model: onnx.ModelProto, data_type: int) -> None:
+    _declare(edit, model, data_type).raw_data = new_data(edit, data_type).tobytes()
+
+
+def _announce(edit: Store, model: onnx.ModelProto) -> None:
+    tensor = _declare(edit, model, edit.data_type)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=edit.location)
+
+
+def _declare(edit: Store, model: onnx.ModelProto, data_type: int) -> TensorProto:
+    """Add an initializer that has no data yet."""
     if model.ir_version < 4:
         model.graph.input.append(onnx.helper.make_tensor_value_info(edit.name, data_type, edit.dims))
+    tensor: TensorProto = model.graph.initializer.add(name=edit.name, data_type=data_type, dims=edit.dims)
+    return tensor
 
 
 def _forget(edit: Forget, graph: onnx.GraphProto) -> None:

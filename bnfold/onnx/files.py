@@ -14,12 +14,14 @@ run that writes the same model removes it.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -124,7 +126,8 @@ def _find_outdated(place: Path, companions: Sequence[Path], source: Path | None)
     Where one of the models beside it cannot be read, nothing is.
     """
     mine = re.compile(rf"{re.escape(place.name)}\b|{re.escape(place.stem)}(?![A-Za-z0-9])|.*{_HASH.pattern}")
-    owned = [path for path in _referred(place) or () if mine.match(path.name)]
+    before = _referred(place) if _mentions_data(place) else ()
+    owned = [path for path in before or () if mine.match(path.name)]
     owned += [
         path
         for new in companions
@@ -160,8 +163,23 @@ def _referred(path: Path) -> set[Path] | None:
     return {path for path in paths if path.is_relative_to(folder)}
 
 
+def _mentions_data(path: Path) -> bool:
+    """Whether there is a file with the word without which no tensor of it can lie in another one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(b"location") >= 0
+
+
 def save_file(
-    model: onnx.ModelProto, path: Path, source: Path | None = None, external: Mapping[str, str] | None = None
+    model: onnx.ModelProto,
+    path: Path,
+    source: Path | None = None,
+    external: Mapping[str, str] | None = None,
+    late: Mapping[str, Callable[[], Any]] | None = None,
 ) -> None:
     """Write a model and its external data.
 
@@ -171,6 +189,7 @@ def save_file(
         path: the model's file; companions are written beside it.
         source: the file that the model came from.
         external: new tensors by name, with the location whose place they take.
+        late: what computes the bytes of those of them that the model does not hold, so that one is held at a time.
     """
     external = dict(external or {})
     names = _Locations(path, source)
@@ -186,7 +205,8 @@ def save_file(
         location = names(old)
         if location not in files:
             files[location] = _Companion(path.parent, location)
-        files[location].append(tensor, None if source is None else source.parent)
+        given = late[tensor.name]().data if late and tensor.name in late else None
+        files[location].append(tensor, None if source is None else source.parent, given)
     for companion in files.values():
         companion.finish()
     path.write_bytes(model.SerializeToString())
@@ -228,9 +248,11 @@ class _Companion:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_bytes(b"")
 
-    def append(self, tensor: TensorProto, folder: Path | None) -> None:
-        """Write the data of a tensor and let the tensor say where, but for the name of the file."""
-        if tensor.data_location == TensorProto.EXTERNAL:
+    def append(self, tensor: TensorProto, folder: Path | None, given: memoryview | None = None) -> None:
+        """Write the data of a tensor, its own or given, and let it say where, but for the name of the file."""
+        if given is not None:
+            data, step = given, 64
+        elif tensor.data_location == TensorProto.EXTERNAL:
             path, start, length = check_external(tensor, folder)
             data = map_bytes(path, start, length).data
             step = 4096 if start % 4096 == 0 else 64 if start % 64 == 0 else 1

@@ -12,19 +12,23 @@ from onnx import TensorProto
 from bnfold.cases import move
 from bnfold.equivalence import UNIT_ROUNDOFF
 from bnfold.onnx.constant_folding import FLOATS, load
-from bnfold.onnx.run import fixed_values
+from bnfold.onnx.run import fixed_values, widen
 
 __all__ = ["nudge"]
 
 
-def nudge(model: onnx.ModelProto, folder: Path | None, units: float, seed: int) -> onnx.ModelProto:
+def nudge(
+    model: onnx.ModelProto, folder: Path | None, units: float, seed: int, exact: bool = False
+) -> onnx.ModelProto:
     """A copy of a model, each float of its weights moved up or down by units in its last place.
 
     Not moved: scalars and the scales of a Resize, of which sizes are computed, and what functions, bodies and sparse
     tensors hold.
 
     Args:
-        model: the model; its external data lies in `folder` and comes into the copy.
+        model: the model, in which a weight may wait to be widened (see `bnfold.onnx.run`); its external data lies in
+            `folder` and comes into the copy.
+        exact: move numbers in float64, by its units.
 
     Raises:
         InputError: external data is missing.
@@ -35,8 +39,8 @@ def nudge(model: onnx.ModelProto, folder: Path | None, units: float, seed: int) 
     for name, tensor in _weights(copy.graph):
         if name in fixed:
             continue
-        array = load(tensor, folder)
-        unit = UNIT_ROUNDOFF[onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name]
+        array = widen(load(tensor, folder)) if exact else load(tensor, folder)
+        unit = UNIT_ROUNDOFF[array.dtype.name]
         tensor.CopyFrom(onnx.numpy_helper.from_array(move(array, units * unit, random), tensor.name))
     return copy
 

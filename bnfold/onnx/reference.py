@@ -3,7 +3,8 @@
 A convolution is a matrix product of the weight with what its taps see ("im2col"), some rows of outputs at a time.
 ConvTranspose is the same, scattered instead of gathered. BatchNormalization is written here as well, since before
 operator set 14 the reference normalises by the batch; and the poolings, since it fails on padded sequences and on
-windows that reach too far. A value is forgotten once nobody will read it.
+windows that reach too far. A value is forgotten once nobody will read it, and a stored tensor is read, and widened,
+when a node asks for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,22 +24,27 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
 
 from bnfold.errors import InputError
+from bnfold.onnx.constant_folding import FLOATS, load
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.lower import EPSILON
+from bnfold.onnx.run import fixed_values, widen
 
 __all__ = ["evaluate"]
 
 Tensor = np.ndarray[Any, Any]
 
 
-def evaluate(model: onnx.ModelProto, feeds: Sequence[dict[str, Tensor]]) -> list[list[Any]]:
-    """The outputs of a model for each feed.
+def evaluate(
+    model: onnx.ModelProto, feeds: Sequence[dict[str, Tensor]], folder: Path | None = None
+) -> list[list[Any]]:
+    """The outputs of a model, whose external data lies in `folder`, for each feed.
 
     Raises:
         InputError: the reference implementation cannot run it.
     """
     try:
-        evaluator = Evaluator(model, new_ops=[Conv, ConvTranspose, BatchNormalization, MaxPool, AveragePool])
+        ops = [Conv, ConvTranspose, BatchNormalization, MaxPool, AveragePool]
+        evaluator = Evaluator(model, folder=folder, new_ops=ops)
         with np.errstate(all="ignore"):
             return [list(evaluator.run(None, feed)) for feed in feeds]
     except Exception as error:
@@ -46,24 +53,48 @@ def evaluate(model: onnx.ModelProto, feeds: Sequence[dict[str, Tensor]]) -> list
 
 
 class Evaluator(ReferenceEvaluator):
-    """ONNX's own, but that a value is forgotten once nobody will read it: of a large net only a few live at once."""
+    """ONNX's own, but that of a large net only a few values and tensors live at once.
+
+    A value is forgotten once nobody will read it, and a stored tensor is read when a node asks for it. Functions and
+    bodies are run as ONNX's own evaluator runs them.
+    """
+
+    def __init__(self, proto: Any, *given: Any, folder: Path | None = None, **options: Any) -> None:
+        self.folder, self.stored = folder, dict[str, onnx.TensorProto]()
+        super().__init__(proto, *given, **options)
+
+    def _init(self) -> None:
+        if isinstance(self.proto_, onnx.ModelProto):
+            self.stored = {item.name: item for item in self.inits_ if isinstance(item, onnx.TensorProto)}
+            self.fixed = fixed_values(self.proto_.graph)
+            self.inits_ = [item for item in self.inits_ if not isinstance(item, onnx.TensorProto)]
+        super()._init()
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.stored[name]
+        array = load(tensor, self.folder)
+        return widen(array) if tensor.data_type in FLOATS and name not in self.fixed else array
 
     def run(self, output_names: Any, feed_inputs: dict[str, Any], *given: Any, **options: Any) -> Any:
-        """The outputs by their names, in order; functions and bodies are run by ONNX's own evaluator."""
+        """The outputs by their names, in order."""
+        if not isinstance(self.proto_, onnx.ModelProto):
+            return super().run(output_names, feed_inputs, *given, **options)
         wanted = self.output_names if output_names is None else output_names
         found: dict[str, Any] = {"": None, **self.rt_inits_, **feed_inputs}
         waiting = Counter(name for node in self.rt_nodes_ for name in _reads(node.onnx_node))
         waiting.update(wanted)
         for node in self.rt_nodes_:
+            read = list(_reads(node.onnx_node))
+            found |= {name: self._read(name) for name in read if name not in found and name in self.stored}
             context = {"context": found} if node.need_context() else {}
             made = node.run(*(found[name] for name in node.input), **context)
             found.update(zip(node.output, made, strict=False))
             del made
-            waiting.subtract(read := list(_reads(node.onnx_node)))
+            waiting.subtract(read)
             for name in {*read, *node.output} - {""}:
                 if not waiting[name]:
                     found.pop(name, None)
-        return [found[name] for name in wanted]
+        return [found[name] if name in found else self._read(name) for name in wanted]
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
@@ -99,7 +130,7 @@ class Conv(OpRun):
         kernel = weight.shape[2:]
         strides, dilations = strides or [1] * len(kernel), dilations or [1] * len(kernel)
         both = _padding(data.shape[2:], kernel, auto_pad, pads, strides, dilations)
-        padded = np.pad(data, [(0, 0), (0, 0), *both])
+        padded = np.pad(data, [(0, 0), (0, 0), *both]) if np.any(both) else data
         sizes = [
             (n - (k - 1) * d - 1) // s + 1
             for n, k, d, s in zip(padded.shape[2:], kernel, dilations, strides, strict=True)
@@ -124,6 +155,8 @@ def _multiply(taps: Tensor, data: Tensor, cuts: Sequence[tuple[slice, ...]], gro
     flat = (each.reshape(data.shape[0], group, -1, math.prod(each.shape[2:])) for each in seen)
     if taps.shape[-1] == 1:
         return functools.reduce(np.add, (tap * each for tap, each in zip(taps, flat, strict=True)))
+    if len(taps) == 1:
+        return np.asarray(taps[0] @ next(flat))
     product: Tensor = np.concatenate(taps, 2) @ np.concatenate(list(flat), 2)
     return product
 

@@ -2,7 +2,8 @@
 
 onnxruntime folds BatchNorms by itself from its basic level up, so a comparison with optimisations on would compare two
 folds. In float64 a *copy* of the model is run, in which every floating-point type has become float64; onnxruntime has
-no convolution in float64, so a model with one runs in ONNX's reference implementation (`exact`).
+no convolution in float64, so a model with one runs in ONNX's reference implementation (`reference`). That widens a
+stored tensor when a node reads it, so the copy of such a model keeps its large ones as they are.
 
 What draws random numbers (a Dropout in training mode, RandomNormal, Bernoulli, ...), in bodies and functions too, gets
 a seed where it has none, and a session of its own for each run, since a session goes on drawing where it stopped: the
@@ -14,6 +15,7 @@ Not covered: operators whose types are fixed (they keep theirs, and a copy that 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +35,9 @@ __all__ = ["Outputs", "Runner", "fixed_values", "run", "to_float64", "widen"]
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 
+KEPT = 1 << 12
+"""Weights of more numbers than this are widened only when they are read, where that can be."""
+
 TOO_LARGE = 1_500_000_000
 """A model of more bytes than this goes to onnxruntime by way of a file."""
 
@@ -49,7 +54,19 @@ def run(model: onnx.ModelProto, inputs: Feed, folder: Path | None = None) -> Out
 class Runner:
     """A model (or the file of one) that is ready to run in onnxruntime."""
 
-    def __init__(self, model: onnx.ModelProto | Path, folder: Path | None = None) -> None:
+    def __init__(
+        self, model: onnx.ModelProto | Path, folder: Path | None = None, file: Path | None = None
+    ) -> None:
+        """Load a model.
+
+        Args:
+            model: the model, or the file of one.
+            folder: where the external data of the model lies.
+            file: where the model lies, as it is; onnxruntime reads that, if the model can be run as it is.
+
+        Raises:
+            InputError: onnxruntime cannot load it.
+        """
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(4)
@@ -61,6 +78,8 @@ class Runner:
             self._is_random = is_random(seeded)
             if isinstance(model, Path) and _must_change(seeded):
                 model, folder = seeded, model.parent
+            elif file is not None and not _must_change(seeded):
+                model = file
             del seeded
             self._open: Callable[[], Any] = lambda: _session(model, folder, options)
             self.session = self._open()
@@ -176,15 +195,20 @@ def _must_change(model: onnx.ModelProto) -> bool:
 # ---------------------------------------------------------------- float64
 
 
-def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed]) -> list[Outputs]:
+def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed], folder: Path | None = None) -> list[Outputs]:
     """The outputs of a model that `to_float64` made, computed in float64, for each feed.
+
+    Args:
+        model: the model; external data that it refers to lies in `folder`.
+        feeds: inputs by name, which are widened.
+        folder: see there.
 
     Raises:
         InputError: some operator has no float64.
     """
     wide = [{name: widen(array) for name, array in feed.items()} for feed in feeds]
     names = [output.name for output in model.graph.output]
-    if not any(node.op_type in ("Conv", "ConvTranspose") for node in nodes(model)):
+    if not _convolves(model):
         try:
             runner = Runner(model)
             return [runner(feed) for feed in wide]
@@ -192,7 +216,12 @@ def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed]) -> list[Outputs]:
             pass
     from bnfold.onnx.reference import evaluate
 
-    return [name_outputs(names, results) for results in evaluate(seed(model), wide)]
+    return [name_outputs(names, results) for results in evaluate(seed(model), wide, folder)]
+
+
+def _convolves(model: onnx.ModelProto) -> bool:
+    """Whether a model has what onnxruntime has not in float64."""
+    return any(node.op_type in ("Conv", "ConvTranspose") for node in nodes(model))
 
 
 def widen(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -201,15 +230,20 @@ def widen(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def to_float64(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
-    """A copy of a model in which every floating-point type is float64, external data included."""
+    """A copy of a model in which every floating-point type is float64, external data included.
+
+    Of a model that onnxruntime cannot run in float64 large weights stay as they are, and where they are.
+    """
     wide = onnx.ModelProto(ir_version=max(model.ir_version, 3))
     wide.opset_import.extend(model.opset_import)
     wide.functions.extend(model.functions)
-    _graph_to_float64(model.graph, wide.graph, folder)
+    _graph_to_float64(model.graph, wide.graph, folder, KEPT if _convolves(model) else math.inf)
     return wide
 
 
-def _graph_to_float64(graph: onnx.GraphProto, wide: onnx.GraphProto, folder: Path | None) -> None:
+def _graph_to_float64(
+    graph: onnx.GraphProto, wide: onnx.GraphProto, folder: Path | None, kept: float = math.inf
+) -> None:
     wide.name = graph.name
     for name in ("input", "output", "value_info"):
         for item in getattr(graph, name):
@@ -218,7 +252,10 @@ def _graph_to_float64(graph: onnx.GraphProto, wide: onnx.GraphProto, folder: Pat
             _type_to_float64(copy.type)
     fixed = fixed_values(graph)
     for tensor in graph.initializer:
-        _tensor_to_float64(tensor, wide.initializer.add(), folder, tensor.name in fixed)
+        if tensor.data_type in FLOATS and math.prod(tensor.dims) > kept:
+            wide.initializer.add().CopyFrom(tensor)
+        else:
+            _tensor_to_float64(tensor, wide.initializer.add(), folder, tensor.name in fixed)
     for sparse in graph.sparse_initializer:
         _tensor_to_float64(densify(sparse), wide.initializer.add(), folder, sparse.values.name in fixed)
     for node in graph.node:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -22,12 +22,14 @@ from bnfold.cases import move
 from bnfold.equivalence import UNIT_ROUNDOFF, Alike, Pair, Unavailable
 from bnfold.errors import InputError
 from bnfold.onnx import inputs as made
-from bnfold.onnx.choices import Choices, find_choices
 from bnfold.onnx.files import count_floats
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.nudge import nudge
 from bnfold.onnx.read import ImportedModel
 from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, to_float64, widen
+
+if TYPE_CHECKING:
+    from bnfold.onnx.choices import Choices
 
 __all__ = ["DOUBTFUL", "HEAVY", "SLOW", "ModelRuns", "agree", "check_runs"]
 
@@ -67,6 +69,7 @@ class ModelRuns:
         inputs: Any = None,
         original: onnx.ModelProto | None = None,
         folder: Path | None = None,
+        file: Path | None = None,
     ) -> None:
         """Prepare to run a model and what becomes of it.
 
@@ -78,11 +81,12 @@ class ModelRuns:
             inputs: one feed, several, a file with one, or None to make them up.
             original: the unfolded model, if the imported one is that with functions inlined.
             folder: where the external data of the folded model lies.
+            file: the file that the original came from, if it did.
 
         Raises:
             InputError: the inputs are none.
         """
-        self.imported, self.edit, self.folder = imported, edit, folder
+        self.imported, self.edit, self.folder, self.file = imported, edit, folder, file
         self.given = _given(inputs)
         self.original = imported.model if original is None or is_random(imported.model) else original
         self.feeds: list[Feed] = []
@@ -114,7 +118,7 @@ class ModelRuns:
             Unavailable: it ran in float64.
         """
         try:
-            runner: Callable[[Feed], Outputs] = Runner(self.original, self.imported.folder)
+            runner: Callable[[Feed], Outputs] = Runner(self.original, self.imported.folder, self.file)
         except InputError as error:
             if "NOT_IMPLEMENTED" not in str(error):
                 raise
@@ -131,10 +135,10 @@ class ModelRuns:
         """
         try:
             wide = self._widened()
-            before = run_exactly(wide, self.feeds)
+            before = run_exactly(wide, self.feeds, self.imported.folder)
             if not agree(before, self.before, DOUBTFUL):
                 raise InputError("the reference implementation disagrees with onnxruntime here")
-            return before, run_exactly(self.edit(wide), self.feeds)
+            return before, run_exactly(self.edit(wide), self.feeds, self.imported.folder)
         except InputError as error:
             raise Unavailable(f"not compared in float64: {error}") from error
 
@@ -156,7 +160,8 @@ class ModelRuns:
         unit = UNIT_ROUNDOFF["float64" if exact else self.dtype] * units
         random = np.random.default_rng(seed)
         try:
-            model = nudge(self._widened() if exact else self.original, self.imported.folder, units, seed)
+            source = self._widened() if exact else self.original
+            model = nudge(source, self.imported.folder, units, seed, exact)
             feeds = [
                 {name: widen(array) if exact else array for name, array in feed.items()}
                 for feed in self.feeds
@@ -175,13 +180,15 @@ class ModelRuns:
         Raises:
             Unavailable: it makes none, or other ones are made.
         """
+        from bnfold.onnx.choices import find_choices
+
         model = self.imported.model
         choices = find_choices(model, self.imported.context)
         if not choices:
             raise Unavailable("the model makes no choices")
         try:
             if self.is_wide:
-                run = _exactly(choices.record(self._widened()))
+                run = _exactly(choices.record(self._widened()), self.imported.folder)
             else:
                 run = Runner(choices.record(model), self.imported.folder)
             recorded = [run(feed) for feed in self.feeds]
@@ -216,11 +223,11 @@ class ModelRuns:
         self, choices: Choices, model: onnx.ModelProto | Path, made: Sequence[Feed], exact: bool = False
     ) -> tuple[list[Outputs], int]:
         """What a model computes with recorded choices, and how many of its own are others."""
-        folder = self.folder
+        folder = self.imported.folder if exact else self.folder
         if isinstance(model, Path):
             model, folder = onnx.load_model(model, load_external_data=False), model.parent
         led = choices.follow(model, made[0])
-        run = _exactly(led) if exact else Runner(led, folder)
+        run = _exactly(led, folder) if exact else Runner(led, folder)
         outputs = [run({**feed, **also}) for feed, also in zip(self.feeds, made, strict=True)]
         otherwise = sum(choices.count_otherwise(*each) for each in zip(outputs, made, strict=True))
         return [choices.tell(model, each) for each in outputs], otherwise
@@ -231,7 +238,7 @@ class ModelRuns:
 
         def run(feed: Feed) -> Outputs:
             try:
-                return run_exactly(wide, [feed])[0]
+                return run_exactly(wide, [feed], self.imported.folder)[0]
             except InputError:
                 raise error from None
 
@@ -320,9 +327,9 @@ def agree(exact: Sequence[Outputs], own: Sequence[Outputs], tolerance: float) ->
     return True
 
 
-def _exactly(model: onnx.ModelProto) -> Callable[[Feed], Outputs]:
+def _exactly(model: onnx.ModelProto, folder: Path | None) -> Callable[[Feed], Outputs]:
     """Runs a model that `to_float64` made."""
-    return lambda feed: run_exactly(model, [feed])[0]
+    return lambda feed: run_exactly(model, [feed], folder)[0]
 
 
 def _given(inputs: Any) -> list[Feed] | None:

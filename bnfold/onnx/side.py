@@ -166,7 +166,7 @@ class ModelSide:
         try:
             if self.seconds > SLOW or self._is_heavy:
                 raise InputError(f"{self.label} is too large to be run in float64")
-            outputs = self._run_each(cases, lambda feeds: run_exactly(self._wide, feeds))
+            outputs = self._run_each(cases, lambda feeds: run_exactly(self._wide, feeds, self.folder))
             if own is not None and not agree(outputs, self._renamed(own), DOUBTFUL):
                 raise InputError("the reference implementation disagrees with onnxruntime here")
         except InputError as error:
@@ -180,7 +180,7 @@ class ModelSide:
             Unavailable: it does not run with those.
         """
         try:
-            model = nudge(self._wide if exact else self.model, self.folder, units, seed)
+            model = nudge(self._wide if exact else self.model, self.folder, units, seed, exact)
             if exact:
                 return list(self._run_each(cases, lambda feeds: run_exactly(model, feeds)))
             runner = Runner(model, self.folder)

@@ -9,9 +9,9 @@ import onnx
 import pytest
 
 import bnfold.onnx
-from bnfold.errors import InputError, NotEquivalent
+from bnfold.errors import BnfoldError, InputError, NotEquivalent
 from bnfold.onnx import runs
-from bnfold.onnx.edit import Forget, Insert, Remove, Rewire, Store, apply
+from bnfold.onnx.edit import Forget, Insert, Remove, Rewire, Store, apply, new_data
 from bnfold.onnx.run import to_float64
 from bnfold.onnx.write import fits, write
 from bnfold.travel import Options, travel
@@ -80,6 +80,19 @@ def test_the_same_edits_give_the_float64_copy_weights_that_are_not_rounded(text)
         assert numbers[1][name].dtype == np.float64
         np.testing.assert_array_equal(numbers[1][name].astype(np.float32), numbers[0][name])
     assert any((numbers[1][name] != numbers[0][name]).any() for name in new)
+
+
+@pytest.mark.parametrize("number", [1e300, np.nan])
+def test_a_new_number_that_is_not_finite_is_refused_when_it_is_computed(number):
+    edit = Store("w", (2,), onnx.TensorProto.FLOAT, lambda: np.array([1.0, number]))
+    with np.errstate(over="ignore"), pytest.raises(InputError, match="`w` are not finite in float32"):
+        new_data(edit, edit.data_type)
+
+
+def test_new_numbers_that_are_not_as_many_as_the_shape_says_are_refused():
+    edit = Store("w", (2, 2), onnx.TensorProto.FLOAT, lambda: np.ones(3))
+    with pytest.raises(BnfoldError, match="`w` are 3, and its shape is"):
+        new_data(edit, edit.data_type)
 
 
 def test_edits_name_what_they_change_and_nothing_else():

@@ -18,6 +18,10 @@ import pytest
 import bnfold
 import bnfold.onnx
 from bnfold.errors import BnfoldError, InputError, NotEquivalent
+from bnfold.onnx.copies import copy_without
+from bnfold.onnx.edit import Store
+from bnfold.onnx.write import fits
+from bnfold.travel import Options, travel
 from tests.onnx_models import count, model, norm, run, weights, write
 
 TEXT = """g (float[N, 3, 6, 6] x) => (float[N, 8, 4, 4] y) {
@@ -125,6 +129,27 @@ def test_untouched_data_is_copied_bit_for_bit(tmp_path):
     bnfold.fold_file(source, tmp_path / "out.onnx")
     kept = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "out.onnx").graph.initializer}
     np.testing.assert_array_equal(kept["u"], weights(4, 3, 3, 3))
+
+
+def test_new_numbers_that_belong_into_other_files_are_not_in_the_model_until_they_are_written(tmp_path):
+    save_external(tmp_path / "net.onnx")
+    source = bnfold.onnx.files.load_file(tmp_path / "net.onnx")
+    imported = bnfold.onnx.read(source, tmp_path)
+    edits = bnfold.onnx.write(imported, travel(imported.graph, Options(), fits(imported)).graph)
+    late = bnfold.onnx.apply(edits, copy_without(source, ()), later=True)
+    new = {edit.name: edit for edit in edits if isinstance(edit, Store) and edit.location}
+    assert new
+    for tensor in late.graph.initializer:
+        if tensor.name in new:
+            assert not tensor.raw_data
+    whole, _ = bnfold.onnx.fold(source, folder=tmp_path)
+    bnfold.onnx.fold_file(tmp_path / "net.onnx", tmp_path / "out.onnx")
+    written = {
+        t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "out.onnx").graph.initializer
+    }
+    for tensor in whole.graph.initializer:
+        if tensor.name in new:
+            np.testing.assert_array_equal(written[tensor.name], onnx.numpy_helper.to_array(tensor))
 
 
 def test_a_model_in_memory_may_refer_to_data_in_a_folder(tmp_path):

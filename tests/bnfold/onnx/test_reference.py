@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+from bnfold.onnx.nudge import nudge
 from bnfold.onnx.run import run_exactly, to_float64
 from tests.onnx_models import model, norm, run, weights
 
@@ -94,3 +95,48 @@ def test_the_widened_copy_leaves_the_original_alone():
     before = onnx.ModelProto.FromString(some.SerializeToString())
     to_float64(some, None)
     assert some == before
+
+
+def test_a_function_has_its_attributes_in_float64_too():
+    text = """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+        g (float[2, 4, 7] x) => (float[2, 4, 10] y) { c = Conv(x, w) y = own.twice <along = 2> (c) }
+        <domain: "own", opset_import: ["" : 17]> twice <along> (a) => (d) {
+            d = Concat <axis: int = @along> (a, a) }"""
+    some = onnx.parser.parse_model(text)
+    some.graph.initializer.append(onnx.numpy_helper.from_array(weights(4, 4, 3), "w"))
+    assert_agrees(some, {"x": weights(2, 4, 7)})
+
+
+def deep_net(layers: int, width: int) -> onnx.ModelProto:
+    """Convolutions one after another, whose weights are all there is to it."""
+    body = "".join(f"c{place + 1} = Conv(c{place}, w{place}) " for place in range(layers))
+    text = f"g (float[1, {width}, 1] x) => (float[1, {width}, 1] y) {{ c0 = Relu(x) {body} y = Relu(c{layers}) }}"
+    return model(text, {f"w{place}": weights(width, width, 1) / width for place in range(layers)})
+
+
+def test_of_many_weights_one_at_a_time_is_held_in_float64():
+    import tracemalloc
+
+    layers, width = 12, 200
+    wide, feed = to_float64(deep_net(layers, width), None), {"x": weights(1, width, 1)}
+    run_exactly(wide, [feed])
+    tracemalloc.start()
+    run_exactly(wide, [feed])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < layers / 2 * width * width * 8
+
+
+def test_large_weights_of_a_model_with_a_convolution_wait_to_be_widened():
+    some = deep_net(2, 70)
+    wide = to_float64(some, None)
+    assert [tensor.data_type for tensor in wide.graph.initializer] == [onnx.TensorProto.FLOAT] * 2
+    assert_agrees(some, {"x": weights(1, 70, 1)})
+
+
+def test_a_weight_that_waits_to_be_widened_is_nudged_by_units_of_float64():
+    wide = to_float64(deep_net(1, 70), None)
+    (near,) = nudge(wide, None, 1.0, 0, exact=True).graph.initializer
+    old, new = weights(70, 70, 1) / 70, onnx.numpy_helper.to_array(near)
+    assert new.dtype == np.float64
+    assert 0 < np.abs(new - old).max() < 1e-14
