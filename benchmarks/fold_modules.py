@@ -20,7 +20,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 
 import bnfold
 from benchmarks import nets
@@ -38,6 +37,8 @@ def seconds(action: Callable[[], Any]) -> float:
 
 def measure(model: nn.Module, inputs: Any) -> dict[str, float]:
     """The least seconds of each way."""
+    from torch.fx.experimental.optimization import fuse  # which warns of what it imports itself
+
     ways: dict[str, Callable[[], Any]] = {
         "forward": lambda: model(*inputs),
         "fuse": lambda: fuse(model),

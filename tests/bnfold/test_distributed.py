@@ -82,7 +82,7 @@ def run(tmp_path: Path):
 def test_two_processes_calibrate_as_one_does_whatever_their_shares(run) -> None:
     done = run(CALIBRATE)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "all the same\n" * 2
+    assert done.stdout.count("all the same") == 2  # two processes may write into one line
 
 
 def test_what_one_process_cannot_calibrate_ends_all(run) -> None:
