@@ -62,12 +62,13 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many inputs each net is tried on")
     parser.add_argument("--timm", action="store_true", help="nets of timm as well")
+    parser.add_argument("--device", default="cpu", help="where nets are folded and compared")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for dtype in DTYPES:
         found = Counter[str]()
         for label, model, inputs in chain(_situations(options.seeds), _zoo() if options.timm else ()):
-            outcome = _try(model, inputs, dtype)
+            outcome = _try(model, inputs, dtype, options.device)
             found[outcome.partition(":")[0]] += 1
             if outcome.startswith("refused"):
                 print(f"  {label}: {outcome}")
@@ -115,10 +116,10 @@ def _far_out(seed: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model, (torch.randn(8, 20),)
 
 
-def _try(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> str:
+def _try(model: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, device: str = "cpu") -> str:
     """What becomes of folding a net in a dtype, in words that begin with what is counted."""
-    model = copy.deepcopy(model).to(dtype)
-    given = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    model = copy.deepcopy(model).to(device, dtype)
+    given = tuple(x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in inputs)
     try:
         _, report = bnfold.fold(model, given)
     except bnfold.NotEquivalent as error:

@@ -227,7 +227,13 @@ class Comparison:
         if not any(np.size(array) for outputs in self.before for array in outputs.values()):
             self.notes.append("unverified: the outputs hold no numbers for inputs of these sizes")
             return ()
-        return self._judge(own, folded)
+        evidence = self._judge(own, folded)
+        self.notes += [
+            f"in {item.question} the bound is as large as the outputs, so that what is compared there says nothing"
+            for item in evidence
+            if item.bound >= 1.0
+        ]
+        return evidence
 
     def _judge(self, own: Pair, folded: Any) -> tuple[Evidence, ...]:
         """Ask; where that says no, again without a float64 that is none, or where both models choose alike."""

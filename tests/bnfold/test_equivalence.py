@@ -310,6 +310,16 @@ def test_a_model_that_selects_is_held_to_runs_that_choose_alike() -> None:
             ask((own[0], wrong), jumped, truth)
 
 
+def test_a_bound_as_large_as_the_outputs_is_owned_up_to() -> None:
+    dtype = ml_dtypes.bfloat16
+    runs = Made(pair(dtype, *folded())[0], pair(np.float64, *folded()), pair(dtype, *folded())[1])
+    runs.dtype = "bfloat16"
+    few, many = Comparison(runs, 1), Comparison(runs, 60)
+    assert questions(few) == questions(many) == ["float64", "bfloat16"]
+    assert (few.notes, len(many.notes)) == ([], 1)
+    assert "in bfloat16 the bound is as large as the outputs" in many.notes[0]
+
+
 def test_runs_that_choose_alike_anyway_excuse_nothing() -> None:
     own, exact = pair(np.float32, *folded()), pair(np.float64, *folded())
     alike = Alike(own, exact, choices=9, after=0, truth=0)
