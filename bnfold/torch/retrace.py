@@ -9,7 +9,7 @@ is taken out (or added) without its numbers, and the rest must still run the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -57,7 +57,11 @@ def runs_alike(
 
 
 def _matches(
-    folded: nn.Module, example_inputs: Any, reading: Reading, biased: set[str], replaced: Collection[str] = ()
+    folded: nn.Module,
+    example_inputs: Any,
+    reading: Reading,
+    biased: Mapping[str, str],
+    replaced: Collection[str] = (),
 ) -> bool:
     try:
         steps = draw_steps(folded, example_inputs, reading, replaced)
@@ -68,7 +72,7 @@ def _matches(
     return all(_same(mine, theirs, biased) for mine, theirs in zip(reading.steps, steps, strict=True))
 
 
-def _same(mine: TraceStep, theirs: TraceStep, biased: set[str]) -> bool:
+def _same(mine: TraceStep, theirs: TraceStep, biased: Mapping[str, str]) -> bool:
     if _ALIKE.get(mine.label, mine.label) != _ALIKE.get(theirs.label, theirs.label) or (
         mine.inputs,
         mine.sources,
@@ -79,16 +83,17 @@ def _same(mine: TraceStep, theirs: TraceStep, biased: set[str]) -> bool:
         return False
     if mine.affine is not None and theirs.affine is not None and not mine.affine.equals(theirs.affine):
         return False
-    return not mine.weight or theirs.biased == (mine.biased or mine.weight in biased)
+    if not mine.weight or mine.bias:
+        return not mine.weight or bool(theirs.bias)
+    return theirs.bias == biased.get(mine.weight, "")
 
 
-def _with_companions(reading: Reading, weights: Collection[str]) -> set[str]:
-    """Some weights, and those that have another part of the same bias: it is there for all of them, or for none."""
-    biases = [
-        (place.weight.name, place.bias.whole) for place in reading.linears.values() if place.bias is not None
-    ]
-    shared = {bias for weight, bias in biases if weight in weights}
-    return {weight for weight, bias in biases if bias in shared}
+def _with_companions(reading: Reading, weights: Collection[str]) -> dict[str, str]:
+    """The biases of some weights, and of those that have another part of one: it is there for all, or for none."""
+    places = [place for place in reading.linears.values() if place.bias is not None]
+    biases = [(place.weight.name, place.bias) for place in places if place.bias is not None]
+    shared = {bias.whole for weight, bias in biases if weight in weights}
+    return {weight: bias.name for weight, bias in biases if bias.whole in shared}
 
 
 def read_again(model: nn.Module, example_inputs: Any, reading: Reading) -> Reading:
@@ -105,7 +110,7 @@ def find_fault(model: nn.Module, example_inputs: Any, reading: Reading) -> Readi
     biases = sorted({place.weight.name for place in reading.linears.values() if place.bias is not None})
 
     def take_out(paths: Sequence[str]) -> bool:
-        return _matches(_without(model, reading, set(paths), set()), example_inputs, reading, set())
+        return _matches(_without(model, reading, set(paths), ()), example_inputs, reading, {})
 
     def add(names: Sequence[str]) -> bool:
         biased = _with_companions(reading, names)
@@ -156,7 +161,7 @@ def _culprits(candidates: list[str], works: Callable[[Sequence[str]], bool]) -> 
     return _culprits(candidates[:half], works) + _culprits(candidates[half:], works)
 
 
-def _without(model: nn.Module, reading: Reading, norms: set[str], biases: set[str]) -> nn.Module:
+def _without(model: nn.Module, reading: Reading, norms: set[str], biases: Collection[str]) -> nn.Module:
     """A copy without some BatchNorms and with some biases of zero, whatever that makes of its numbers."""
     twin = copy_structure(model)
     for norm in dict.fromkeys(reading.norms.values()):
