@@ -44,10 +44,12 @@ class Trial:
 
     Attributes:
         words: what it was given, to be read after "given".
+        given: the arguments and keyword arguments.
         ranked: whether every input has as many axes as in the example.
     """
 
     words: str
+    given: tuple[Any, dict[str, Any]]
     recording: Trace
     ranked: bool = True
 
@@ -219,7 +221,7 @@ class _Desk:
             recording = self.run(args, kwargs, seed)
         except Exception:  # noqa: BLE001 whatever the model says of inputs that it does not take
             return None
-        self.trials.made.append(Trial(words, recording, ranked))
+        self.trials.made.append(Trial(words, (args, kwargs), recording, ranked))
         return not self.parts(recording)
 
 

@@ -79,6 +79,26 @@ def test_a_new_bias_is_added_where_the_code_takes_the_rows_of_the_weight():
     assert deviation(model, other, torch.randn_like(IMAGES)) < 1e-12
 
 
+class Sometimes(nn.Conv2d):
+    """A convolution that passes its bias on where a flag, or the number of images, says so."""
+
+    def __init__(self):
+        super().__init__(3, 4, 3, bias=False)
+
+    def forward(self, x, flag):
+        return F.conv2d(x, self.weight, self.bias if flag else None)
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda x, flag: flag, lambda x, flag: len(x) > 1, lambda x, flag: x.shape[2] % 2 == 0]
+)
+def test_no_bias_is_added_that_code_passes_on_for_some_inputs_only(ask):
+    net = Net(lambda net, x, flag: net.bn(net.conv(x, ask(x, flag))), Sometimes())
+    model, other = folded(net, IMAGES, True)
+    assert deviation(model, other, IMAGES, False) < 1e-12
+    assert deviation(model, other, IMAGES[:1, :, :5], True) < 1e-12
+
+
 # ---------------------------------------------------------------- flags
 
 
