@@ -94,9 +94,10 @@ def _same(mine: TraceStep, theirs: TraceStep, biased: Mapping[str, str]) -> bool
         return False
     if mine.affine is not None and theirs.affine is not None and not mine.affine.equals(theirs.affine):
         return False
-    if not mine.weight or mine.bias:
-        return not mine.weight or bool(theirs.bias)
-    return theirs.bias == biased.get(mine.weight, "")
+    if not mine.weight:
+        return True
+    elsewhere = bool(theirs.weight) and theirs.weight != mine.weight
+    return not elsewhere and theirs.bias == (mine.bias or biased.get(mine.weight, ""))
 
 
 def _with_companions(reading: Reading, weights: Collection[str]) -> dict[str, str]:

@@ -99,6 +99,27 @@ def test_no_bias_is_added_that_code_passes_on_for_some_inputs_only(ask):
     assert deviation(model, other, IMAGES[:1, :, :5], True) < 1e-12
 
 
+class Held(nn.Module):
+    """A weight that its own code reads from another module, which holds it as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bn, self.other = (
+            nn.Parameter(torch.randn(4, 3, 3, 3)),
+            nn.BatchNorm2d(4),
+            nn.Module(),
+        )
+        self.other.weight = self.weight
+
+    def forward(self, x):
+        return F.relu(self.bn(F.conv2d(x, self.other.weight)))
+
+
+def test_a_weight_is_written_where_the_code_reads_it():
+    model, other = folded(Held(), IMAGES)
+    assert deviation(model, other, torch.randn_like(IMAGES)) < 1e-12
+
+
 # ---------------------------------------------------------------- flags
 
 
