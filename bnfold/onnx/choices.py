@@ -49,11 +49,12 @@ _OWN = "/chosen_here"
 
 @dataclass(frozen=True)
 class Choice:
-    """A node that chooses: its operator, the value that is the choice, and at which places it reads floats."""
+    """A node that chooses: its operator, the value that is the choice, where it reads floats, its attributes."""
 
     op: str
     result: str
     places: tuple[int, ...]
+    settings: frozenset[bytes] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Choices:
             maker = makers.get(choice.result)
             if maker is None or maker.op_type != choice.op or len(maker.input) <= max(choice.places):
                 raise InputError(f"the model does not make the choice `{choice.result}`")
+            if _settings(maker) != choice.settings:
+                raise InputError(f"the model does not make the choice `{choice.result}`")
             for place in choice.places:
                 if maker.input[place] in makers:
                     found[f"<what {choice.op} `{choice.result}` is made from>[{place}]"] = maker.input[place]
@@ -136,7 +139,13 @@ def _choice(node: onnx.NodeProto, context: ImportContext) -> Choice | None:
     result = node.output[-1]
     places = tuple(place for place, name in enumerate(node.input) if context.type(name) in FLOATS)
     numbers = node.op_type not in _STEPS and context.type(result) in FLOATS
-    return None if numbers or not places or not result else Choice(node.op_type, result, places)
+    return (
+        None if numbers or not places or not result else Choice(node.op_type, result, places, _settings(node))
+    )
+
+
+def _settings(node: onnx.NodeProto) -> frozenset[bytes]:
+    return frozenset(item.SerializeToString() for item in node.attribute)
 
 
 def _led(node: onnx.NodeProto) -> Iterable[onnx.NodeProto]:

@@ -84,6 +84,10 @@ class _Script:
                 readers.setdefault(value.name, set()).add(id(call))
         return readers
 
+    def returned(self) -> set[str]:
+        """The names of the parameters and buffers that the caller gets, or what is made of them alone."""
+        return {name for value in self.recording.outputs.values() for name in _stored(value)}
+
     def origin(self, value: Value) -> Value:
         """What a value is taken of, by slices that are looked through."""
         while value.name in self.origins:
@@ -255,13 +259,15 @@ class Alignment:
 
     @cached_property
     def apart(self) -> dict[str, Frame]:
-        """The parameters and buffers that calls of the other pass alone read, by name, and the module that parts."""
+        """The parameters and buffers that the other pass alone reads or returns, by name, and the module that parts."""
         matched = {id(call) for call in self.calls.values()}
         found: dict[str, Frame] = {}
         for call in self.theirs.calls:
             if id(call) not in matched:
                 for value in call.reads.values():
                     found.update(dict.fromkeys(_stored(value), self._parted(call.frame)))
+        if more := self.theirs.returned() - self.mine.returned():
+            found.update(dict.fromkeys(more, self._parted(None)))
         return found
 
 

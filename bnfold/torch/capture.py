@@ -127,7 +127,7 @@ class _Calls:
             value = self.memory.noted(tensor)
             if value is not None and value.data:
                 self.measured.setdefault(value.name, []).append(self.frame)
-                if sizes and value.sized:
+                if (sizes and value.sized) or value.loose:
                     self.branch()
 
     @contextmanager
@@ -198,6 +198,7 @@ class _Calls:
             if value is None or not (value.slots or value in call.made):
                 value = self.memory.new(tensor, call, call.constant, data)
                 value.sized = _sized(call, value) if data else value.sized
+                value.loose = data and _is_loose(call)
             if value not in call.made:
                 call.made.append(value)
         told = told or (not found and result is not None) or _counts(call)
@@ -445,6 +446,7 @@ _CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "_to_c
 _OVERWRITING = {_TENSOR.data.__set__: "data", Tensor.apply_: "apply_", Tensor.map_: "map_"}
 _READING = (
     *("numpy", "tolist", "storage", "untyped_storage", "_typed_storage"),
+    *("__repr__", "__format__"),
     *("__array__", "__dlpack__", "__deepcopy__", "__reduce_ex__"),
 )
 _REACHING = {**_OVERWRITING, **{getattr(Tensor, name): name.strip("_") for name in _READING}}
@@ -455,6 +457,21 @@ def _sized(call: Call, made: Value) -> range:
     """The axes of what a call makes that may be as long as some numbers say: all, if that is so of one it reads."""
     taken = any(value.sized for value in call.reads.values())
     return range(made.rank) if taken else sized_axes(call.function, call.args, made.rank)
+
+
+_SHAPING = ("view", "reshape", "_unsafe_view")
+"""Operators that are told the shape of what they make."""
+
+
+def _is_loose(call: Call) -> bool:
+    """Whether what a call makes may have as many axes as some numbers say: one that is squeezed goes if it is one."""
+    name = name_of(call.function)
+    if name == "squeeze":
+        value, *dims = call.args
+        asked = [axis % max(value.rank, 1) for axis in dims] if all(isinstance(d, int) for d in dims) else []
+        if value.sized and (not asked or any(axis in value.sized for axis in asked)):
+            return True
+    return name not in _SHAPING and any(value.loose for value in call.reads.values())
 
 
 def _counts(call: Call) -> bool:

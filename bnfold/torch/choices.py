@@ -45,10 +45,12 @@ class Choice:
     Attributes:
         name: of the operation.
         results: what it gave; of values with their places, the places.
+        settings: the numbers and words that it was given.
     """
 
     name: str
     results: tuple[Tensor, ...]
+    settings: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -95,10 +97,12 @@ class Choosing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         title = f"<what choice {place + 1}, {name}, is made from>"
         for number, each in enumerate(floats):
             self.tally.grounds[f"{title}[{number}]"] = each.detach().clone()
-        self.tally.made.append(Choice(name, tuple(each.detach().clone() for each in chosen)))
+        settings = tuple(each for each in tree_leaves(call[:2]) if isinstance(each, int | float | str))
+        self.tally.made.append(Choice(name, tuple(each.detach().clone() for each in chosen), settings))
         if self.recorded is None:
             return result
-        if place >= len(self.recorded) or self.recorded[place].name != name:
+        found = self.recorded[place] if place < len(self.recorded) else None
+        if found is None or (found.name, found.settings) != (name, settings):
             raise Unavailable(f"choice {place + 1} of the model is another one ({name})")
         followed = self.recorded[place].results
         if not all(map(_falls_alike, chosen, followed)):

@@ -1,7 +1,7 @@
 """Find the modules whose code does not run alike twice, because of what the first pass left behind.
 
 A cache that is filled, a flag that is set, a counter: the pass is captured twice, and of each module what its own code
-called, on what of its own, is compared. What depends on the inputs is the matter of `trials`.
+called, on what of its own and with which numbers, is compared. What depends on the inputs is the matter of `trials`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import nn
 
 from bnfold.torch.capture import capture
 from bnfold.torch.sandbox import copied, quiet, restored, undisturbed
+from bnfold.torch.sizes import words_of
+from bnfold.torch.steps import settings
 from bnfold.torch.tensors import inside, leaves, put_back
-from bnfold.torch.trace import Trace, Value
+from bnfold.torch.trace import Call, Trace, Value
 
 __all__ = ["find_nondeterministic"]
 
@@ -52,13 +54,19 @@ def _events(recording: Trace, paths: Mapping[int, str]) -> dict[str, list[Any]]:
         if any(value.data for value in call.reads.values()) and call.label not in _UNSEEN:
             path = paths.get(id(call.frame.module), "")
             mine = events.setdefault(path, [])
-            mine.append((at, (call.label, own(path, call.reads.values()))))
+            mine.append((at, (call.label, own(path, call.reads.values()), _numbers(call))))
             makers.update({id(value): (path, len(mine), place) for place, value in enumerate(call.made)})
     for frame in recording.frames:
         if frame.parent is not None and frame.parent.module is not None:
             path, child = paths.get(id(frame.parent.module), ""), paths.get(id(frame.module), "")
             events.setdefault(path, []).append((frame.start - 0.5, (child, own(path, frame.given))))
     return {path: [event for _, event in sorted(mine, key=lambda e: e[0])] for path, mine in events.items()}
+
+
+def _numbers(call: Call) -> str:
+    """The numbers and words that a call is given, and those that the constants it reads are computed with."""
+    constants = (value for value in call.reads.values() if value.constant and not value.slots)
+    return repr([*settings((call.args, call.kwargs)), *(list(words_of(value)) for value in constants)])
 
 
 _UNSEEN = ("If", "Hook", "Alias", "Outside")

@@ -160,7 +160,8 @@ class Draft:
         """Whether what a call was drawn as rests on no size that numbers decide: it does the same to each row."""
         if not any(value.sized for value in (*call.reads.values(), *call.made)):
             return True
-        return all(item.op in _AT_ANY_SIZE for item in drawn)
+        loose = any(value.loose for value in (*call.reads.values(), *call.made))
+        return not loose and all(item.op in _AT_ANY_SIZE for item in drawn)
 
     def _draw_opaque(self, call: Call) -> None:
         inputs = [v.name for v in call.reads.values() if not v.constant and not v.slots]

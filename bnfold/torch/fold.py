@@ -32,7 +32,14 @@ from bnfold.torch.idle import Idle
 from bnfold.torch.merging import merge_read
 from bnfold.torch.nudge import nudge, nudge_inputs
 from bnfold.torch.read import Reading, read
-from bnfold.torch.retrace import find_fault, find_unmergeable, read_again, refuse_everything, runs_alike
+from bnfold.torch.retrace import (
+    find_fault,
+    find_hidden_biases,
+    find_unmergeable,
+    read_again,
+    refuse_everything,
+    runs_alike,
+)
 from bnfold.torch.sandbox import (
     arrange,
     copied,
@@ -174,6 +181,8 @@ def decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Rea
 
 def _decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan, Merged]:
     reading, plan = _read_and_decide(model, example_inputs, options)
+    if (taken := find_hidden_biases(model, reading, plan)) is not reading:
+        reading, plan = taken, proved.decide(taken.graph, options, check_fit(model, taken))
     merged = merge_read(model, reading, plan.graph) if options.merge else Merged(plan.graph)
     if merged.merges and _is_rehearsed(model, example_inputs, reading, plan, merged):
         return reading, plan, merged

@@ -62,6 +62,7 @@ class Reading:
         calls: the module calls, as places for merged operators.
         formulas: the lines of BatchNorms that are written out, by node name.
         rounded: new numbers that were computed for one copy, for the next one (see `write`).
+        tried: what the other passes were given.
     """
 
     graph: Graph
@@ -77,6 +78,7 @@ class Reading:
     calls: ModuleCalls | None = None
     formulas: Mapping[str, FormulaPlace] = field(default_factory=dict)
     rounded: dict[Any, Any] = field(default_factory=dict)
+    tried: tuple[Any, ...] = ()
 
 
 def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Reading:
@@ -117,7 +119,8 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
     reading = _draw(twin, recording, draft.items, shapes, causes, _otherwise(aligned))
     graph = replace(reading.graph, sizes=draft.shapes)
     heads = tuple(each for each in idle if each.head)
-    return replace(reading, graph=graph, notes=tuple(dict.fromkeys(trials.notes)), heads=heads)
+    notes, tried = tuple(dict.fromkeys(trials.notes)), tuple(trial.given for trial in trials.made)
+    return replace(reading, graph=graph, notes=notes, heads=heads, tried=tried)
 
 
 def _draw(

@@ -9,7 +9,7 @@ is taken out (or added) without its numbers, and the rest must still run the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -23,11 +23,19 @@ from bnfold.merge import Merged
 from bnfold.torch.merging import touched_modules
 from bnfold.torch.read import Reading, draw_steps
 from bnfold.torch.sandbox import copy_structure
+from bnfold.torch.sizes import is_of_torch
 from bnfold.torch.steps import TraceStep
 from bnfold.torch.write import become, write
 from bnfold.travel import Plan
 
-__all__ = ["find_fault", "find_unmergeable", "read_again", "refuse_everything", "runs_alike"]
+__all__ = [
+    "find_fault",
+    "find_hidden_biases",
+    "find_unmergeable",
+    "read_again",
+    "refuse_everything",
+    "runs_alike",
+]
 
 _MOST_TRIALS = 20
 """As many twins are built to find the merges that a module's code does not go along with."""
@@ -57,18 +65,25 @@ def runs_alike(
 
 
 def _matches(
-    folded: nn.Module, example_inputs: Any, reading: Reading, biased: set[str], replaced: Collection[str] = ()
+    folded: nn.Module,
+    example_inputs: Any,
+    reading: Reading,
+    biased: Mapping[str, str],
+    replaced: Collection[str] = (),
 ) -> bool:
     try:
         steps = draw_steps(folded, example_inputs, reading, replaced)
     except Exception:  # noqa: BLE001 whatever the code raises that missed something
         return False
-    if len(steps) != len(reading.steps):
-        return False
-    return all(_same(mine, theirs, biased) for mine, theirs in zip(reading.steps, steps, strict=True))
+    return _all_same(reading.steps, steps, biased)
 
 
-def _same(mine: TraceStep, theirs: TraceStep, biased: set[str]) -> bool:
+def _all_same(mine: Sequence[TraceStep], theirs: Sequence[TraceStep], biased: Mapping[str, str]) -> bool:
+    pairs = zip(mine, theirs, strict=False)
+    return len(mine) == len(theirs) and all(_same(one, other, biased) for one, other in pairs)
+
+
+def _same(mine: TraceStep, theirs: TraceStep, biased: Mapping[str, str]) -> bool:
     if _ALIKE.get(mine.label, mine.label) != _ALIKE.get(theirs.label, theirs.label) or (
         mine.inputs,
         mine.sources,
@@ -79,16 +94,18 @@ def _same(mine: TraceStep, theirs: TraceStep, biased: set[str]) -> bool:
         return False
     if mine.affine is not None and theirs.affine is not None and not mine.affine.equals(theirs.affine):
         return False
-    return not mine.weight or theirs.biased == (mine.biased or mine.weight in biased)
+    if not mine.weight:
+        return True
+    elsewhere = bool(theirs.weight) and theirs.weight != mine.weight
+    return not elsewhere and theirs.bias == (mine.bias or biased.get(mine.weight, ""))
 
 
-def _with_companions(reading: Reading, weights: Collection[str]) -> set[str]:
-    """Some weights, and those that have another part of the same bias: it is there for all of them, or for none."""
-    biases = [
-        (place.weight.name, place.bias.whole) for place in reading.linears.values() if place.bias is not None
-    ]
-    shared = {bias for weight, bias in biases if weight in weights}
-    return {weight for weight, bias in biases if bias in shared}
+def _with_companions(reading: Reading, weights: Collection[str]) -> dict[str, str]:
+    """The biases of some weights, and of those that have another part of one: it is there for all, or for none."""
+    places = [place for place in reading.linears.values() if place.bias is not None]
+    biases = [(place.weight.name, place.bias) for place in places if place.bias is not None]
+    shared = {bias.whole for weight, bias in biases if weight in weights}
+    return {weight: bias.name for weight, bias in biases if bias.whole in shared}
 
 
 def read_again(model: nn.Module, example_inputs: Any, reading: Reading) -> Reading:
@@ -105,7 +122,7 @@ def find_fault(model: nn.Module, example_inputs: Any, reading: Reading) -> Readi
     biases = sorted({place.weight.name for place in reading.linears.values() if place.bias is not None})
 
     def take_out(paths: Sequence[str]) -> bool:
-        return _matches(_without(model, reading, set(paths), set()), example_inputs, reading, set())
+        return _matches(_without(model, reading, set(paths), ()), example_inputs, reading, {})
 
     def add(names: Sequence[str]) -> bool:
         biased = _with_companions(reading, names)
@@ -114,6 +131,44 @@ def find_fault(model: nn.Module, example_inputs: Any, reading: Reading) -> Readi
     if reading.data_dependent:
         return refuse_everything(model, example_inputs, reading)
     return _refuse(reading, set(_culprits(norms, take_out)), set(_culprits(biases, add)))
+
+
+def find_hidden_biases(model: nn.Module, reading: Reading, plan: Plan) -> Reading:
+    """The reading without the new biases that code of the model's own passes on for some inputs only.
+
+    A further pass on each of the other inputs must take them all; those of torch's modules are taken for granted.
+    """
+    shifted = [node.name for node in plan.graph.nodes if node.linear is not None and node.linear.shifts]
+    own = [name for name in reading.linears if _is_own_bias(model, reading, name)]
+    if set(own).isdisjoint(shifted):
+        return reading
+    before = [(given, _steps_of(model, given, reading)) for given in reading.tried]
+
+    def take(some: Sequence[str]) -> bool:
+        biased = _with_companions(reading, some)
+        twin = _without(model, reading, set(), biased)
+        tried = ((_steps_of(twin, given, reading), steps) for given, steps in before if steps is not None)
+        return all(mine is not None and _all_same(steps, mine, biased) for mine, steps in tried)
+
+    names = sorted({reading.linears[name].weight.name for name in own})
+    hidden = set(_culprits(names, take))
+    return _refuse(reading, set(), hidden) if hidden else reading
+
+
+def _is_own_bias(model: nn.Module, reading: Reading, name: str) -> bool:
+    """Whether the bias of an operator is new, in a module whose code is not torch's."""
+    place = reading.linears.get(name)
+    if place is None or place.bias is None or place.code is not None:
+        return False
+    owner = model.get_submodule(place.bias.module)
+    return getattr(owner, place.bias.attribute, None) is None and not is_of_torch(owner)
+
+
+def _steps_of(model: nn.Module, given: Any, reading: Reading) -> tuple[TraceStep, ...] | None:
+    try:
+        return draw_steps(model, given, reading)
+    except Exception:  # noqa: BLE001 whatever the code raises
+        return None
 
 
 def find_unmergeable(
@@ -156,7 +211,7 @@ def _culprits(candidates: list[str], works: Callable[[Sequence[str]], bool]) -> 
     return _culprits(candidates[:half], works) + _culprits(candidates[half:], works)
 
 
-def _without(model: nn.Module, reading: Reading, norms: set[str], biases: set[str]) -> nn.Module:
+def _without(model: nn.Module, reading: Reading, norms: set[str], biases: Collection[str]) -> nn.Module:
     """A copy without some BatchNorms and with some biases of zero, whatever that makes of its numbers."""
     twin = copy_structure(model)
     for norm in dict.fromkeys(reading.norms.values()):

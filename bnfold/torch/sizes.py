@@ -27,7 +27,7 @@ from bnfold.torch.steps import settings
 from bnfold.torch.trace import Call, Frame, Value
 from bnfold.torch.trials import Trial
 
-__all__ = ["is_of_torch", "settle"]
+__all__ = ["is_of_torch", "settle", "words_of"]
 
 
 def settle(draft: Draft, trials: Iterable[tuple[Trial, Alignment]], model: nn.Module) -> dict[str, Shape]:
@@ -193,13 +193,13 @@ def _same_settings(mine: DraftNode, theirs: DraftNode, moved: set[int]) -> bool:
         window = one.window if one.window == other.window else None
         mine.linear = replace(one, centre=centre, partial=one.partial or other.partial, window=window)
         weights, biases = (mine.weight, theirs.weight), (mine.bias, theirs.bias)
-        if any(list(_words(a)) != list(_words(b)) for a, b in (weights, biases)):
+        if any(list(words_of(a)) != list(words_of(b)) for a, b in (weights, biases)):
             return False
     mine.partial = mine.partial or theirs.partial
     return all(_settle_setting(mine, theirs, key, moved) for key in mine.attributes)
 
 
-def _words(value: Value | None) -> Iterator[Any]:
+def words_of(value: Value | None) -> Iterator[Any]:
     """The numbers and words that a weight is computed with."""
     if value is None or value.slots or not value.constant:
         return
@@ -208,7 +208,7 @@ def _words(value: Value | None) -> Iterator[Any]:
     if value.call is not None:
         yield from settings((value.call.args, value.call.kwargs))
         for part in value.call.reads.values():
-            yield from _words(part)
+            yield from words_of(part)
 
 
 _FORM = ("order", "inputs", "outputs", "in_axis", "out_axis", "groups", "sealed", "biasless", "bare")

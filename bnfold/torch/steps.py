@@ -27,7 +27,8 @@ class TraceStep:
         label: what was called.
         inputs: how many computed values it read.
         affine: of an affine map by constants.
-        weight: the slot of its weight, of a linear operator; `biased` tells whether it has a bias.
+        weight: the slot of its weight, of a linear operator.
+        bias: the slot of its bias, in other words where it is computed from that; empty if it has none.
         sources: the steps (counted from 0) and inputs of the model that computed what it reads.
         settings: the numbers and words among its arguments.
     """
@@ -36,7 +37,7 @@ class TraceStep:
     inputs: int
     affine: Affine | None
     weight: str
-    biased: bool
+    bias: str
     sources: tuple[int | str, ...]
     settings: tuple[Any, ...]
 
@@ -73,9 +74,18 @@ def steps_of(
         affine = None if item.is_batchnorm else item.affine
         words = tuple(settings((item.call.args, item.call.kwargs)))
         known = tuple(source for source in sources if source != "")
-        yield TraceStep(item.call.label, count, affine, weight, item.bias is not None, known, words)
+        yield TraceStep(item.call.label, count, affine, weight, _bias_of(item), known, words)
         at += 1
-    yield TraceStep("return", 0, None, "", False, (), trace.words)
+    yield TraceStep("return", 0, None, "", "", (), trace.words)
+
+
+def _bias_of(item: DraftNode) -> str:
+    """The slot of a bias that is passed on as it is stored; of any other one, some words."""
+    if item.bias is None:
+        return ""
+    origin = origin_of(item.bias)
+    slot = None if origin.factors or not origin.value.slots else origin.slot(item.call.frame)
+    return "computed" if slot is None else slot.name
 
 
 def _reads(item: DraftNode, names: Collection[str]) -> bool:

@@ -47,6 +47,7 @@ class Value:
         frame: the module call in whose own code it was made.
         memory: a number for the memory that it lies in; two values of one number may change together.
         sized: the axes that may be as long as some numbers say.
+        loose: whether it may have as many axes as some numbers say.
     """
 
     shape: tuple[int, ...]
@@ -60,6 +61,7 @@ class Value:
     frame: Frame | None = None
     memory: int = 0
     sized: range = range(0)
+    loose: bool = False
 
     @property
     def rank(self) -> int:

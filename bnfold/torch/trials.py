@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from bnfold.torch.trace import Trace
 
@@ -44,10 +44,12 @@ class Trial:
 
     Attributes:
         words: what it was given, to be read after "given".
+        given: the arguments and keyword arguments.
         ranked: whether every input has as many axes as in the example.
     """
 
     words: str
+    given: tuple[Any, dict[str, Any]]
     recording: Trace
     ranked: bool = True
 
@@ -219,7 +221,7 @@ class _Desk:
             recording = self.run(args, kwargs, seed)
         except Exception:  # noqa: BLE001 whatever the model says of inputs that it does not take
             return None
-        self.trials.made.append(Trial(words, recording, ranked))
+        self.trials.made.append(Trial(words, (args, kwargs), recording, ranked))
         return not self.parts(recording)
 
 
@@ -292,7 +294,12 @@ def _flags(model: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[str, Any,
     bound.apply_defaults()
     for name, parameter in signature.parameters.items():
         value = bound.arguments.get(name)
-        if isinstance(value, bool) or (value is None and "bool" in str(parameter.annotation)):
-            arguments = {**bound.arguments, name: not value}
-            turned = inspect.BoundArguments(signature, arguments)
-            yield f"{name}={not value}", turned.args, turned.kwargs
+        if value is None and "bool" in str(parameter.annotation):
+            value = False
+        leaves, form = tree_flatten_with_path(value)
+        for at, (path, leaf) in enumerate(leaves):
+            if isinstance(leaf, bool):
+                given = [not each if place == at else each for place, (_, each) in enumerate(leaves)]
+                arguments = {**bound.arguments, name: tree_unflatten(given, form)}
+                turned = inspect.BoundArguments(signature, arguments)
+                yield f"{name}{keystr(path)}={not leaf}", turned.args, turned.kwargs

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 import bnfold
-from bnfold.errors import NotEquivalent
+from bnfold.errors import InputError, NotEquivalent
 from bnfold.onnx.choices import find_choices
 from bnfold.onnx.read import read
 from bnfold.onnx.run import Runner
@@ -127,3 +127,12 @@ def test_sizes_are_no_choices_and_neither_are_comparisons_of_whole_numbers() -> 
     )
     model = selecting(*more)
     assert not find_choices(model, read(model, None).context)
+
+
+def test_a_choice_by_other_attributes_is_another_one() -> None:
+    model = selecting(*TOPK)
+    choices = find_choices(model, read(model, None).context)
+    node = next(node for node in model.graph.node if node.op_type == "TopK")
+    node.attribute.append(helper.make_attribute("largest", 0))
+    with pytest.raises(InputError, match="does not make the choice"):
+        choices.record(model)

@@ -135,3 +135,20 @@ def test_a_wrong_weight_is_caught_in_what_is_selected_and_in_what_that_is_made_f
     comparison = Comparison(ModuleRuns(model.float(), (example(),), lambda _: twin), 2)
     with pytest.raises(NotEquivalent, match="in float32"):
         comparison.judge(folded)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda x: x > 0.1, lambda x: x > 0.5),
+        (lambda x: x.topk(2), lambda x: x.topk(2, largest=False)),
+        (lambda x: x.argmax(0), lambda x: x.argmax(1)),
+        (torch.round, lambda x: torch.round(x, decimals=2)),
+    ],
+)
+def test_a_choice_by_another_rule_is_not_led(one: Any, other: Any) -> None:
+    x = torch.randn(3, 3)
+    with Choosing() as recording:
+        one(x)
+    with pytest.raises(Unavailable), Choosing(recording.tally.made):
+        other(x)
