@@ -23,7 +23,7 @@ the operator stays as it is. So do operators that store one parameter in differe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from typing import TYPE_CHECKING, Any
@@ -53,12 +53,14 @@ def bind_linears(model: nn.Module, trace: Trace, items: Sequence[DraftNode], cal
     linears, evaluator = [item for item in items if item.linear is not None], Evaluator()
     for item in linears:
         _bind(model, item, evaluator, calls)
-    used = _other_reads(trace, items)
-    for item in linears:
-        _check_reads(trace, item, used)
-    linears = [item for item in linears if item.linear is not None]
-    _check_new_biases(linears)
-    _check_sharing(linears)
+    bound: list[DraftNode] = []
+    while bound != (linears := [item for item in linears if item.linear is not None]):
+        bound, used = linears, _other_reads(trace, items)
+        for item in linears:
+            _check_reads(trace, item, used)
+        linears = [item for item in linears if item.linear is not None]
+        _check_new_biases(linears)
+        _check_sharing(linears)
 
 
 def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator, calls: ModuleCalls) -> None:
@@ -189,9 +191,16 @@ def _new_bias(linear: Linear, weight: Slot, transposed: bool) -> Slot | str:
     return Slot(weight.module, "bias", "parameter", rows)
 
 
-def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
-    """Parameters that are read otherwise than as the weight or bias of a linear operator, and by whom."""
-    reads: dict[int, str] = {}
+Reads = dict[int, list[tuple[str, Slot | None]]]
+"""Who reads each parameter, and of which place; None where that is not known."""
+
+
+def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> Reads:
+    """Parameters that are read otherwise than as the weight or bias of a linear operator which can absorb.
+
+    What such an operator is refused for shows here the next time: then it reads its numbers as they are.
+    """
+    reads: Reads = {}
     bound: dict[int, set[int]] = {}
     for item in items:
         if isinstance(item.place, LinearPlace) and item.linear is not None and item.place.code is None:
@@ -205,26 +214,49 @@ def _other_reads(trace: Trace, items: Sequence[DraftNode]) -> dict[int, str]:
         calls = [item.call] if item.joined is None else [item.call, item.joined]
         for value in (value for call in calls for value in call.reads.values()):
             read = _factors_of(item, value) if id(value) in own else roots_of(value)
-            reads.update(dict.fromkeys(read, item.name))
+            for root in read:
+                reads.setdefault(root, []).append((item.name, _slot_of(item, value)))
     for value in trace.outputs.values():
-        reads.update(dict.fromkeys(roots_of(value), "the output of the model"))
+        for root in roots_of(value):
+            reads.setdefault(root, []).append(("the output of the model", None))
     return reads
 
 
-def _check_reads(trace: Trace, item: DraftNode, used: Mapping[int, str]) -> None:
+def _slot_of(item: DraftNode, value: Value) -> Slot | None:
+    """The place of a value that an operator reads as its weight or bias, and no longer absorbs by."""
+    if item.linear is not None or not isinstance(item.place, LinearPlace) or item.place.code is not None:
+        return None
+    if value is item.weight:
+        return item.place.weight
+    return item.place.bias if value is item.bias else None
+
+
+def _check_reads(trace: Trace, item: DraftNode, used: Reads) -> None:
     if item.linear is None or item.weight is None:
         return
-    alone = isinstance(item.place, LinearPlace) and item.place.code is not None
-    for what, value in (("weight", item.weight), ("bias", item.bias)):
+    assert isinstance(item.place, LinearPlace)
+    alone = item.place.code is not None
+    for what, value, slot in (
+        ("weight", item.weight, item.place.weight),
+        ("bias", item.bias, item.place.bias),
+    ):
         if value is None:
             continue
         scales = _factors_of(item, value)
         for root in roots_of(value):
-            taken = root in used and root not in scales and not alone
-            if taken or _changes(trace, root):
-                row = reasons.READ_AS_WELL if taken else reasons.WEIGHT_CHANGES
-                item.refuse(row(role=what, who=used.get(root)))
+            others = () if alone or root in scales else used.get(root, ())
+            who = next((name for name, place in others if _is_touched(slot, place)), "")
+            if who or _changes(trace, root):
+                row = reasons.READ_AS_WELL if who else reasons.WEIGHT_CHANGES
+                item.refuse(row(role=what, who=who))
                 return
+
+
+def _is_touched(mine: Slot | None, other: Slot | None) -> bool:
+    """Whether what is written at one place may show at another one."""
+    if mine is None or other is None:
+        return True
+    return mine.whole == other.whole and mine.overlaps(other)
 
 
 def _factors_of(item: DraftNode, value: Value) -> dict[int, Value]:

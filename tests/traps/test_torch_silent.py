@@ -229,3 +229,38 @@ def test_nothing_rests_on_a_rank_that_numbers_decide():
     one = torch.cat([rows[:1], -rows[1:]])
     model, other = folded(Rows(), one)
     assert deviation(model, other, rows[:4]) < 1e-12
+
+
+class TwoUses(nn.Module):
+    """A weight, or parts of one, in two convolutions; the bias of the first is read by other code, so that it stays."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.randn(4))
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        one = self.norms[0](F.conv2d(x, self.weight[self.first], self.bias))
+        two = self.norms[1](F.conv2d(x, self.weight[self.second]))
+        return one, torch.relu(two), self.bias.sum() * x.mean()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "goes"),
+    [
+        (slice(0, 4), slice(0, 4), False),
+        (slice(0, 8, 2), slice(0, 4), False),
+        (slice(0, 4), slice(3, 7), False),
+        (slice(0, 4), slice(4, 8), True),
+        (slice(0, 8, 2), slice(1, 8, 2), True),
+    ],
+)
+def test_what_an_operator_that_stays_reads_is_written_by_no_other(first, second, goes):
+    model = randomise(TwoUses(first, second)).eval().double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    new, report = bnfold.fold(model, (x,), verify=False)
+    assert report.verdicts[0].outcome == "kept"
+    assert (report.verdicts[1].outcome != "kept") == goes
+    for before, after in zip(model(x), new(x), strict=True):
+        torch.testing.assert_close(before, after, rtol=1e-12, atol=1e-12)
