@@ -45,6 +45,7 @@ _STEPS = frozenset({"Ceil", "Floor", "Hardmax", "Round", "Sign"})
 """Those that make floats of floats, and the same ones of nearly equal values."""
 
 _OWN = "/chosen_here"
+_HELD = "/held"
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Choices:
             InputError: the model makes other choices.
         """
         makers = {output: node for node in model.graph.node for output in node.output}
+        stored = {tensor.name for tensor in model.graph.initializer}
         found = {}
         for choice in self.made:
             maker = makers.get(choice.result)
@@ -121,8 +123,12 @@ class Choices:
             if _settings(maker) != choice.settings:
                 raise InputError(f"the model does not make the choice `{choice.result}`")
             for place in choice.places:
-                if maker.input[place] in makers:
-                    found[f"<what {choice.op} `{choice.result}` is made from>[{place}]"] = maker.input[place]
+                name, title = (
+                    maker.input[place],
+                    f"<what {choice.op} `{choice.result}` is made from>[{place}]",
+                )
+                if name in makers or name in stored:
+                    found[title] = name if name in makers else name + _HELD
         return found
 
 
@@ -163,13 +169,17 @@ def _led(node: onnx.NodeProto) -> Iterable[onnx.NodeProto]:
 def _with_outputs(
     model: onnx.ModelProto, more: Iterable[str], dropped: Sequence[str] = ()
 ) -> onnx.ModelProto:
-    """A copy with more outputs, whose types nobody has to say, and without some."""
+    """A copy with more outputs, whose types nobody has to say, and without some; a stored tensor is given by a copy."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     kept = [item for item in model.graph.output if item.name not in dropped]
     names = dict.fromkeys(name for name in more if name not in {item.name for item in kept})
     del copy.graph.output[:]
     copy.graph.output.extend([*kept, *(onnx.ValueInfoProto(name=name) for name in names)])
+    known = {output for node in model.graph.node for output in node.output}
+    for name in names:
+        if name.endswith(_HELD) and name not in known:
+            copy.graph.node.append(helper.make_node("Identity", [name.removesuffix(_HELD)], [name]))
     return copy
 
 

@@ -136,3 +136,26 @@ def test_a_choice_by_other_attributes_is_another_one() -> None:
     node.attribute.append(helper.make_attribute("largest", 0))
     with pytest.raises(InputError, match="does not make the choice"):
         choices.record(model)
+
+
+def test_a_threshold_that_is_stored_is_compared_too() -> None:
+    more = (
+        helper.make_node("Greater", ["s", "threshold"], ["large"]),
+        helper.make_node("Where", ["large", "h", "s"], ["y"]),
+    )
+
+    def build(threshold: float) -> onnx.ModelProto:
+        model = selecting(*more)
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(threshold), "threshold"))
+        return model
+
+    right, wrong = build(0.1), build(0.5)
+    choices = find_choices(right, read(right, None).context)
+    x = np.random.default_rng(0).normal(size=(2, 3, 12, 12)).astype(np.float32)
+    outputs = Runner(choices.record(right))({"x": x})
+    fed = choices.feed(outputs)
+    told = [choices.tell(right, outputs)]
+    for model in (right, wrong):
+        told.append(choices.tell(model, Runner(choices.follow(model, fed))({"x": x, **fed})))
+    title = next(name for name in told[0] if name.startswith("<what Greater") and name.endswith("[1]"))
+    assert [float(each[title]) for each in told] == [np.float32(0.1), np.float32(0.1), 0.5]
