@@ -8,7 +8,7 @@ from bnfold.torch.calls import ModuleCalls
 from tests.fuzz.branches import FEATURES, judge
 from tests.fuzz.drawing import Finding, complaint, draw, findings
 
-FEW, MANY, SHARDS = range(6), range(6, 6_000), 40
+FEW, MANY, SHARDS = range(6), range(6, 2_000), 40
 
 
 def search(seeds: range) -> list[Finding]:

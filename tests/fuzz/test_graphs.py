@@ -17,7 +17,7 @@ from bnfold.ir import Node
 from tests.fuzz.drawing import Finding, complaint, draw, findings
 from tests.fuzz.graphs import FEATURES, judge
 
-FEW, MANY, SHARDS = range(150), range(150, 41_000), 40
+FEW, MANY, SHARDS = range(150), range(150, 20_000), 40
 LINEAR = operators._linear
 HOST = import_module("bnfold.onnx.merging")._Host
 WRITER = import_module("bnfold.onnx.write")._Writer

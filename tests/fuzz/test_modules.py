@@ -13,7 +13,7 @@ from tests.fuzz.drawing import Draw, Finding, complaint, draw, findings
 from tests.fuzz.modules import FEATURES, build, distance, example, judge, other, outputs
 from tests.fuzz.test_graphs import LIES
 
-FEW, MANY, SHARDS = range(20), range(20, 11_000), 40
+FEW, MANY, SHARDS = range(20), range(20, 4_000), 40
 
 
 def search(seeds: range, *only: str, enough: int = 5) -> list[Finding]:

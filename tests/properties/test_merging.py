@@ -21,7 +21,7 @@ from bnfold.window import Window
 from tests.properties import blocks
 
 TOLERANCE = 1e-12
-FEW, MANY = range(300), range(1_000, 21_000)
+FEW, MANY = range(300), range(1_000, 9_000)
 
 
 class Draw:

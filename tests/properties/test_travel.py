@@ -19,7 +19,7 @@ from bnfold.travel import Attempt, Options, Plan, _Driver, travel
 from tests.properties import machine
 
 TOLERANCE = 1e-12
-FEW, MANY = range(300), range(1_000, 31_000)
+FEW, MANY = range(300), range(1_000, 16_000)
 
 
 def folded(
