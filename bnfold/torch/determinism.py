@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bnfold.torch.capture import capture
+from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.sandbox import copied, quiet, restored, undisturbed
 from bnfold.torch.sizes import words_of
 from bnfold.torch.steps import settings
@@ -65,8 +66,20 @@ def _events(recording: Trace, paths: Mapping[int, str]) -> dict[str, list[Any]]:
 
 def _numbers(call: Call) -> str:
     """The numbers and words that a call is given, and those that the constants it reads are computed with."""
-    constants = (value for value in call.reads.values() if value.constant and not value.slots)
-    return repr([*settings((call.args, call.kwargs)), *(list(words_of(value)) for value in constants)])
+    constants = [value for value in call.reads.values() if value.constant]
+    return repr([*settings((call.args, call.kwargs)), *filter(None, map(_constant, constants))])
+
+
+def _constant(value: Value) -> Any:
+    """What tells a constant of one pass from that of another one; a cache is as good as what it was filled with.
+
+    Nothing of what a state dict holds; of what is computed from that, the numbers it is computed with.
+    """
+    kinds = {slot.kind for root in slots_of(value).values() for slot in root.slots}
+    if kinds <= {"attribute"}:
+        array = Evaluator().tensor(value).resolve_conj().numpy()
+        return array.shape, array.tobytes()
+    return None if value.slots else list(words_of(value))
 
 
 _UNSEEN = ("If", "Hook", "Alias", "Outside")

@@ -6,6 +6,7 @@ what, with which numbers, and what a fold may change of it (whether it has a bia
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,13 +71,17 @@ def steps_of(
         if not count:
             continue
         slot = None if item.weight is None else origin_of(item.weight).slot(item.call.frame)
-        weight = "" if slot is None else slot.name
+        weight = "" if slot is None else _COMPUTED.sub(lambda found: found[1] or "", slot.name)
         affine = None if item.is_batchnorm else item.affine
         words = tuple(settings((item.call.args, item.call.kwargs)))
         known = tuple(source for source in sources if source != "")
         yield TraceStep(item.call.label, count, affine, weight, _bias_of(item), known, words)
         at += 1
     yield TraceStep("return", 0, None, "", "", (), trace.words)
+
+
+_COMPUTED = re.compile(r"(?:parametrizations\.(\w+)\.original|(?<=weight)_orig)$")
+"""What torch's parametrizations and hooks compute a weight from, which is a weight once that is done for good."""
 
 
 def _bias_of(item: DraftNode) -> str:
