@@ -88,7 +88,7 @@ def _stays(node: onnx.NodeProto, *versions: int) -> bool:
         return True
     try:
         since = {onnx.defs.get_schema(node.op_type, version, "").since_version for version in versions}
-    except onnx.defs.SchemaError:
+    except (onnx.defs.SchemaError, TypeError):  # no such operator, or no such version
         return False
     return len(since) == 1
 

@@ -504,3 +504,8 @@ def test_a_batchnorm_in_a_function_of_another_version_says_which_operator_differ
     assert (verdict.name, verdict.outcome) == ("Block.bn", "kept")
     assert "operator set 13" in verdict.reason
     assert "17, in which BatchNormalization is another" in verdict.reason
+
+
+def test_a_function_of_a_version_that_nobody_knows_is_no_crash():
+    with pytest.raises(InputError):
+        bnfold.onnx.fold(block_in_a_function(2**40, 17), verify=False)
