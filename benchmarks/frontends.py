@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,10 +31,10 @@ from benchmarks.verdicts import (
     Record,
     Verdicts,
     failure,
-    first_of_families,
     isolated,
     records,
     totals,
+    zoo_cases,
 )
 
 RIGHT = {
@@ -176,14 +175,7 @@ def nets() -> Iterator[Job]:
 
 def zoo(source: str, options: argparse.Namespace) -> Iterator[Job]:
     """The models of a zoo, if it is installed."""
-    from benchmarks.zoo_torch import ZOOS
-
-    try:
-        cases = list(ZOOS[source]())
-    except ImportError as error:
-        print(f"{source} is not installed and is left out ({error})", file=sys.stderr)
-        return
-    for label, build, kind in first_of_families(cases, options.per_family):
+    for label, build, kind in zoo_cases(source, options.per_family):
         yield f"{source}/{label}", partial(fold_zoo, f"{source}/{label}", build, kind, options.limit)
 
 

@@ -209,15 +209,19 @@ def fold_zoo(name: str, how: dict[str, bool], build: Callable[[], Any], kind: An
     return fold_model(name, how, model, inputs)
 
 
-def zoo(source: str, options: argparse.Namespace) -> Iterator[Job]:
+def zoo_cases(source: str, per_family: int) -> list[Any]:
+    """The models of a zoo, of each family the first few; none, and a line that says so, if it is not installed."""
     from benchmarks.zoo_torch import ZOOS
 
     try:
-        cases = list(ZOOS[source]())
+        return first_of_families(list(ZOOS[source]()), per_family)
     except ImportError as error:
         print(f"{source} is not installed and is left out ({error})", file=sys.stderr)
-        return
-    for label, build, kind in first_of_families(cases, options.per_family):
+        return []
+
+
+def zoo(source: str, options: argparse.Namespace) -> Iterator[Job]:
+    for label, build, kind in zoo_cases(source, options.per_family):
         name = f"{source}/{label}"
         yield name, partial(fold_zoo, name, choices(options), build, kind, options.limit)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,18 @@ import numpy as np
 
 from bnfold.equivalence import Outputs
 
-__all__ = ["Array", "Case", "Form", "count_examples", "is_float", "move", "nudged", "perturbed", "renamed"]
+__all__ = [
+    "Array",
+    "Case",
+    "Form",
+    "count_by_shapes",
+    "count_examples",
+    "is_float",
+    "move",
+    "nudged",
+    "perturbed",
+    "renamed",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -41,8 +52,13 @@ def is_float(array: Array) -> bool:
 
 
 def count_examples(case: Case) -> int:
-    """How many examples an input holds: the first axis of its arrays where that is one size, else 1."""
-    sizes = {array.shape[0] for array in case.arrays if array.ndim > 1}
+    """How many examples an input holds."""
+    return count_by_shapes(array.shape for array in case.arrays)
+
+
+def count_by_shapes(shapes: Iterable[Sequence[int]]) -> int:
+    """How many examples arrays of these shapes hold: their first axis where that is one size, else 1."""
+    sizes = {shape[0] for shape in shapes if len(shape) > 1}
     return sizes.pop() if len(sizes) == 1 else 1
 
 

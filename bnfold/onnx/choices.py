@@ -87,7 +87,8 @@ class Choices:
             InputError: it makes others.
         """
         grounds = self._grounds(model).values()
-        led = _with_outputs(model, (), dropped=self.results)
+        given = (*(name + _OWN for name in self.results), *grounds)
+        led = _with_outputs(model, given, dropped=self.results)
         nodes = list(led.graph.node)
         del led.graph.node[:]
         for node in nodes:
@@ -95,7 +96,7 @@ class Choices:
         for name in self.results:
             kind = helper.np_dtype_to_tensor_dtype(feed[name].dtype)
             led.graph.input.append(helper.make_tensor_value_info(name, kind, [None] * feed[name].ndim))
-        return _with_outputs(led, (*(name + _OWN for name in self.results), *grounds))
+        return led
 
     def tell(self, model: onnx.ModelProto, outputs: Outputs) -> Outputs:
         """What is compared of a run of a model made by `record` or `follow` of this one."""
@@ -118,9 +119,9 @@ class Choices:
         found = {}
         for choice in self.made:
             maker = makers.get(choice.result)
-            if maker is None or maker.op_type != choice.op or len(maker.input) <= max(choice.places):
+            if maker is None or (maker.op_type, _settings(maker)) != (choice.op, choice.settings):
                 raise InputError(f"the model does not make the choice `{choice.result}`")
-            if _settings(maker) != choice.settings:
+            if len(maker.input) <= max(choice.places):
                 raise InputError(f"the model does not make the choice `{choice.result}`")
             for place in choice.places:
                 name, title = (
@@ -176,9 +177,8 @@ def _with_outputs(
     names = dict.fromkeys(name for name in more if name not in {item.name for item in kept})
     del copy.graph.output[:]
     copy.graph.output.extend([*kept, *(onnx.ValueInfoProto(name=name) for name in names)])
-    known = {output for node in model.graph.node for output in node.output}
     for name in names:
-        if name.endswith(_HELD) and name not in known:
+        if name.endswith(_HELD):
             copy.graph.node.append(helper.make_node("Identity", [name.removesuffix(_HELD)], [name]))
     return copy
 

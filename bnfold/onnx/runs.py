@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.archive import load_arrays
-from bnfold.cases import move
+from bnfold.cases import count_by_shapes, move
 from bnfold.equivalence import UNIT_ROUNDOFF, Alike, Pair, Unavailable
 from bnfold.errors import InputError
 from bnfold.onnx import inputs as made
@@ -102,11 +102,7 @@ class ModelRuns:
     @property
     def examples(self) -> int:
         """How many examples the feeds hold: their first axes where those agree."""
-        total = 0
-        for feed in self.feeds:
-            sizes = {array.shape[0] for array in feed.values() if array.ndim > 1}
-            total += sizes.pop() if len(sizes) == 1 else 1
-        return total
+        return sum(count_by_shapes(array.shape for array in feed.values()) for feed in self.feeds)
 
     # -- the runs
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold import decide as proved
+from bnfold.cases import count_by_shapes
 from bnfold.equivalence import UNIT_ROUNDOFF, Alike, Comparison, Outputs, Unavailable
 from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
@@ -316,7 +317,10 @@ class ModuleRuns:
         """
         self.model, self.edit, self.writes, self.inplace = model, edit, writes, inplace
         self.inputs = [example_inputs, *_perturbed(example_inputs)]
-        self.dtype, self.examples = coarsest_dtype(model, dtypes), sum(map(_count_examples, self.inputs))
+        self.dtype, self.examples = (
+            coarsest_dtype(model, dtypes),
+            sum(count_by_shapes(tensor.shape for _, tensor in leaves(each)) for each in self.inputs),
+        )
         self.doubt, self.gone = "", False
         tensors = [tensor for _, tensor in leaves(example_inputs)]
         everything = (*model.parameters(), *model.buffers(), *tensors)
@@ -439,12 +443,6 @@ class ModuleRuns:
                 f"the folded model does not run: {type(error).__name__}: {first_line(error)}; "
                 "some code uses a BatchNorm otherwise than by calling it"
             ) from error
-
-
-def _count_examples(inputs: Any) -> int:
-    """The first axis of the tensors where that is one size, else 1; as `bnfold.cases` counts."""
-    sizes = {tensor.shape[0] for _, tensor in leaves(inputs) if tensor.dim() > 1}
-    return sizes.pop() if len(sizes) == 1 else 1
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -38,6 +38,17 @@ def is_wrong(graph: Graph, plan: Plan, weights: Any, inputs: Any) -> bool:
     return not machine.deviation(before, after, zip(graph.outputs, plan.graph.outputs, strict=True)) <= WRONG
 
 
+def mistaken_fold(mutant: Mutant, seed: int) -> tuple[Graph, Plan, bool] | None:
+    """The graph of a seed, what a driver with a mistake makes of it, whether that is wrong; None where it raises."""
+    graph, weights, inputs = drawn(seed)
+    try:
+        with driver(mutant) as mistaken:
+            plan = mistaken(graph)
+        return graph, plan, is_wrong(graph, plan, weights, inputs)
+    except (Refuse, ValueError, LookupError, AssertionError, AttributeError):
+        return None
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_wrong_fold_is_stopped_without_being_run(mutant: Mutant) -> None:
     graph, weights, inputs = drawn(mutant.seed)
@@ -57,14 +68,9 @@ def test_there_are_fifty_mistakes_and_each_is_another_one() -> None:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_of_hundreds_of_folds_by_a_mistaken_driver_no_wrong_one_is_proved(mutant: Mutant) -> None:
     for seed in range(300):
-        graph, weights, inputs = drawn(seed)
-        try:
-            with driver(mutant) as mistaken:
-                plan = mistaken(graph)
-            wrong = is_wrong(graph, plan, weights, inputs)
-        except (Refuse, ValueError, LookupError, AssertionError, AttributeError):
-            continue
-        assert not (wrong and is_proved(graph, plan)), seed
+        if (found := mistaken_fold(mutant, seed)) is not None:
+            graph, plan, wrong = found
+            assert not (wrong and is_proved(graph, plan)), seed
 
 
 def refused(seeds: range) -> list[int]:
