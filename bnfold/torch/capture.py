@@ -476,12 +476,13 @@ def _is_loose(call: Call) -> bool:
 
 def _counts(call: Call) -> bool:
     """Whether a call returns as many tensors as some numbers say; along which axis, is asked of `unbind` alone."""
-    axes = next((value.sized for value in call.reads.values() if value.sized), range(0))
-    if not axes or not makes_list(call.function):
+    if not makes_list(call.function):
         return False
-    value = next(value for value in call.reads.values() if value.sized)
+    value = next((value for value in call.reads.values() if value.sized), None)
+    if value is None:
+        return False
     along = call.args[1] if name_of(call.function) == "unbind" and len(call.args) > 1 else None
-    return not isinstance(along, int) or along % value.rank in axes
+    return not isinstance(along, int) or along % value.rank in value.sized
 
 
 def _only_sizes(module: nn.Module | None) -> bool:
