@@ -21,6 +21,7 @@ MatMul, ConvTranspose). Seen as `(g, o, i, k)` they coincide, and each formula i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -32,6 +33,9 @@ from bnfold.window import Window
 __all__ = ["Affine", "Array", "Linear", "batchnorm", "round_to", "widen"]
 
 Array = npt.NDArray[np.float64]
+
+BLOCK = 1 << 15
+"""About how many numbers of a weight are folded at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +54,8 @@ class Affine:
     def of(scale: npt.ArrayLike, shift: npt.ArrayLike) -> Affine:
         """Make one from two arrays that broadcast against each other."""
         scale, shift = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
-        scale, shift = np.broadcast_arrays(scale, shift)
+        if scale.shape != shift.shape:
+            scale, shift = np.broadcast_arrays(scale, shift)
         return Affine(scale, shift)
 
     @staticmethod
@@ -78,12 +83,12 @@ class Affine:
     @property
     def is_identity(self) -> bool:
         """Whether it changes nothing; entries that are NaN may be anything."""
-        return bool(np.all((self.scale == 1) | np.isnan(self.scale)) and self.is_linear)
+        return _holds_only(1.0, self.scale) and self.is_linear
 
     @property
     def is_linear(self) -> bool:
         """Whether its shift is zero everywhere."""
-        return bool(np.all((self.shift == 0) | np.isnan(self.shift)))
+        return _holds_only(0.0, self.shift)
 
     @property
     def is_finite(self) -> bool:
@@ -116,10 +121,8 @@ class Affine:
         """The same affine, with size 1 along every axis on which its numbers do not depend."""
         scale, shift = self.scale, self.shift
         for axis in self.axes:
-            first = (slice(None),) * axis + (slice(0, 1),)
-            if all(
-                np.array_equal(a, np.broadcast_to(a[first], a.shape), equal_nan=True) for a in (scale, shift)
-            ):
+            if not _varies(scale, axis) and not _varies(shift, axis):
+                first = (slice(None),) * axis + (slice(0, 1),)
                 scale, shift = scale[first], shift[first]
         return Affine(scale, shift)
 
@@ -155,6 +158,22 @@ class Affine:
         if any(other != axis for other in self.axes) or self.scale.size not in (1, size):
             return None
         return np.broadcast_to(self.scale.ravel(), size), np.broadcast_to(self.shift.ravel(), size)
+
+
+def _holds_only(number: float, array: Array) -> bool:
+    """Whether every entry is this number or NaN. Most arrays show at once that they hold another one."""
+    first = array.item(0) if array.size else number
+    return (first == number or math.isnan(first)) and bool(((array == number) | (array != array)).all())
+
+
+def _varies(array: Array, axis: int) -> bool:
+    """Whether an array depends on an axis; NaN is as NaN. Most vectors show at once by their ends that they do."""
+    if array.size == array.shape[axis] and array.size:
+        ends = array.item(0), array.item(-1)
+        if ends[0] != ends[1] and not (math.isnan(ends[0]) and math.isnan(ends[1])):
+            return True
+    first = array[(slice(None),) * axis + (slice(0, 1),)]
+    return not bool(((array == first) | ((array != array) & (first != first))).all())
 
 
 def widen(affine: Affine | None, rank: int) -> Affine:
@@ -309,18 +328,39 @@ class Linear:
         """
         return self.fold_weight(weight), self.fold_bias(weight, bias)
 
-    def fold_weight(self, weight: npt.NDArray[Any]) -> Array:
-        """The first half of `fold`: the new weight."""
-        folded = old = self.view(np.asarray(weight, np.float64))
-        if self.before is not None:
-            folded = folded * np.reshape(self.before[0], (self.groups, 1, -1, 1))
-        if self.after is not None:
-            folded = folded * np.reshape(self.after[0], (self.groups, -1, 1, 1))
-        if folded is old:
-            folded = old.copy()
-        if self.parallel is not None:
-            self._add_identity(folded, np.shape(weight)[2:])
-        return self._unview(folded, np.shape(weight))
+    def fold_weight(self, weight: npt.NDArray[Any], dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+        """The first half of `fold`: the new weight, computed in float64 and rounded once to `dtype`.
+
+        A few rows at a time, so that what is between the stored numbers and the new ones stays in the cache.
+        """
+        taps = math.prod(np.shape(weight)[2:])
+        rows = np.reshape(weight, (len(weight), weight.shape[1] * taps))
+        scales = [self._spread(scale, side, taps) for side, scale in self._scales()]
+        folded = np.empty(rows.shape, dtype)
+        step = max(1, BLOCK // max(rows.shape[1], 1))
+        for start in range(0, len(rows), step):
+            block = slice(start, start + step)
+            wide = rows[block].astype(np.float64)
+            for scale in scales:
+                wide *= scale if len(scale) == 1 else scale[block]
+            if self.parallel is not None:
+                self._add_identity(wide, start, np.shape(weight)[2:])
+            folded[block] = round_to(wide, dtype)
+        return folded.reshape(np.shape(weight))
+
+    def _scales(self) -> Iterator[tuple[str, Array]]:
+        """The scales that were absorbed, each with the side of the weight that it belongs to."""
+        for side, pair in (("i", self.before), ("o", self.after)):
+            if pair is not None:
+                yield side, pair[0]
+
+    def _spread(self, scale: Array, side: str, taps: int) -> Array:
+        """A scale of one side as it multiplies the rows of a stored weight, `(rows, columns * taps)`."""
+        if self.order[0] == side:
+            return np.reshape(scale, (len(scale), 1))
+        by_column = np.repeat(np.reshape(scale, (self.groups, len(scale) // self.groups)), taps, axis=1)
+        rows = (self.outputs if side == "i" else self.inputs) // self.groups
+        return by_column if self.groups == 1 else np.repeat(by_column, rows, axis=0)
 
     def fold_bias(self, weight: npt.NDArray[Any] | None, bias: npt.NDArray[Any] | None) -> Array | None:
         """The second half of `fold`: the new bias. The weight may be None unless `shifts_input`."""
@@ -328,9 +368,19 @@ class Linear:
             return None
         folded = np.zeros(self.outputs) if bias is None else np.asarray(bias, np.float64)
         if self.before is not None and self.shifts_input:
-            seen = self.view(np.asarray(weight, np.float64)).sum(axis=3)
-            folded = folded + (seen @ np.reshape(self.before[1], (self.groups, -1, 1))).ravel()
+            folded = folded + self._multiply(np.asarray(weight, np.float64), self.before[1])
         return folded if self.after is None else folded * self.after[0] + self.after[1]
+
+    def _multiply(self, weight: Array, shift: Array) -> Array:
+        """`W shift`, of shape `(outputs,)`: what a vector becomes that every tap reads."""
+        taps = math.prod(weight.shape[2:])
+        rows = weight.reshape(self.groups, len(weight) // self.groups, weight.shape[1] * taps)
+        by_group = shift.reshape(self.groups, self.inputs // self.groups)
+        if self.order == "oi":
+            product: Array = rows @ np.repeat(by_group, taps, axis=1)[:, :, None]
+            return product.ravel()
+        total: Array = (by_group[:, None, :] @ rows).reshape(self.outputs, taps).sum(axis=1)
+        return total
 
     def view(self, weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The weight as `(groups, out, in, taps)`."""
@@ -339,18 +389,14 @@ class Linear:
         grouped = weight.reshape(self.groups, rows // self.groups, columns, taps)
         return grouped if self.order == "oi" else grouped.swapaxes(1, 2)
 
-    def _unview(self, seen: Array, shape: tuple[int, ...]) -> Array:
-        """Undo `view`."""
-        grouped = seen if self.order == "oi" else seen.swapaxes(1, 2)
-        return np.ascontiguousarray(grouped).reshape(shape)
-
-    def _add_identity(self, seen: Array, kernel: tuple[int, ...]) -> None:
-        """Add `parallel` to the tap that reads an output's own position, in place."""
+    def _add_identity(self, rows: Array, start: int, kernel: tuple[int, ...]) -> None:
+        """Add `parallel` to the tap at an output's own position, in place, in rows of a weight from `start` on."""
         assert self.parallel is not None
         assert self.centre is not None
         tap = int(np.ravel_multi_index(self.centre, kernel)) if kernel else 0
-        own = np.arange(self.outputs // self.groups)
-        seen[:, own, own, tap] += np.reshape(self.parallel, (self.groups, -1))
+        channel = np.arange(start, start + len(rows))
+        own = channel % (self.outputs // self.groups)
+        rows[np.arange(len(rows)), own * math.prod(kernel) + tap] += self.parallel[channel]
 
 
 def round_to(values: Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import lcm, prod
 from typing import Protocol
 
@@ -475,9 +476,9 @@ def _pieces(affine: Affine, axis: int, sizes: Sequence[int]) -> list[Affine]:
     """Cut an affine along an axis into pieces of these sizes."""
     if affine.scale.shape[axis] == 1:
         return [affine] * len(sizes)
-    ends = np.cumsum(sizes)[:-1]
-    cut = zip(np.split(affine.scale, ends, axis), np.split(affine.shift, ends, axis), strict=True)
-    return [Affine(scale, shift).collapse() for scale, shift in cut]
+    ends = list(accumulate(sizes))
+    cuts = [(slice(None),) * axis + (slice(end - size, end),) for size, end in zip(sizes, ends, strict=True)]
+    return [Affine(affine.scale[cut], affine.shift[cut]).collapse() for cut in cuts]
 
 
 def _join(node: Node, flow: Flow, axis: int, sizes: Sequence[int]) -> Affine:

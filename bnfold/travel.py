@@ -157,6 +157,8 @@ class _Driver:
                 self._mark(node.inputs[0])
         self.verdicts: dict[str, Verdict] = {}
         self.spared: set[str] = set()
+        self.moves = 0
+        self.refused: dict[tuple[str, Direction, bool], _Refused] = {}
 
     @cached_property
     def dead_ends(self) -> dict[str, str]:
@@ -291,21 +293,36 @@ class _Driver:
         """Attempt to move one unit as a whole; True if it is gone."""
         if unit in self.verdicts:
             return True
-        attempt = Attempt(self, {unit: None}, compose)
         try:
-            attempt.make(direction)
+            self._attempt(unit, direction, compose).commit()
         except Refuse:
             return False
-        attempt.commit()
         self.composed |= compose
         return True
+
+    def _attempt(self, unit: str, direction: Direction, compose: bool, half: bool = False) -> Attempt:
+        """Try one move, unless it was refused and nothing has moved since.
+
+        Raises:
+            Refuse: see `Attempt.make`.
+        """
+        asked = (unit, direction, half)
+        known = self.refused.get(asked)
+        if known is not None and known.moves == self.moves and (known.compose == compose or not known.met):
+            raise known.refusal.with_traceback(None)
+        attempt = Attempt(self, {unit: None}, compose, half)
+        try:
+            attempt.make(direction)
+        except Refuse as refusal:
+            self.refused[asked] = _Refused(self.moves, compose, attempt.met_batchnorm, refusal)
+            raise
+        return attempt
 
     def _half(self, unit: str) -> bool:
         """Move the scale of one unit and leave its shift; True if that was done."""
         for direction in (Attempt.up, Attempt.down):
-            attempt = Attempt(self, {unit: None}, compose=False, half=True)
             try:
-                attempt.make(direction)
+                attempt = self._attempt(unit, direction, compose=False, half=True)
             except Refuse:
                 continue
             if self._pays(unit):
@@ -335,12 +352,22 @@ class _Driver:
         refusals: list[str] = []
         for direction in (Attempt.up, Attempt.down):
             try:
-                Attempt(self, {unit: None}, compose=True).make(direction)
+                self._attempt(unit, direction, compose=True)
             except Refuse as refusal:
                 refusals.append(str(refusal))
         if len(set(refusals)) < 2:
             return "".join(refusals[:1])
         return reasons.BOTH_WAYS(above=refusals[0], below=refusals[1])
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A move that was refused: after how many others, whether it could compose, and whether that mattered."""
+
+    moves: int
+    compose: bool
+    met: bool
+    refusal: Refuse
 
 
 @dataclass
@@ -351,6 +378,7 @@ class Attempt:
         units: the places of the BatchNorms that move together, in order.
         compose: whether another BatchNorm may absorb them.
         half: whether only the scale moves.
+        met_batchnorm: whether it came to another BatchNorm, where `compose` decides.
     """
 
     driver: _Driver
@@ -359,6 +387,7 @@ class Attempt:
     half: bool = False
     changed: dict[str, Node] = field(default_factory=dict)
     extra: dict[str, list[Array]] = field(default_factory=dict)
+    met_batchnorm: bool = False
 
     def make(self, direction: Direction) -> None:
         """Try it.
@@ -390,6 +419,7 @@ class Attempt:
             for node in self._members():
                 self.driver.erase(node)
         self.driver.nodes.update(self.changed)
+        self.driver.moves += 1
 
     def up(self) -> None:
         """Wish every member's input to arrive as the member's output is."""
@@ -458,9 +488,8 @@ class Attempt:
         leaning = self._parallel_up(node, wanted[0])
         if 0 in leaning and wanted[0] is not None:
             wanted = [Affine(wanted[0].scale, sign_of(node, 1) * wanted[0].shift)]
-        operands = replace(
-            node, inputs=tuple(v for place, v in enumerate(node.inputs) if place not in leaning)
-        )
+        rest = tuple(v for place, v in enumerate(node.inputs) if place not in leaning)
+        operands = replace(node, inputs=rest) if leaning else node
         answer = find(node).up(operands, self.driver, wanted)
         if isinstance(answer, Affine) and wanted[0] is not None:
             below = wanted[0].settle(None)
@@ -486,6 +515,7 @@ class Attempt:
                 answer = answer.absorb_parallel(scale, np.zeros_like(scale))
             self.changed[node.name] = replace(node, linear=answer)
         elif isinstance(answer, Affine):
+            self.met_batchnorm = True
             if not self.compose:
                 raise Refuse(reasons.IN_THE_WAY(node=node))
             self.changed[node.name] = replace(node, affine=answer)

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from bnfold.algebra import Array, round_to
+from bnfold.algebra import Array
 from bnfold.errors import BnfoldError, InputError
 from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.flatten import FlatModel, NodeRef, Use, bodies
@@ -47,8 +47,8 @@ Address = tuple[Path, int]
 class Numbers(Protocol):
     """The numbers of a new tensor, computed when they are asked for, so that one tensor is held at a time."""
 
-    def __call__(self) -> Array:
-        """Compute them in float64."""
+    def __call__(self, dtype: np.dtype[Any], /) -> np.ndarray[Any, Any]:
+        """Compute them in float64 and round them once."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def new_data(edit: Store, data_type: int) -> Array:
         InputError: one of them is not finite in this type.
     """
     dtype = onnx.helper.tensor_dtype_to_np_dtype(data_type)
-    rounded = round_to(edit.numbers(), dtype)
+    rounded = edit.numbers(dtype)
     if rounded.size != math.prod(edit.dims):
         raise BnfoldError(
             f"the new numbers of `{edit.name}` are {rounded.size}, and its shape is {edit.dims}"

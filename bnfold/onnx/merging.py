@@ -311,7 +311,11 @@ class _Writer:
         key = (role, shape, order, self.place.data_type, self.place.digest)
         if key not in self.stored:
             name, replaced = f"{self.label}.{role}.merged", self._replaced()
-            self.stored[key] = self.editor.add_tensor(name, numbers, shape, self.place.data_type, replaced)
+
+            def rounded(dtype: np.dtype[Any], /) -> np.ndarray[Any, Any]:
+                return round_to(numbers(), dtype)
+
+            self.stored[key] = self.editor.add_tensor(name, rounded, shape, self.place.data_type, replaced)
         return self.stored[key]
 
     def _replaced(self) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from onnx import TensorProto
 
 from bnfold import reasons
-from bnfold.algebra import Affine, Array, Linear
+from bnfold.algebra import Affine, Array, Linear, round_to
 from bnfold.ir import Graph, Node
 from bnfold.merge import Merged
 from bnfold.onnx.constant_folding import Unworkable
@@ -67,10 +67,12 @@ class _Weight:
     linear: Linear
     dims: tuple[int, ...]
 
-    def __call__(self) -> Array:
-        weight = self.linear.fold_weight(stored_weight(self.imported, self.slots))
+    def __call__(self, dtype: np.dtype[Any], /) -> np.ndarray[Any, Any]:
+        weight = stored_weight(self.imported, self.slots)
         bias = self.linear.fold_bias(None, None) if self.slots.ref.op == "Gather" else None
-        return (weight if bias is None else weight + bias).reshape(self.dims)
+        if bias is None:
+            return self.linear.fold_weight(weight, dtype).reshape(self.dims)
+        return round_to(self.linear.fold_weight(weight) + bias, dtype).reshape(self.dims)
 
 
 class _Writer:
@@ -170,7 +172,7 @@ class _Writer:
         return f"{otherwise}.{role}" if role == "weight" else otherwise
 
     def _add(self, wish: str, values: Array, data_type: int, replaces: str) -> str:
-        return self.editor.add_tensor(wish, partial(np.asarray, values), values.shape, data_type, replaces)
+        return self.editor.add_tensor(wish, partial(round_to, values), values.shape, data_type, replaces)
 
     def _place_bias(self, slots: Slots, linear: Linear, bias: Array) -> Array:
         """Give a bias the shape in which it is read: of a MatMul or Einsum, along the axis of its outputs."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bnfold import algebra
 from bnfold.algebra import Affine, Linear, batchnorm, round_to
 
 
@@ -95,7 +96,13 @@ SHAPES = [
 @pytest.mark.parametrize(("order", "inputs", "outputs", "groups", "kernel"), SHAPES)
 @pytest.mark.parametrize("biased", [True, False])
 def test_what_was_absorbed_in_any_order_is_the_same_as_the_dense_operator_between_affines(
-    order: str, inputs: int, outputs: int, groups: int, kernel: tuple[int, ...], biased: bool
+    order: str,
+    inputs: int,
+    outputs: int,
+    groups: int,
+    kernel: tuple[int, ...],
+    biased: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     random = np.random.default_rng(len(kernel) + outputs)
     square = inputs == outputs
@@ -123,6 +130,9 @@ def test_what_was_absorbed_in_any_order_is_the_same_as_the_dense_operator_betwee
                 vector += shift
         folded, new = linear.fold(weight, bias)
         assert folded.shape == weight.shape
+        with monkeypatch.context() as patch:
+            patch.setattr(algebra, "BLOCK", 2 * weight[0].size)
+            np.testing.assert_array_equal(linear.fold_weight(weight), folded, "two rows at a time")
         expected, offset = dense(plain, folded, new)
         np.testing.assert_allclose(expected, matrix, rtol=0, atol=1e-12 * np.abs(matrix).max())
         np.testing.assert_allclose(offset, vector, rtol=0, atol=1e-12 * np.abs(vector).max())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import onnx
 import pytest
 
 import bnfold.onnx
+from bnfold.algebra import Linear, round_to
 from bnfold.errors import BnfoldError, InputError, NotEquivalent
 from bnfold.onnx import runs
 from bnfold.onnx.edit import Forget, Insert, Remove, Rewire, Store, apply, new_data
@@ -84,13 +86,13 @@ def test_the_same_edits_give_the_float64_copy_weights_that_are_not_rounded(text)
 
 @pytest.mark.parametrize("number", [1e300, np.nan])
 def test_a_new_number_that_is_not_finite_is_refused_when_it_is_computed(number):
-    edit = Store("w", (2,), onnx.TensorProto.FLOAT, lambda: np.array([1.0, number]))
+    edit = Store("w", (2,), onnx.TensorProto.FLOAT, partial(round_to, np.array([1.0, number])))
     with np.errstate(over="ignore"), pytest.raises(InputError, match="`w` are not finite in float32"):
         new_data(edit, edit.data_type)
 
 
 def test_new_numbers_that_are_not_as_many_as_the_shape_says_are_refused():
-    edit = Store("w", (2, 2), onnx.TensorProto.FLOAT, lambda: np.ones(3))
+    edit = Store("w", (2, 2), onnx.TensorProto.FLOAT, partial(round_to, np.ones(3)))
     with pytest.raises(BnfoldError, match="`w` are 3, and its shape is"):
         new_data(edit, edit.data_type)
 
@@ -107,8 +109,6 @@ def test_edits_name_what_they_change_and_nothing_else():
 
 
 def test_weights_are_computed_when_they_are_stored_and_not_when_they_are_planned(monkeypatch):
-    from bnfold.algebra import Linear
-
     seen = []
     fold_weight = Linear.fold_weight
     monkeypatch.setattr(Linear, "fold_weight", lambda *a: seen.append(1) or fold_weight(*a))
@@ -120,7 +120,7 @@ def test_weights_are_computed_when_they_are_stored_and_not_when_they_are_planned
 
 
 def test_an_initializer_that_is_not_finite_is_refused_by_name():
-    store = Store("w.folded", (1,), onnx.TensorProto.FLOAT16, lambda: np.array([1e6]))
+    store = Store("w.folded", (1,), onnx.TensorProto.FLOAT16, partial(round_to, np.array([1e6])))
     with pytest.raises(InputError, match=r"`w\.folded`"):
         apply([store], chain())
 
