@@ -15,6 +15,7 @@ a function's body is shared by all of its calls, so nothing can be folded into i
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from bnfold.onnx.edit import Edit, Forget, Store, apply, new_data
 from bnfold.onnx.functions import inline, left_in_functions
 from bnfold.onnx.merging import merge_imported
 from bnfold.onnx.read import ImportedModel, read
-from bnfold.onnx.run import run
+from bnfold.onnx.run import most_at_once, run
 from bnfold.onnx.write import fits, write
 from bnfold.output import replacing
 from bnfold.report import Evidence, Report, Verdict
@@ -301,7 +302,8 @@ def _fold(
     edits = write(imported, decision.plan.graph, decision.merged)
     comparison = _compare(decision, edits, choices, model, file) if choices.verify else None
     dropped = {name for edit in edits if isinstance(edit, Forget) and not edit.graph for name in edit.names}
-    folded = apply(edits, copy_without(imported.model, dropped), later=later)
+    external = {edit.name: edit for edit in edits if isinstance(edit, Store) and edit.location}
+    folded = apply(edits, copy_without(imported.model, dropped), late=external if later else ())
     if choices.freeze_initializers:
         _freeze(folded)
     _check_validity(folded, model, choices.verify)
@@ -310,7 +312,6 @@ def _fold(
         verdicts, notes=tuple(notes), parameters=(before, files.count_floats(folded)), proof=proof
     )
     report = decision.merged.tell(report, decision.plan.graph)
-    external = {edit.name: edit for edit in edits if isinstance(edit, Store) and edit.location}
     return _Folded(folded, report, decision, external, comparison)
 
 
@@ -347,8 +348,10 @@ def _compare(
     from bnfold.equivalence import Comparison
     from bnfold.onnx.runs import ModelRuns
 
-    imported, edit = decision.imported, partial(apply, edits, exact=True)
-    runs = ModelRuns(imported, edit, choices.inputs, original, imported.folder, file)
+    imported, most = decision.imported, most_at_once(decision.imported.model)
+    late = {e.name: e.numbers for e in edits if isinstance(e, Store) and math.prod(e.dims) > most}
+    edit = partial(apply, edits, exact=True, late=late)
+    runs = ModelRuns(imported, edit, choices.inputs, original, imported.folder, file, late)
     return Comparison(runs, decision.changed)
 
 

@@ -10,7 +10,7 @@ never copied or reordered, so their bytes stay as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -124,7 +124,7 @@ Edit = Rewire | SetAttribute | Store | Forget | Remove | Insert
 
 
 def apply(
-    edits: Sequence[Edit], model: onnx.ModelProto, exact: bool = False, later: bool = False
+    edits: Sequence[Edit], model: onnx.ModelProto, exact: bool = False, late: Collection[str] = ()
 ) -> onnx.ModelProto:
     """Change a model as these edits say.
 
@@ -132,7 +132,7 @@ def apply(
         edits: in the order of `Editor.finish`: those that move nodes come last, from the back of a graph to its front.
         model: the one that they were planned on, or an unchanged copy; edited in place.
         exact: store new numbers in float64, as a copy wants them in which all floating-point types are.
-        later: leave out the new numbers that belong into other files; `new_data` gives them.
+        late: the new tensors whose numbers are left out; `new_data` gives them.
 
     Returns:
         The model.
@@ -142,10 +142,9 @@ def apply(
     """
     graphs = {path: _find(model, path) for path in {edit.graph for edit in edits}}
     for edit in edits:
-        if isinstance(edit, Store) and later and edit.location:
-            _announce(edit, model)
-        elif isinstance(edit, Store):
-            _store(edit, model, TensorProto.DOUBLE if exact and edit.data_type in FLOATS else edit.data_type)
+        if isinstance(edit, Store):
+            data_type = TensorProto.DOUBLE if exact and edit.data_type in FLOATS else edit.data_type
+            _store(edit, model, data_type, edit.name in late)
         elif isinstance(edit, Forget):
             _forget(edit, graphs[edit.graph])
         elif isinstance(edit, Insert):
@@ -191,14 +190,13 @@ def new_data(edit: Store, data_type: int) -> Array:
     return np.ascontiguousarray(rounded).reshape(-1).view(np.uint8)
 
 
-def _store(edit: Store, model: onnx.ModelProto, data_type: int) -> None:
-    _declare(edit, model, data_type).raw_data = new_data(edit, data_type).tobytes()
-
-
-def _announce(edit: Store, model: onnx.ModelProto) -> None:
-    tensor = _declare(edit, model, edit.data_type)
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value=edit.location)
+def _store(edit: Store, model: onnx.ModelProto, data_type: int, late: bool) -> None:
+    tensor = _declare(edit, model, data_type)
+    if late:
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=edit.location)
+    else:
+        tensor.raw_data = new_data(edit, data_type).tobytes()
 
 
 def _declare(edit: Store, model: onnx.ModelProto, data_type: int) -> TensorProto:

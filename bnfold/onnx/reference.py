@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from bnfold.errors import InputError
 from bnfold.onnx.constant_folding import FLOATS, load
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.lower import EPSILON
-from bnfold.onnx.run import fixed_values, widen
+from bnfold.onnx.run import Numbers, fixed_values, widen
 
 __all__ = ["evaluate"]
 
@@ -35,16 +35,19 @@ Tensor = np.ndarray[Any, Any]
 
 
 def evaluate(
-    model: onnx.ModelProto, feeds: Sequence[dict[str, Tensor]], folder: Path | None = None
+    model: onnx.ModelProto,
+    feeds: Sequence[dict[str, Tensor]],
+    folder: Path | None = None,
+    late: Mapping[str, Numbers] | None = None,
 ) -> list[list[Any]]:
-    """The outputs of a model, whose external data lies in `folder`, for each feed.
+    """The outputs of a model for each feed; see `bnfold.onnx.run.run_exactly`.
 
     Raises:
         InputError: the reference implementation cannot run it.
     """
     try:
         ops = [Conv, ConvTranspose, BatchNormalization, MaxPool, AveragePool]
-        evaluator = Evaluator(model, folder=folder, new_ops=ops)
+        evaluator = Evaluator(model, folder=folder, late=late, new_ops=ops)
         with np.errstate(all="ignore"):
             return [list(evaluator.run(None, feed)) for feed in feeds]
     except Exception as error:
@@ -59,8 +62,15 @@ class Evaluator(ReferenceEvaluator):
     bodies are run as ONNX's own evaluator runs them.
     """
 
-    def __init__(self, proto: Any, *given: Any, folder: Path | None = None, **options: Any) -> None:
-        self.folder, self.stored = folder, dict[str, onnx.TensorProto]()
+    def __init__(
+        self,
+        proto: Any,
+        *given: Any,
+        folder: Path | None = None,
+        late: Mapping[str, Numbers] | None = None,
+        **options: Any,
+    ) -> None:
+        self.folder, self.late, self.stored = folder, late or {}, dict[str, onnx.TensorProto]()
         super().__init__(proto, *given, **options)
 
     def _init(self) -> None:
@@ -72,6 +82,8 @@ class Evaluator(ReferenceEvaluator):
 
     def _read(self, name: str) -> Tensor:
         tensor = self.stored[name]
+        if name in self.late:
+            return self.late[name](onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         array = load(tensor, self.folder)
         return widen(array) if tensor.data_type in FLOATS and name not in self.fixed else array
 
@@ -106,7 +118,7 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
             yield from _reads(inner)
 
 
-BLOCK = 2**22
+BLOCK = 2**19
 """How many numbers that the taps of a convolution see are laid out at once."""
 
 
@@ -138,7 +150,8 @@ class Conv(OpRun):
         taps = np.moveaxis(weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1), 3, 0)
         result = np.empty((data.shape[0], weight.shape[0], *sizes), np.result_type(data, weight))
         seen = data.shape[0] * data.shape[1] * math.prod(kernel) * math.prod(sizes[1:])
-        rows = max(1, BLOCK // max(1, seen))
+        is_view = math.prod(kernel) == 1 and all(step == 1 for step in strides)
+        rows = sizes[0] if is_view else max(1, BLOCK // max(1, seen))
         for first in range(0, sizes[0], rows):
             some = [min(rows, sizes[0] - first), *sizes[1:]]
             cuts = [
@@ -146,7 +159,9 @@ class Conv(OpRun):
             ]
             block = _multiply(taps, padded[:, :, first * strides[0] :], cuts, group)
             result[:, :, first : first + rows] = block.reshape(data.shape[0], -1, *some)
-        return (result if bias is None else result + bias.reshape(-1, *[1] * len(kernel)),)
+        if bias is not None:
+            result += bias.reshape(-1, *[1] * len(kernel))
+        return (result,)
 
 
 def _multiply(taps: Tensor, data: Tensor, cuts: Sequence[tuple[slice, ...]], group: int) -> Tensor:
@@ -254,7 +269,10 @@ class BatchNormalization(OpRun):
             raise NotImplementedError("BatchNormalization in training mode")
         shape = (1, -1, *[1] * (data.ndim - 2)) if scale.ndim == 1 else (1, *scale.shape)
         scale, bias, mean, var = (np.reshape(a, shape) for a in (scale, bias, mean, var))
-        return ((data - mean) / np.sqrt(var + (options.get("epsilon", EPSILON))) * scale + bias,)
+        result: Tensor = data - mean
+        result *= scale / np.sqrt(var + options.get("epsilon", EPSILON))
+        result += bias
+        return (result,)
 
 
 def _window(

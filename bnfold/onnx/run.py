@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +31,7 @@ from bnfold.onnx.files import size
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.inputs import Feed
 
-__all__ = ["Outputs", "Runner", "fixed_values", "run", "to_float64", "widen"]
+__all__ = ["Numbers", "Outputs", "Runner", "fixed_values", "most_at_once", "run", "to_float64", "widen"]
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 
@@ -195,13 +195,23 @@ def _must_change(model: onnx.ModelProto) -> bool:
 # ---------------------------------------------------------------- float64
 
 
-def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed], folder: Path | None = None) -> list[Outputs]:
+Numbers = Callable[[np.dtype[Any]], np.ndarray[Any, Any]]
+"""The numbers of a tensor in a type, computed when a node reads them."""
+
+
+def run_exactly(
+    model: onnx.ModelProto,
+    feeds: Sequence[Feed],
+    folder: Path | None = None,
+    late: Mapping[str, Numbers] | None = None,
+) -> list[Outputs]:
     """The outputs of a model that `to_float64` made, computed in float64, for each feed.
 
     Args:
         model: the model; external data that it refers to lies in `folder`.
         feeds: inputs by name, which are widened.
         folder: see there.
+        late: the numbers of large initializers that it has none of.
 
     Raises:
         InputError: some operator has no float64.
@@ -216,7 +226,7 @@ def run_exactly(model: onnx.ModelProto, feeds: Sequence[Feed], folder: Path | No
             pass
     from bnfold.onnx.reference import evaluate
 
-    return [name_outputs(names, results) for results in evaluate(seed(model), wide, folder)]
+    return [name_outputs(names, results) for results in evaluate(seed(model), wide, folder, late)]
 
 
 def _convolves(model: onnx.ModelProto) -> bool:
@@ -229,6 +239,11 @@ def widen(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return array.astype(np.float64) if array.dtype.kind == "f" or array.dtype.name == "bfloat16" else array
 
 
+def most_at_once(model: onnx.ModelProto) -> float:
+    """Of how many numbers a weight is widened at once in the float64 copy of a model; a larger one when it is read."""
+    return KEPT if _convolves(model) else math.inf
+
+
 def to_float64(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
     """A copy of a model in which every floating-point type is float64, external data included.
 
@@ -237,7 +252,7 @@ def to_float64(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
     wide = onnx.ModelProto(ir_version=max(model.ir_version, 3))
     wide.opset_import.extend(model.opset_import)
     wide.functions.extend(model.functions)
-    _graph_to_float64(model.graph, wide.graph, folder, KEPT if _convolves(model) else math.inf)
+    _graph_to_float64(model.graph, wide.graph, folder, most_at_once(model))
     return wide
 
 

@@ -26,7 +26,7 @@ from bnfold.onnx.files import count_floats
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.nudge import nudge
 from bnfold.onnx.read import ImportedModel
-from bnfold.onnx.run import Outputs, Runner, is_random, run_exactly, to_float64, widen
+from bnfold.onnx.run import Numbers, Outputs, Runner, is_random, run_exactly, to_float64, widen
 
 if TYPE_CHECKING:
     from bnfold.onnx.choices import Choices
@@ -70,6 +70,7 @@ class ModelRuns:
         original: onnx.ModelProto | None = None,
         folder: Path | None = None,
         file: Path | None = None,
+        late: Mapping[str, Numbers] | None = None,
     ) -> None:
         """Prepare to run a model and what becomes of it.
 
@@ -82,11 +83,13 @@ class ModelRuns:
             original: the unfolded model, if the imported one is that with functions inlined.
             folder: where the external data of the folded model lies.
             file: the file that the original came from, if it did.
+            late: the numbers of tensors that `edit` adds without them.
 
         Raises:
             InputError: the inputs are none.
         """
         self.imported, self.edit, self.folder, self.file = imported, edit, folder, file
+        self.late = dict(late or {})
         self.given = _given(inputs)
         self.original = imported.model if original is None or is_random(imported.model) else original
         self.feeds: list[Feed] = []
@@ -134,7 +137,7 @@ class ModelRuns:
             before = run_exactly(wide, self.feeds, self.imported.folder)
             if not agree(before, self.before, DOUBTFUL):
                 raise InputError("the reference implementation disagrees with onnxruntime here")
-            return before, run_exactly(self.edit(wide), self.feeds, self.imported.folder)
+            return before, run_exactly(self.edit(wide), self.feeds, self.imported.folder, self.late)
         except InputError as error:
             raise Unavailable(f"not compared in float64: {error}") from error
 
@@ -223,7 +226,7 @@ class ModelRuns:
         if isinstance(model, Path):
             model, folder = onnx.load_model(model, load_external_data=False), model.parent
         led = choices.follow(model, made[0])
-        run = _exactly(led, folder) if exact else Runner(led, folder)
+        run = _exactly(led, folder, self.late) if exact else Runner(led, folder)
         outputs = [run({**feed, **also}) for feed, also in zip(self.feeds, made, strict=True)]
         otherwise = sum(choices.count_otherwise(*each) for each in zip(outputs, made, strict=True))
         return [choices.tell(model, each) for each in outputs], otherwise
@@ -323,9 +326,11 @@ def agree(exact: Sequence[Outputs], own: Sequence[Outputs], tolerance: float) ->
     return True
 
 
-def _exactly(model: onnx.ModelProto, folder: Path | None) -> Callable[[Feed], Outputs]:
+def _exactly(
+    model: onnx.ModelProto, folder: Path | None, late: Mapping[str, Numbers] | None = None
+) -> Callable[[Feed], Outputs]:
     """Runs a model that `to_float64` made."""
-    return lambda feed: run_exactly(model, [feed], folder)[0]
+    return lambda feed: run_exactly(model, [feed], folder, late)[0]
 
 
 def _given(inputs: Any) -> list[Feed] | None:
