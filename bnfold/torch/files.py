@@ -28,12 +28,10 @@ from torch import Tensor, nn
 from bnfold.archive import load_plain, name_stranger
 from bnfold.checkpoint import refuse_torchscript
 from bnfold.errors import InputError
-from bnfold.ir import Node
 from bnfold.merge import Merged
-from bnfold.operators import of_linear
 from bnfold.output import replacing
 from bnfold.report import Report
-from bnfold.torch.draft import LinearPlace, NormPlace
+from bnfold.torch.draft import NormPlace
 from bnfold.torch.fold import fold
 from bnfold.torch.merging import (
     compute_merged,
@@ -46,9 +44,8 @@ from bnfold.torch.modules import ChannelAdd, ChannelMulAdd
 from bnfold.torch.read import read
 from bnfold.torch.sandbox import arrange
 from bnfold.torch.states import Stored, find_state
-from bnfold.torch.stored import stored_numbers, stored_tensors
 from bnfold.torch.tensors import inside
-from bnfold.torch.write import become, settle_weight
+from bnfold.torch.write import become, compute_coded, settle_weight
 
 __all__ = [
     "Arguments",
@@ -58,6 +55,7 @@ __all__ = [
     "load_state",
     "make_inputs",
     "read_arguments",
+    "refuse_complex",
 ]
 
 Arguments = Mapping[str, Any] | Sequence[Any]
@@ -132,11 +130,18 @@ def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tenso
     for norm in norms:
         if not any(inside(norm.path, path) for path in gone):
             become(model.get_submodule(norm.path), norm, _leftover(norm, state))
-    for place, name in {place: name for name, place in reading.linears.items()}.items():
-        if any(inside(place.weight.module, path) for path in gone):
-            continue
+    places = {
+        place: name
+        for name, place in reading.linears.items()
+        if not any(inside(place.weight.module, path) for path in gone)
+    }
+    coded = [
+        (place.weight.module, *compute_coded(model, place, reading.graph[name]))
+        for place, name in places.items()
+        if place.code is not None and place.weight.name in state
+    ]
+    for place in places:
         if place.code is not None:
-            _put_coded(model, place, reading.graph[name], state)
             continue
         module = model.get_submodule(place.weight.module)
         if place.computed and f"{place.weight.module}.weight" in state:
@@ -149,21 +154,13 @@ def load_folded(model: nn.Module, example_inputs: Any, state: Mapping[str, Tenso
                 owner.register_parameter(
                     place.bias.attribute, nn.Parameter(torch.empty_like(state[place.bias.whole]))
                 )
+    for path, host, operator, (weight, _), like in coded:
+        biased = float(f"{path}.bias" in state)
+        put_operator(model, host, operator, (weight, np.full(operator.outputs, biased)), like)
     put_merged(model, operators)
     _give_biases(model, merged, state)
     _fill(model, dict(state), "the state dict")
     return model
-
-
-def _put_coded(model: nn.Module, place: LinearPlace, node: Node, state: Mapping[str, Tensor]) -> None:
-    """Let a module be the operator whose weight its code computed, if there is such a weight in a state dict."""
-    assert place.code is not None
-    if place.weight.name in state:
-        operator, like = of_linear(node), stored_tensors(model, place)[0]
-        weight, _ = operator.numbers(lambda node: stored_numbers(model, place))
-        biased = f"{place.weight.module}.bias" in state
-        numbers = weight, np.full(operator.outputs, float(biased))
-        put_operator(model, place.code[2], operator, numbers, like)
 
 
 def _is_folded(norm: NormPlace, model: nn.Module, state: Mapping[str, Tensor]) -> bool:
@@ -365,6 +362,7 @@ def _read(path: Path) -> Any:
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    refuse_complex(module, state, source)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -372,6 +370,18 @@ def _fill(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> No
         raise InputError(
             f"{source} holds the weights of another model: {lines[0]:.300}; --key and --prefix choose others"
         ) from error
+
+
+def refuse_complex(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse complex numbers in the place of real ones, of which torch would load the real part.
+
+    Raises:
+        InputError: there are some; the message names them.
+    """
+    for name, held in module.state_dict().items():
+        given = state.get(name)
+        if isinstance(given, Tensor) and isinstance(held, Tensor) and given.is_complex() > held.is_complex():
+            raise InputError(f"`{name}` is complex in {source}, and real in the model")
 
 
 def _save(folded: nn.Module, inputs: Any, target: Path, stored: Stored) -> None:

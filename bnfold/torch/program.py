@@ -40,9 +40,13 @@ aten = torch.ops.aten
 
 @contextmanager
 def without_own_advice() -> Iterator[None]:
-    """Torch loads and copies programs by what torch itself calls deprecated; that is no news to anybody here."""
+    """Torch loads and copies programs by what torch itself calls deprecated; that is no news to anybody here.
+
+    Nor is that it stores together, as one, tensors that are parts of another one.
+    """
     with exclusive(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+        warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
         yield
 
 

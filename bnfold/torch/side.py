@@ -28,7 +28,14 @@ from bnfold.divergence import Recording
 from bnfold.equivalence import Outputs, Unavailable
 from bnfold.errors import InputError, UnreadableModel
 from bnfold.torch.double import double
-from bnfold.torch.files import load_factory, load_folded, load_state, make_inputs, read_arguments
+from bnfold.torch.files import (
+    load_factory,
+    load_folded,
+    load_state,
+    make_inputs,
+    read_arguments,
+    refuse_complex,
+)
 from bnfold.torch.fold import Narrow, coarsest_dtype, run, widened
 from bnfold.torch.nudge import nudge
 from bnfold.torch.program import load_module, without_own_advice
@@ -419,6 +426,7 @@ def _load_weights(
     """What a factory builds, with the weights of a file, folded or not."""
     module = _built(factory, arguments)
     _, state, _ = load_state(path, module.state_dict(), **where)
+    refuse_complex(module, state, path)
     try:
         module.load_state_dict(state)
         return module

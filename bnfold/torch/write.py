@@ -24,7 +24,8 @@ from bnfold.algebra import Affine, Array
 from bnfold.errors import Refuse
 from bnfold.ir import Node
 from bnfold.merge import Merged
-from bnfold.operators import of_linear
+from bnfold.operators import Numbers, Operator, of_linear
+from bnfold.torch.calls import ModulePlace
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.draft import LinearPlace, NormPlace
 from bnfold.torch.formulas import FormulaPlace
@@ -36,7 +37,7 @@ from bnfold.torch.stored import round_like, stored_numbers, stored_tensors, stor
 from bnfold.torch.tensors import Slot, leaves
 from bnfold.travel import Plan
 
-__all__ = ["become", "check_fit", "settle_weight", "write"]
+__all__ = ["become", "check_fit", "compute_coded", "settle_weight", "write"]
 
 
 def write(
@@ -81,27 +82,27 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged, rounde
     """Apply the difference; return the tensors that are new."""
     after = {node.name: node for node in plan.graph.nodes}
     operators = compute_merged(model, reading, merged, rounded)
+    nodes = [node for node in reading.graph.nodes if node.name not in merged.nodes]
+    changed: dict[str, tuple[LinearPlace, Node]] = {}
+    for node in nodes:
+        new = after.get(node.name)
+        if new is not None and new.linear is not None and new.linear is not node.linear:
+            place = reading.linears[node.name]
+            changed.setdefault(place.weight.name, (place, new))
+    coded = [compute_coded(model, place, new) for place, new in changed.values() if place.code is not None]
     made: list[Tensor] = []
     done: set[str] = set()
-    for node in sorted(reading.graph.nodes, key=lambda node: -node.affine.rank if node.affine else 0):
-        if node.name in merged.nodes:
-            continue
+    for node in sorted(nodes, key=lambda node: -node.affine.rank if node.affine else 0):
         new = after.get(node.name)
         kept = new is not None and new.op == node.op and new.affine is node.affine
         if node.name in reading.norms and node.place not in done and not kept:
             made += _edit_norm(model, reading.norms[node.name], new)
             done.add(node.place)
-        if (
-            new is not None
-            and node.linear is not None
-            and new.linear is not None
-            and new.linear is not node.linear
-        ):
-            place = reading.linears[node.name]
-            stored = place.weight.name
-            if stored not in done:
-                made += _edit_linear(model, place, new, rounded)
-                done.add(stored)
+    for place, new in changed.values():
+        if place.code is None:
+            made += _edit_linear(model, place, new, rounded)
+    for one in coded:
+        made += put_operator(model, *one)
     for name, formula in reading.formulas.items():
         own, new = reading.graph[name], after.get(name)
         if name not in merged.nodes and (new is None or new.affine is not own.affine):
@@ -112,11 +113,20 @@ def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged, rounde
 # ---------------------------------------------------------------- linear operators
 
 
+def compute_coded(
+    model: nn.Module, place: LinearPlace, node: Node
+) -> tuple[ModulePlace, Operator, Numbers, Tensor]:
+    """What is to stand for a module whose code computes the weight: see `put_operator`.
+
+    For all of them before one is put: they may be computed from the same parameter.
+    """
+    assert place.code is not None
+    operator = of_linear(node)
+    numbers = operator.numbers(lambda node: stored_numbers(model, place))
+    return place.code[2], operator, numbers, stored_tensors(model, place)[0]
+
+
 def _edit_linear(model: nn.Module, place: LinearPlace, node: Node, rounded: Rounded) -> list[Tensor]:
-    if place.code is not None:
-        operator, like = of_linear(node), stored_tensors(model, place)[0]
-        numbers_of = operator.numbers(lambda node: stored_numbers(model, place))
-        return put_operator(model, place.code[2], operator, numbers_of, like)
     module = model.get_submodule(place.weight.module)
     weight, bias = stored_tensors(model, place)
     like = weight if bias is None else bias

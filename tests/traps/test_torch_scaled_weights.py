@@ -264,6 +264,21 @@ def test_a_weight_that_two_modules_compute_from_one_parameter_stays_one_for_the_
     check(Tied(), torch.randn(2, 4, 7, 7), folded=["last"], kept=["first"])
 
 
+def test_two_modules_that_compute_their_weights_from_one_parameter_both_fold_and_come_back_from_a_state_dict():
+    def build():
+        model = nn.Sequential(
+            Standardised(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Standardised(4, 4, 3), nn.BatchNorm2d(4)
+        )
+        model[3].weight = model[0].weight
+        return model.double()
+
+    model, images = randomise(build()), torch.randn(2, 4, 7, 7).double()
+    after, report = fold(model, images)
+    assert report.count("folded") == 2
+    agree(model, after, images)
+    agree(model, load_folded(build().eval(), images, after.state_dict()), images)
+
+
 def test_what_becomes_of_a_module_that_computes_its_weight_comes_back_from_a_state_dict():
     def build():
         first = nn.Sequential(Standardised(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from bnfold.torch.files import (
 )
 from bnfold.torch.fold import fold
 from bnfold.torch.program import fold_program
+from bnfold.torch.side import open_file
 from bnfold.verify import main as verify_command
 from tests.torch_architectures import ARCHITECTURES, ResNet
 from tests.torch_models import randomise
@@ -373,6 +375,15 @@ def test_a_file_without_a_state_dict_says_so(tmp_path, content):
         load_state(tmp_path / "x.pt")
 
 
+def test_complex_numbers_where_the_model_has_real_ones_are_refused_by_name(model, tmp_path):
+    state = model.state_dict() | {"head.bias": model.head.bias.detach().to(torch.complex64)}
+    torch.save(state, tmp_path / "in.pt")
+    with pytest.raises(InputError, match=r"`head\.bias` is complex in .*in\.pt, and real in the model"):
+        fold_checkpoint_file(tmp_path / "in.pt", None, model=FACTORY, shapes=["1x3x16x16"])
+    with pytest.raises(InputError, match=r"`head\.bias` is complex"):
+        open_file(tmp_path / "in.pt", "before", FACTORY, ["1x3x16x16"])
+
+
 def test_weights_of_another_model_say_so_and_write_nothing(model, tmp_path):
     state = model.state_dict()
     del state["head.bias"]
@@ -433,3 +444,17 @@ def test_the_command_folds_a_program(model, tmp_path, run_module):
     result = run_module("bnfold.fold", tmp_path / "m.pt2", PYTHONWARNINGS="default")
     assert "12 of 12" in result.stdout, result.stderr
     assert sys.executable
+
+
+def test_a_program_whose_weights_are_parts_of_one_tensor_is_folded_without_a_warning_of_torch(
+    model, tmp_path, run_module
+):
+    parts = torch.cat([model.head.weight.detach().clone() for _ in range(3)])
+    model.head.weight = torch.nn.Parameter(parts[10:20])
+    with warnings.catch_warnings(action="ignore"):
+        torch.export.save(torch.export.export(model, (IMAGES,)), tmp_path / "m.pt2")
+    result = run_module("bnfold.fold", tmp_path / "m.pt2", PYTHONWARNINGS="default")
+    assert "12 of 12" in result.stdout
+    assert not result.stderr
+    after = torch.export.load(tmp_path / "m.folded.pt2").module()
+    torch.testing.assert_close(after(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
