@@ -341,9 +341,13 @@ class _Check:
         }
         if not kept[1].items() <= kept[0].items() or not calls.isdisjoint(kept[0].keys() - kept[1].keys()):
             raise Refuse("the models are of different operator sets, or call other functions")
-        for value in (*first.context.overridable, *self.applied.merged.outputs):
+        for value in self.applied.merged.outputs:
             if not _are_equal(_constant(first, value), _constant(second, value)):
                 raise Refuse(f"`{value}` is another constant")
+        for value in first.context.overridable:
+            if not _are_equal(_default(first, value), _default(second, value)):
+                raise Refuse(f"`{value}` is another number where the caller gives none")
+        self._check_idle(found)
         merged = {one["into"] for one in self.done.merges}
         values = _Values(first, second, self.applied.alias, frozenset(found.values), set(found.values))
         for name, twin in found.nodes.items():
@@ -355,6 +359,25 @@ class _Check:
                     : 1 if linear else None
                 ]:
                     values.check_node(ref, other, linear, apart)
+
+    def _check_idle(self, found: Matched) -> None:
+        """What nobody reads runs all the same, and may fail: it must do what it did, to the same constants."""
+        first, second = self.before, self.after
+        reached = {id(twin) for twin in found.nodes.values()}
+        for twin in second.graph.nodes:
+            if id(twin) in reached or twin.affine is not None or twin.linear is not None:
+                continue
+            ref = second.refs[twin.name][0]
+            own = first.context.whole.makers.get(next(filter(None, ref.outputs), ""))
+            pairs = [] if own is None else zip_longest(own.inputs, ref.inputs, fillvalue="")
+            if (
+                own is None
+                or list(_settings(own)) != list(_settings(ref))
+                or not all(
+                    _are_equal(_constant(first, one), _constant(second, other)) for one, other in pairs
+                )
+            ):
+                raise Refuse(f"`{twin.name}` ({twin.op}), which nobody reads, does something else")
 
     def _apart(self, node: Node, ref: NodeRef, twin: NodeRef) -> tuple[int, ...]:
         """The inputs of a node whose numbers are checked by themselves: those of a recurrent layer's product."""
@@ -631,6 +654,12 @@ def _constant(imported: ImportedModel, value: str) -> Any:
     """The array that a value is; None where it is none."""
     constants = imported.context.constants
     return constants.array(value) if value and value in constants else None
+
+
+def _default(imported: ImportedModel, value: str) -> Any:
+    """What an input is that the caller does not give; None where there is nothing."""
+    tensor = imported.context.whole.tensors.get(value)
+    return None if tensor is None else load_tensor(tensor, imported.folder)
 
 
 def _dtype(imported: ImportedModel, value: str) -> str:

@@ -457,6 +457,16 @@ FORGERIES: dict[str, tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Any]]] = 
         small("d = Gemm(x, W, b) y = Relu(d)", W=W @ V, b=V[:1].T),
         block("c d"),
     ),
+    "an input where the caller gives none": (
+        small("y = Mul(x, c)", "(float[N,4] x, float[4] c) => (float[N,4] y)", c=W[0]),
+        small("y = Mul(x, c)", "(float[N,4] x, float[4] c) => (float[N,4] y)", c=W[1]),
+        {},
+    ),
+    "a node that nobody reads and that fails": (
+        small("s = Shape(x) g = Gather(s, i) y = Relu(x)", i=np.int64(1)),
+        small("s = Shape(x) g = Gather(s, i) y = Relu(x)", i=np.int64(5)),
+        {},
+    ),
     "a weight that underflows on its way": (
         small("y = MatMul(x, W)", W=W),
         small(
