@@ -16,8 +16,10 @@ confused with (see the end of `bnfold/__init__.py`).
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -182,16 +184,28 @@ def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
     from bnfold import onnx as frontend
 
     _refuse(options, "model", *_OF_WEIGHTS, "input")
-    report = frontend.fold_file(
-        options.file,
-        None if options.dry_run else options.output,
-        inputs=options.inputs,
-        freeze_initializers=options.freeze_initializers,
-        duplicate=options.duplicate,
-        certificate=options.certificate,
-        **_choices(options),
-    )
+    with _collecting_seldom():
+        report = frontend.fold_file(
+            options.file,
+            None if options.dry_run else options.output,
+            inputs=options.inputs,
+            freeze_initializers=options.freeze_initializers,
+            duplicate=options.duplicate,
+            certificate=options.certificate,
+            **_choices(options),
+        )
     return report, f"wrote {options.output}"
+
+
+@contextmanager
+def _collecting_seldom() -> Iterator[None]:
+    """Seldom look for garbage: a file of many nodes is many objects, next to none of which go before the end."""
+    often, *later = gc.get_threshold()
+    gc.set_threshold(1000 * often, *later)
+    try:
+        yield
+    finally:
+        gc.set_threshold(often, *later)
 
 
 def _fold_torch(options: argparse.Namespace) -> tuple[Report, str]:
