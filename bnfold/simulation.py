@@ -453,6 +453,8 @@ def _are_close(first: Array, second: Array, noise: float, scale: Array | float =
 
 def _agree(first: Affine | None, second: Affine | None, noise: float) -> bool:
     """Whether two maps are one, but for rounding."""
+    if first is None and second is None:
+        return True
     one, other = first or _IDENTITY, second or _IDENTITY
     return _are_close(one.scale, other.scale, noise) and _are_close(one.shift, other.shift, noise, one.scale)
 

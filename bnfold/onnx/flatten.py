@@ -18,7 +18,7 @@ import onnx
 from bnfold.errors import InputError
 from bnfold.onnx.constant_folding import densify
 
-__all__ = ["FlatModel", "NodeRef", "bodies", "flatten"]
+__all__ = ["FlatModel", "NodeRef", "bodies", "declared_types", "flatten"]
 
 
 @dataclass(eq=False)
@@ -102,6 +102,15 @@ def flatten(model: onnx.ModelProto) -> FlatModel:
     result = FlatModel()
     _Walk(result).graph(model.graph, {}, "")
     return result
+
+
+def declared_types(model: onnx.ModelProto) -> Mapping[str, onnx.TypeProto]:
+    """What a model that has been flattened once declares about its values (`FlatModel.types`)."""
+    graph = model.graph
+    if any(True for node in graph.node for _ in bodies(node)):
+        return flatten(model).types
+    infos = reversed((*graph.value_info, *graph.input, *graph.output))
+    return {info.name: info.type for info in infos if info.HasField("type")}
 
 
 class _Walk:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["DOUBTFUL", "HEAVY", "SLOW", "ModelRuns", "agree", "check_runs"]
 
 SLOW = 2.0
-"""A model whose run takes more seconds than this is not run in float64, which is much slower."""
+"""A model whose run takes more seconds of a thread than this is not run in float64, which is much slower."""
 
 HEAVY = 400_000_000
 """Nor is one that stores more floating-point numbers than this."""
@@ -283,10 +283,10 @@ class ModelRuns:
                 raise InputError(f"the inputs do not suit the model: {has}; look at {sorted(wrong)}")
 
     def _run(self, runner: Callable[[Feed], Outputs], feed: Feed) -> None:
-        start = time.perf_counter()
+        start = time.thread_time()
         self.before.append(runner(feed))
         self.feeds.append(feed)
-        self.seconds = time.perf_counter() - start
+        self.seconds = time.thread_time() - start
 
 
 def check_runs(imported: ImportedModel, inputs: Any = None, once: bool = False) -> None:

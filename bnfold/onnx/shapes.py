@@ -34,7 +34,7 @@ from onnx import TensorProto
 
 from bnfold.ir import Dim, Shape
 from bnfold.onnx.constant_folding import Constants
-from bnfold.onnx.flatten import FlatModel, NodeRef, bodies, flatten
+from bnfold.onnx.flatten import FlatModel, NodeRef, bodies, declared_types
 from bnfold.onnx.sizes import VECTOR, Sizes
 
 __all__ = ["Shapes", "infer", "skeleton"]
@@ -382,7 +382,7 @@ def _infer_once(
         except _FAILURES:
             inferred = bare
     found = Shapes({}, {}, complaint)
-    for types in (flatten(inferred).types, declared):
+    for types in (declared_types(inferred), declared):
         for value, kind in types.items():
             _note(found, value, kind)
     for value, tensor in tensors.items():

@@ -143,9 +143,9 @@ class ModelSide:
             Unavailable: onnxruntime has no kernels for the model's types.
             InputError: it cannot load or run it.
         """
-        start = time.perf_counter()
+        start = time.thread_time()
         outputs = _joined(case, [self._runner(feed) for feed in self._feeds(case)])
-        self.seconds = time.perf_counter() - start
+        self.seconds = time.thread_time() - start
         return outputs
 
     @cached_property
