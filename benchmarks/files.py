@@ -55,10 +55,11 @@ def write(folder: Path, layers: int, channels: int, external: bool) -> Path:
     nodes, value = [], "x"
     with (folder / "net.onnx.data").open("wb") as data:
         for place in range(layers):
-            tensor = onnx.numpy_helper.from_array(weight, f"w{place}")
             if external:
-                move_out(tensor, data.tell())
-                data.write(np.roll(weight, place, 0).tobytes())
+                tensor = refer(f"w{place}", weight, data.tell())
+                data.write(np.roll(weight, place, 0).data)
+            else:
+                tensor = onnx.numpy_helper.from_array(weight, f"w{place}")
             numbers = np.abs(draw.standard_normal((4, channels))).astype(np.float32) + np.float32(0.5)
             names = [f"{kind}{place}" for kind in "sbmv"]
             stored += [tensor, *map(onnx.numpy_helper.from_array, numbers, names)]
@@ -76,13 +77,13 @@ def write(folder: Path, layers: int, channels: int, external: bool) -> Path:
     return path
 
 
-def move_out(tensor: TensorProto, offset: int) -> None:
-    """Let a tensor say that its data lies beside the model."""
-    length = len(tensor.raw_data)
-    tensor.ClearField("raw_data")
+def refer(name: str, array: np.ndarray, offset: int) -> TensorProto:
+    """A tensor that says that its data lies beside the model; it never held any, which protobuf would keep."""
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
     tensor.data_location = TensorProto.EXTERNAL
-    for key, text in (("location", "net.onnx.data"), ("offset", offset), ("length", length)):
+    for key, text in (("location", "net.onnx.data"), ("offset", offset), ("length", array.nbytes)):
         tensor.external_data.add(key=key, value=str(text))
+    return tensor
 
 
 # ---------------------------------------------------------------- the figures

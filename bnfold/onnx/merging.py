@@ -10,7 +10,6 @@ alone, and all nodes must stand in one graph or body.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -182,6 +181,8 @@ def _check_range(weight: Array, bias: Array, data_type: int) -> None:
 
 
 def _digest(*arrays: Array) -> bytes:
+    import hashlib  # here, since most files need none and it takes 5 ms
+
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
