@@ -39,7 +39,7 @@ SLOW = 2.0
 HEAVY = 400_000_000
 """Nor is one that stores more floating-point numbers than this."""
 
-FEEDS = ((0.03, 3), (0.15, 2))
+FEEDS = ((0.03, 3), (0.06, 2))
 """How many feeds are made up for a model that runs in less than so many seconds; one for any other."""
 
 TRIES = 4
