@@ -145,7 +145,10 @@ class Memory:
             reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         except (RuntimeError, NotImplementedError, AttributeError):
             return None
-        return self.stores.setdefault(reference.cdata, _Store(reference, len(self.stores) + 1))
+        store = self.stores.get(reference.cdata)
+        if store is None:
+            store = self.stores[reference.cdata] = _Store(reference, len(self.stores) + 1)
+        return store
 
     def change(self, tensor: Tensor, call: Call, data: bool) -> None:
         """Everything that lies in this memory has changed, by what a call has read."""

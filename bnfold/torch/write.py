@@ -11,7 +11,6 @@ copied first. A copy that shared the unchanged tensors would cost less memory, b
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +30,9 @@ from bnfold.torch.formulas import FormulaPlace
 from bnfold.torch.merging import compute_merged, put_merged, put_operator
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
-from bnfold.torch.sandbox import copy_structure, empty_containers
+from bnfold.torch.sandbox import copy_module, copy_structure
 from bnfold.torch.stored import round_like, stored_numbers, stored_tensors, stored_weight
-from bnfold.torch.tensors import Slot, leaves
+from bnfold.torch.tensors import Slot, leaves, walk
 from bnfold.travel import Plan
 
 __all__ = ["become", "check_fit", "settle_weight", "write"]
@@ -65,8 +64,8 @@ def write(
 
 def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
     """Give a structural copy tensors of its own, except for those that are new anyway."""
-    memo = empty_containers(model) | {id(tensor): tensor for tensor in made}
-    for module in model.modules():
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in made}
+    for _, module in walk(model):
         if not isinstance(module, torch.jit.ScriptModule):
             for _, tensor in leaves(vars(module)):
                 if nn.parameter.is_lazy(tensor):
@@ -74,7 +73,7 @@ def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
                     memo.setdefault(id(tensor), make(tensor.requires_grad, tensor.device, tensor.dtype))
                 elif not tensor.is_leaf or tensor.layout is not torch.strided:
                     memo.setdefault(id(tensor), tensor.detach().clone())
-    return copy.deepcopy(model, memo)
+    return copy_module(model, memo)
 
 
 def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged, rounded: Rounded) -> list[Tensor]:
