@@ -368,12 +368,15 @@ def _apply(
     if (given.axis, given.channels) != (linear.in_axis, linear.inputs):
         raise Refuse("its channels lie on another axis")
     window = linear.window or Window((), (), (), ())
-    seen = linear.view(weight)
+    seen = np.ascontiguousarray(np.moveaxis(linear.view(weight), -1, 0), np.float64)
+    sizes = np.abs(seen)
 
     def multiply(tap: Position, numbers: Array) -> Array:
+        if not numbers.any():
+            return np.zeros((2, linear.outputs))
         grouped = numbers.reshape(2, linear.groups, -1)
-        own = seen[..., np.ravel_multi_index(tap, window.kernel) if tap else 0].astype(np.float64)
-        pairs = ((own, grouped[0]), (np.abs(own), grouped[1]))
+        at = np.ravel_multi_index(tap, window.kernel) if tap else 0
+        pairs = ((seen[at], grouped[0]), (sizes[at], grouped[1]))
         made: Array = np.stack([(matrix @ vector[..., None]).ravel() for matrix, vector in pairs])
         return made
 

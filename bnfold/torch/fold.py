@@ -177,7 +177,7 @@ def decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Rea
     def stored(node: Node) -> Any:
         return stored_numbers(model, reading.linears[node.name])
 
-    return reading, plan, proved.prove(plan.graph, merged, stored)
+    return reading, plan, proved.prove(plan.graph, merged, stored, reading.rounded)
 
 
 def _decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan, Merged]:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnfold.torch.tensors import returned
+
 __all__ = ["HOLLOW", "hollow"]
 
 _Made = Tensor | None
@@ -28,12 +30,11 @@ _ATEN: Any = torch.ops.aten
 
 def hollow(operator: Any, args: Any, kwargs: Any) -> Tensor | None:
     """A tensor as an operator of `HOLLOW` would make it, with unset numbers; None for a form that is not covered."""
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    tensors = list(returned(args))
     first = tensors[0]
-    plain = all(
-        each.dtype is first.dtype and each.device == first.device and each.is_contiguous() for each in tensors
-    )
-    return HOLLOW[operator](*args) if plain and first.layout is torch.strided and not kwargs else None
+    plain = first.is_floating_point() and first.layout is torch.strided and not kwargs
+    alike = all(t.dtype is first.dtype and t.device == first.device and t.is_contiguous() for t in tensors)
+    return HOLLOW[operator](*args) if plain and alike else None
 
 
 def _convolve(
@@ -80,14 +81,51 @@ def _pool(operator: Any) -> Callable[..., _Made]:
     return pool
 
 
-_POOLS = (_ATEN.max_pool2d, _ATEN.max_pool3d, _ATEN.avg_pool2d, _ATEN.avg_pool3d)
+def _join(tensors: Sequence[Tensor], axis: int = 0) -> _Made:
+    first = tensors[0]
+    shapes = [list(each.shape) for each in tensors]
+    if not first.dim() or any(len(shape) != first.dim() for shape in shapes):
+        return None
+    size = sum(shape[axis] for shape in shapes)
+    for shape in shapes:
+        shape[axis] = size
+    return first.new_empty(shapes[0]) if all(shape == shapes[0] for shape in shapes) else None
+
+
+def _like(x: Tensor, *settings: Any) -> _Made:
+    return torch.empty_like(x)
+
+
+def _itself(x: Tensor, *settings: Any) -> _Made:
+    return x
+
+
+def _combine(x: Tensor, other: Any) -> _Made:
+    return torch.empty_like(x) if isinstance(other, Tensor) and other.shape == x.shape else None
+
+
+def _combine_in_place(x: Tensor, other: Any) -> _Made:
+    return x if isinstance(other, Tensor) and other.shape == x.shape else None
+
+
+_POOLS = ("max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d")
+_ELEMENTWISE = ("relu", "leaky_relu", "silu", "hardtanh", "hardswish", "sigmoid", "tanh")
+
+
+def _named(names: Sequence[str], overload: str = "default") -> list[Any]:
+    return [getattr(getattr(_ATEN, name), overload) for name in names]
+
 
 HOLLOW: dict[Any, Callable[..., _Made]] = {
-    **dict.fromkeys((_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default), _convolve),
-    **{pool.default: _pool(pool.default) for pool in _POOLS},
+    **dict.fromkeys(_named(("conv1d", "conv2d", "conv3d")), _convolve),
+    **{operator: _pool(operator) for operator in _named(_POOLS)},
+    **dict.fromkeys(_named(_ELEMENTWISE), _like),
+    **dict.fromkeys(_named([f"{name}_" for name in _ELEMENTWISE]), _itself),
+    **dict.fromkeys(_named(("add", "sub", "mul"), "Tensor"), _combine),
+    **dict.fromkeys(_named(("add_", "sub_", "mul_"), "Tensor"), _combine_in_place),
     _ATEN.linear.default: _multiply,
     _ATEN.batch_norm.default: _normalise,
-    _ATEN.relu.default: torch.empty_like,
-    _ATEN.relu_.default: lambda x: x,
+    _ATEN.prelu.default: lambda x, slope: _like(x) if slope.shape == x.shape[1:2] or slope.numel() == 1 else None,
+    _ATEN.cat.default: _join,
 }
 """Operators whose result has a shape that their settings say, and which raise for no other reason than a shape."""

@@ -175,6 +175,7 @@ class _Host:
             arrays = candidate.operator.numbers(self.stored)
         if not all(torch.isfinite(round_like(array, like)).all() for array in arrays):
             raise Refuse(f"its numbers would overflow {str(like.dtype).removeprefix('torch.')}")
+        self.reading.rounded[id(candidate.operator)] = candidate.operator, arrays
 
     def _modules(self, candidate: Candidate, like: str) -> MergePlace:
         if candidate.dropped:

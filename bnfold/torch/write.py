@@ -52,7 +52,7 @@ def write(
         model: the module that was read, or a copy of it (in float64, say).
         reading, plan: what was read, and where every affine went.
         merged: what of that is to be one operator.
-        rounded: new numbers of operators that another copy was given; those that are missing are put there.
+        rounded: new numbers of operators that another copy was given, which must be gone; what is missing is put there.
 
     Raises:
         UnreadableModel: the module cannot be copied.
@@ -136,14 +136,14 @@ Rounded = dict[Any, tuple[Any, ...]]
 def _round(
     model: nn.Module, place: LinearPlace, node: Node, like: tuple[Tensor, Tensor], rounded: Rounded
 ) -> tuple[Tensor, Tensor | None]:
-    """New weight and bias as they are stored; in memory that no other module has."""
+    """New weight and bias as they are stored; in memory that the copies have which were given the same `rounded`."""
     key = place.weight.name, id(node.linear)
     if key not in rounded:
         weight, bias = _fold(model, place, node)
         made = round_like(weight, like[0]), None if bias is None else round_like(bias, like[1])
         rounded[key] = (node.linear, *made)
     _, new_weight, new_bias = rounded[key]
-    return new_weight.clone(), None if new_bias is None else new_bias.clone()
+    return new_weight, new_bias
 
 
 def settle_weight(module: nn.Module, how: str) -> None:
