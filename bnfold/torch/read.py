@@ -107,13 +107,14 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
     if (touched or recording.changed_slots) and (
         paths := find_nondeterministic(twin, args, kwargs, recording)
     ):
-        recording = record_pass(twin, args, kwargs, recording.fake, paths, snapshot=snapshot)
+        numbers = recording.asked
+        recording = record_pass(twin, args, kwargs, recording.fake, paths, numbers=numbers, snapshot=snapshot)
     trials = _try_otherwise(twin, args, kwargs, recording, snapshot)
     idle = _find_idle(twin, args, kwargs, (recording, *(trial.recording for trial in trials.made)))
     causes = {each.holder: each.path for each in idle if not (headless and each.head)}
     if causes:
-        known = recording.nondeterministic | causes.keys()
-        recording = record_pass(twin, args, kwargs, recording.fake, known, snapshot=snapshot)
+        known, numbers = recording.nondeterministic | causes.keys(), recording.asked
+        recording = record_pass(twin, args, kwargs, recording.fake, known, numbers=numbers, snapshot=snapshot)
     draft = Draft(recording, Evaluator())
     draft.items += _at_the_doors(recording)
     aligned = [(trial, trial.alignment) for trial in trials.made]

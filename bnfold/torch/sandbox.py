@@ -359,7 +359,7 @@ def record_pass(
         try:
             return run(False, False)
         except NeedsNumbers:
-            pass
+            del (touched or [])[:]
         except Differentiates:
             differentiates = True
     with suppress(Differentiates):
@@ -375,7 +375,7 @@ def record_somehow(
     touched: list[str],
     snapshot: Snapshot | None = None,
 ) -> Trace:
-    """Record with real tensors; with shapes alone where there are no numbers, or no memory or kernel for them.
+    """Record with real tensors, and no more numbers than are asked for; with shapes alone where there are no numbers, or no memory or kernel for them.
 
     Fake tensors are not the first choice: they take longer, and what a model caches outside of its modules (in an
     `lru_cache`, say) would be poisoned with them.
@@ -386,7 +386,7 @@ def record_somehow(
         except Exception as error:
             raise unreadable(model, error) from error
     try:
-        return record_pass(model, args, kwargs, False, touched=touched, snapshot=snapshot)
+        return record_pass(model, args, kwargs, False, touched=touched, numbers=False, snapshot=snapshot)
     except (NotImplementedError, torch.OutOfMemoryError) as error:
         return record_shapes(model, args, kwargs, error, touched, snapshot)
     except Exception as error:
