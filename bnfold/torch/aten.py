@@ -75,6 +75,7 @@ def is_pure(operator: Any) -> bool:
     return _makes_tensors(operator) and not drawn and not unset and not _tells_by_shape(operator)
 
 
+@cache
 def _tells_by_shape(operator: OpOverload) -> bool:
     """Whether the shape of the result depends on numbers; that of an index only where it is a mask."""
     dynamic = torch.Tag.dynamic_output_shape in operator.tags
@@ -125,6 +126,7 @@ def _parts(thing: Any) -> Iterator[Any]:
         yield thing
 
 
+@cache
 def makes_list(operator: Any) -> bool:
     """Whether it gives as many tensors as a size says."""
     return isinstance(operator, OpOverload) and any(

@@ -130,6 +130,8 @@ class _Calls:
     def look(self, thing: Any) -> tuple[Value, ...]:
         """The values of the tensors in nested things."""
         with self.looking():
+            if isinstance(thing, Tensor):
+                return (self.value(thing),)
             return tuple(self.value(tensor) for _, tensor in leaves(thing))
 
     def measure(self, tensor: Any, sizes: bool = True) -> None:
@@ -278,7 +280,7 @@ class _Modules:
             return call(module, *args, **kwargs)
         frame = Frame(module, self.paths.get(id(module)), calls.frame)
         frame.data_dependent = frame.path in self.nondeterministic
-        frame.given = calls.look((args, kwargs))
+        frame.given = calls.look(args[0] if len(args) == 1 and not kwargs else (args, kwargs))
         frame.start = len(calls.list)
         calls.frame = frame
         try:

@@ -4,9 +4,9 @@ A convolution takes a hundred times as long as to say how large its result is, a
 convolutions. So in a pass on other inputs they give memory that nobody has set. Everything else is computed of that, as
 it would be of numbers, until somebody asks for one (see `capture.NeedsNumbers`).
 
-The size of a convolution's result (Dumoulin & Visin 2016, "A guide to convolution arithmetic", relationship 14):
-`floor((n + 2 padding - dilation (kernel - 1) - 1) / stride) + 1` along each axis. Poolings are asked on the `meta`
-device.
+The size of what a window slides over (Dumoulin & Visin 2016, "A guide to convolution arithmetic", relationship 14):
+`floor((n + 2 padding - dilation (kernel - 1) - 1) / stride) + 1` along each axis. A pooling can round up instead, and
+then has no window that begins behind the last number.
 
 Not covered, and computed: operators in other forms (words for a padding, other dtypes or layouts beside each other),
 which raise where it is an error.
@@ -51,13 +51,27 @@ def _convolve(
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
         return None
-    given = (x.shape[2:], weight.shape[2:], *(_each(one, rank) for one in (stride, padding, dilation)))
-    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*given, strict=True)]
+    sizes = _slide(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *sizes)) if min(sizes) > 0 else None
 
 
-def _each(numbers: Sequence[int], rank: int) -> Sequence[int]:
-    return numbers if len(numbers) == rank else [*numbers] * rank
+def _slide(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    up: bool = False,
+) -> list[int]:
+    """How often a window fits along each axis."""
+    given = (each if len(each) == len(sizes) else [*each] * len(sizes) for each in (kernel, stride, padding, dilation))
+    return [_fits(*each, up) for each in zip(sizes, *given, strict=True)]
+
+
+def _fits(size: int, kernel: int, stride: int, padding: int, dilation: int, up: bool) -> int:
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    count = (room + (stride - 1 if up else 0)) // stride + 1
+    return count - 1 if up and (count - 1) * stride >= size + padding else count
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: _Made = None) -> _Made:
@@ -74,11 +88,30 @@ def _normalise(x: Tensor, *rest: Any) -> _Made:
     return torch.empty_like(x) if known and not training else None
 
 
-def _pool(operator: Any) -> Callable[..., _Made]:
-    def pool(x: Tensor, *settings: Any) -> _Made:
-        return x.new_empty(operator(x.to("meta"), *settings).shape)
+def _pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    up: bool = False,
+) -> _Made:
+    rank = len(kernel)
+    if x.dim() not in (rank + 1, rank + 2) or 2 * max(padding) > min(kernel):
+        return None
+    sizes = _slide(x.shape[-rank:], kernel, stride or kernel, padding, dilation, up)
+    return x.new_empty((*x.shape[:-rank], *sizes)) if min(sizes) > 0 else None
 
-    return pool
+
+def _average(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    up: bool = False,
+    *settings: Any,
+) -> _Made:
+    return _pool(x, kernel, stride, padding, (1,), up)
 
 
 def _join(tensors: Sequence[Tensor], axis: int = 0) -> _Made:
@@ -108,7 +141,6 @@ def _combine_in_place(x: Tensor, other: Any) -> _Made:
     return x if isinstance(other, Tensor) and other.shape == x.shape else None
 
 
-_POOLS = ("max_pool2d", "max_pool3d", "avg_pool2d", "avg_pool3d")
 _ELEMENTWISE = ("relu", "leaky_relu", "silu", "hardtanh", "hardswish", "sigmoid", "tanh")
 
 
@@ -118,7 +150,8 @@ def _named(names: Sequence[str], overload: str = "default") -> list[Any]:
 
 HOLLOW: dict[Any, Callable[..., _Made]] = {
     **dict.fromkeys(_named(("conv1d", "conv2d", "conv3d")), _convolve),
-    **{operator: _pool(operator) for operator in _named(_POOLS)},
+    **dict.fromkeys(_named(("max_pool2d", "max_pool3d")), _pool),
+    **dict.fromkeys(_named(("avg_pool2d", "avg_pool3d")), _average),
     **dict.fromkeys(_named(_ELEMENTWISE), _like),
     **dict.fromkeys(_named([f"{name}_" for name in _ELEMENTWISE]), _itself),
     **dict.fromkeys(_named(("add", "sub", "mul"), "Tensor"), _combine),

@@ -103,7 +103,7 @@ class Memory:
 
     def _fresh(self, tensor: Tensor, call: Call, constant: bool, data: bool) -> Value:
         self.count += 1
-        shape = tuple(int(size) for size in tensor.shape)
+        shape = tuple(map(int, tensor.shape))
         name = f"v{self.count}"
         return Value(shape, tensor.dtype, call, constant=constant, data=data, name=name, frame=call.frame)
 

@@ -167,7 +167,7 @@ def _moved(mine: tuple[int, ...], theirs: tuple[int, ...]) -> list[int]:
 
 def _same_words(mine: Call, theirs: Call) -> bool:
     """Whether two calls have the same numbers and words among their arguments."""
-    return list(settings((mine.args, mine.kwargs))) == list(settings((theirs.args, theirs.kwargs)))
+    return settings((mine.args, mine.kwargs)) == settings((theirs.args, theirs.kwargs))
 
 
 def _give_up(item: DraftNode) -> None:
