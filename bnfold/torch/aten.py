@@ -86,7 +86,11 @@ def _tells_by_shape(operator: OpOverload) -> bool:
 def is_view(operator: OpOverload) -> bool:
     """Whether all that it makes is another look at memory that it is given: its numbers say nothing."""
     returns = operator._schema.returns
-    return bool(returns) and all(each.alias_info is not None for each in returns) and not operator._schema.is_mutable
+    return (
+        bool(returns)
+        and all(each.alias_info is not None for each in returns)
+        and not operator._schema.is_mutable
+    )
 
 
 def reads_shape(operator: Any) -> bool:

@@ -356,7 +356,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _leave_out(self, operator: Any, *args: Any, **kwargs: Any) -> Any:
-        """What an operator makes, without numbers where it is costly; what they may be the reason for is not trusted."""
+        """What an operator makes, without numbers where those are costly; no error that is due to them is believed."""
         if operator in HOLLOW:
             made = None if self.surroundings.devices else hollow(operator, args, kwargs)
             return operator(*args, **kwargs) if made is None else made

@@ -1,4 +1,4 @@
-"""What a costly operator makes, without its numbers: for passes of which the calls count, and nothing that they compute.
+"""What a costly operator makes, without its numbers: for passes of which the calls count, and not what they compute.
 
 A convolution takes a hundred times as long as to say how large its result is, and most of a forward pass is
 convolutions. So in a pass on other inputs they give memory that nobody has set. Everything else is computed of that, as
@@ -64,8 +64,14 @@ def _slide(
     up: bool = False,
 ) -> list[int]:
     """How often a window fits along each axis."""
-    given = (each if len(each) == len(sizes) else [*each] * len(sizes) for each in (kernel, stride, padding, dilation))
-    return [_fits(*each, up) for each in zip(sizes, *given, strict=True)]
+    rank = len(sizes)
+    kernel, stride, padding, dilation = (_each(one, rank) for one in (kernel, stride, padding, dilation))
+    axes = zip(sizes, kernel, stride, padding, dilation, strict=True)
+    return [_fits(size, k, s, p, d, up) for size, k, s, p, d in axes]
+
+
+def _each(numbers: Sequence[int], rank: int) -> Sequence[int]:
+    return numbers if len(numbers) == rank else [*numbers] * rank
 
 
 def _fits(size: int, kernel: int, stride: int, padding: int, dilation: int, up: bool) -> int:
@@ -158,7 +164,9 @@ HOLLOW: dict[Any, Callable[..., _Made]] = {
     **dict.fromkeys(_named(("add_", "sub_", "mul_"), "Tensor"), _combine_in_place),
     _ATEN.linear.default: _multiply,
     _ATEN.batch_norm.default: _normalise,
-    _ATEN.prelu.default: lambda x, slope: _like(x) if slope.shape == x.shape[1:2] or slope.numel() == 1 else None,
+    _ATEN.prelu.default: lambda x, slope: (
+        _like(x) if slope.shape == x.shape[1:2] or slope.numel() == 1 else None
+    ),
     _ATEN.cat.default: _join,
 }
 """Operators whose result has a shape that their settings say, and which raise for no other reason than a shape."""

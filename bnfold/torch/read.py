@@ -178,7 +178,9 @@ def _reading(trace: Trace, graph: Graph, items: Sequence[DraftNode], steps: tupl
     norms = {i.name: i.place for i in items if isinstance(i.place, NormPlace)}
     dtypes = frozenset(v.dtype for call in trace.calls for v in call.made if v.dtype.is_floating_point)
     writes = bool(trace.changed_slots) or trace.data_dependent
-    return Reading(graph, linears, norms, trace.fake, steps, trace.data_dependent, dtypes, writes, asked=trace.asked)
+    return Reading(
+        graph, linears, norms, trace.fake, steps, trace.data_dependent, dtypes, writes, asked=trace.asked
+    )
 
 
 def _outputs(trace: Trace) -> list[str]:
@@ -222,9 +224,7 @@ def _at_the_doors(recording: Trace) -> Iterator[DraftNode]:
                     yield DraftNode("If", [value.name], [], Call(-1, "If", (), {}, frame))
 
 
-def _try_otherwise(
-    twin: nn.Module, args: Any, kwargs: Any, recording: Trace, snapshot: Snapshot
-) -> Trials:
+def _try_otherwise(twin: nn.Module, args: Any, kwargs: Any, recording: Trace, snapshot: Snapshot) -> Trials:
     """The passes on other inputs that could be made."""
 
     def run(args: Any, kwargs: Any, seed: int) -> Trace:

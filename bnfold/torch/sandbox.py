@@ -67,9 +67,10 @@ def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in modules:
         kind = type(module)
         memo[id(module)] = kind.__new__(kind)
-    for module in modules:
+    for module in reversed(modules):  # what one holds before itself, as its own `__setstate__` may ask that
         content = {
-            name: thing if type(thing) in _PLAIN else _copy(thing, memo) for name, thing in vars(module).items()
+            name: thing if type(thing) in _PLAIN else _copy(thing, memo)
+            for name, thing in vars(module).items()
         }
         if type(module).__setstate__ is nn.Module.__setstate__:
             vars(memo[id(module)]).update(content)
@@ -83,26 +84,32 @@ def _copy(thing: Any, memo: dict[int, Any]) -> Any:
     kind = type(thing)
     if kind is tuple and _is_flat(thing):
         return thing
-    if kind not in _COPIED or id(thing) in memo or not (kind is dict or _is_flat(thing)):
+    named = kind is dict and _PLAIN.issuperset(map(type, thing))
+    if kind not in _COPIED or id(thing) in memo or not (named or _is_flat(thing)):
         return copy.deepcopy(thing, memo)
-    made = memo[id(thing)] = thing.copy() if thing else kind()
-    if thing and kind is dict:
+    made: Any = thing.copy() if thing else kind()
+    memo[id(thing)] = made
+    if named:
         made.update((name, copy.deepcopy(part, memo)) for name, part in thing.items())
     return made
 
 
 def _is_flat(things: Collection[Any]) -> bool:
     """Whether nothing in a container holds anything itself."""
-    return not things or _PLAIN.issuperset(map(type, things.values() if isinstance(things, dict) else things))
+    return not things or (
+        _PLAIN.issuperset(map(type, things))
+        and (not isinstance(things, dict) or _PLAIN.issuperset(map(type, things.values())))
+    )
 
 
 def _is_copied_plainly(module: nn.Module) -> bool:
     """Whether a module is copied by copying what it holds, since it says nothing else of itself."""
-    return "__deepcopy__" not in vars(module) and _is_plain(type(module))
+    kind: Any = type(module)
+    return "__deepcopy__" not in vars(module) and _is_plain(kind)
 
 
 @cache
-def _is_plain(kind: type[nn.Module]) -> bool:
+def _is_plain(kind: type) -> bool:
     ways = ("__getstate__", "__reduce__", "__reduce_ex__", "__new__")
     more = any(hasattr(kind, way) for way in ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__"))
     slots = any(vars(each).get("__slots__") for each in kind.__mro__)
@@ -375,10 +382,10 @@ def record_somehow(
     touched: list[str],
     snapshot: Snapshot | None = None,
 ) -> Trace:
-    """Record with real tensors, and no more numbers than are asked for; with shapes alone where there are no numbers, or no memory or kernel for them.
+    """Record with real tensors, or with shapes alone where there are no numbers, or no memory or kernel for them.
 
-    Fake tensors are not the first choice: they take longer, and what a model caches outside of its modules (in an
-    `lru_cache`, say) would be poisoned with them.
+    No more numbers are computed than are asked for. Fake tensors are not the first choice: they take longer, and what a
+    model caches outside of its modules (in an `lru_cache`, say) would be poisoned with them.
     """
     if is_meta(model, args, kwargs):
         try:
