@@ -103,11 +103,15 @@ class _Sealed:
     told: bool = False
 
 
+_ATOMS = frozenset({int, float, bool, str, type(None)})
+
+
 class _Calls:
     """The calls of one pass, and the frame of the module in whose code it is."""
 
     def __init__(self, memory: Memory, numbers: bool = True) -> None:
         self.memory, self.numbers, self.asked = memory, numbers, False
+        self.branches = False
         self.list: list[Call] = []
         self.frame = self.root = Frame(None, None, None)
         self.sealed: _Sealed | None = None
@@ -156,7 +160,7 @@ class _Calls:
     def read(self, call: Call, value: Value) -> None:
         """Note that a call reads a value; a value that passes through a branching forward is read by that, too."""
         call.reads[id(value)] = value
-        if value.slots or value.frame is None or not value.data:
+        if not self.branches or value.slots or value.frame is None or not value.data:
             return
         mine = {id(frame): frame for frame in call.frame.line()}
         meeting = next(frame for frame in value.frame.line() if id(frame) in mine)
@@ -172,6 +176,7 @@ class _Calls:
     def branch(self) -> None:
         """A number has left the tensors: whatever is alive may be read by code that did not run."""
         self.ask()
+        self.branches = True
         for frame in self.frame.line():
             frame.data_dependent = True
         self.observe("If", [value for _, value in self.memory.alive() if value.data], self.frame)
@@ -198,12 +203,14 @@ class _Calls:
         return call
 
     def _freeze(self, thing: Any, call: Call) -> Any:
+        if type(thing) in _ATOMS:  # nearly always
+            return thing
         if isinstance(thing, Tensor):
             value = self.value(thing)
             self.read(call, value)
             return value
         if isinstance(thing, list | tuple):
-            return tuple(self._freeze(part, call) for part in thing)
+            return tuple([self._freeze(part, call) for part in thing])
         if isinstance(thing, dict):
             return {key: self._freeze(part, call) for key, part in thing.items()}
         return thing
@@ -280,6 +287,7 @@ class _Modules:
             return call(module, *args, **kwargs)
         frame = Frame(module, self.paths.get(id(module)), calls.frame)
         frame.data_dependent = frame.path in self.nondeterministic
+        calls.branches |= frame.data_dependent
         frame.given = calls.look(args[0] if len(args) == 1 and not kwargs else (args, kwargs))
         frame.start = len(calls.list)
         calls.frame = frame
@@ -388,7 +396,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         changed = [tensor for tensor in written(operator, args, kwargs) if memory.store(tensor) is not None]
         for tensor in changed:
             memory.save(tensor)
-        if real := {id(tensor) for tensor in changed if fake is not None and not is_fake(tensor)}:
+        if fake is not None and (real := {id(tensor) for tensor in changed if not is_fake(tensor)}):
 
             def swap(tensor: Tensor) -> Any:
                 return fake.from_tensor(tensor) if id(tensor) in real else tensor

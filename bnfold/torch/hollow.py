@@ -9,7 +9,8 @@ The size of what a window slides over (Dumoulin & Visin 2016, "A guide to convol
 then has no window that begins behind the last number.
 
 Not covered, and computed: operators in other forms (words for a padding, other dtypes or layouts beside each other),
-which raise where it is an error.
+which raise where it is an error; and all on other devices than the CPU, which are fast, and where an index or a
+probability that is none ends the process instead of raising.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnfold.torch.internals import without_dispatch
 from bnfold.torch.tensors import returned
 
 __all__ = ["HOLLOW", "hollow"]
@@ -32,9 +34,12 @@ def hollow(operator: Any, args: Any, kwargs: Any) -> Tensor | None:
     """A tensor as an operator of `HOLLOW` would make it, with unset numbers; None for a form that is not covered."""
     tensors = list(returned(args))
     first = tensors[0]
-    plain = first.is_floating_point() and first.layout is torch.strided and not kwargs
+    plain = first.device.type == "cpu" and first.is_floating_point() and first.layout is torch.strided
     alike = all(t.dtype is first.dtype and t.device == first.device and t.is_contiguous() for t in tensors)
-    return HOLLOW[operator](*args) if plain and alike else None
+    if kwargs or not plain or not alike:
+        return None
+    with without_dispatch():
+        return HOLLOW[operator](*args)
 
 
 def _convolve(

@@ -77,6 +77,7 @@ REFUSED = {
     "a sum of two types": lambda: IMAGES + IMAGES.double(),
     "a scaled sum": lambda: torch.add(IMAGES, IMAGES, alpha=2),
     "a number": lambda: IMAGES * 2.0,
+    "another device": lambda: torch.relu(IMAGES.to("meta")),
     "whole numbers": lambda: torch.relu(torch.arange(3)),
     "statistics of the batch": lambda: F.batch_norm(IMAGES, *torch.rand(4, 4), training=True),
 }
