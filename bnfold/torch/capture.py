@@ -70,7 +70,7 @@ from bnfold.torch.internals import (
 from bnfold.torch.lower import LOWERINGS
 from bnfold.torch.memory import Memory
 from bnfold.torch.modules import TAILS
-from bnfold.torch.tensors import leaves, returned, walk, words
+from bnfold.torch.tensors import Slot, held, leaves, returned, walk, words
 from bnfold.torch.trace import Call, Frame, Like, Trace, Value
 
 __all__ = ["KEPT", "Differentiates", "NeedsNumbers", "capture", "computes_weight"]
@@ -577,6 +577,7 @@ def capture(
     lasting: bool = False,
     differentiates: bool = False,
     numbers: bool = True,
+    places: Iterable[tuple[Tensor, tuple[Slot, ...]]] | None = None,
 ) -> Trace:
     """Run a model once and capture it. The model is run as it is: give a copy where that must not be touched.
 
@@ -587,6 +588,7 @@ def capture(
         lasting: leave what it changes in tensors as it is.
         differentiates: the model is known to differentiate by itself.
         numbers: compute what it costs most to compute.
+        places: what `tensors.held` says of the model, if that is known.
 
     Raises:
         Differentiates: it does, and that was not known.
@@ -596,7 +598,7 @@ def capture(
     mode = make_fake_mode() if fake else None
     if mode is not None:
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-    memory = Memory(model, saves=mode is None)
+    memory = Memory(held(model) if places is None else places, saves=mode is None)
     calls = _Calls(memory, numbers)
     modules = _Modules(model, calls, nondeterministic)
     inputs = _enter_inputs(calls, args, kwargs)

@@ -9,7 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, cached_property
 from operator import is_
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
 from bnfold.torch.capture import Differentiates, NeedsNumbers, capture
+from bnfold.torch.tensors import Slot, leaves, put_back, walk
 from bnfold.torch.tensors import held as held_tensors
-from bnfold.torch.tensors import leaves, put_back, walk
 from bnfold.torch.trace import Trace
 
 __all__ = [
@@ -226,7 +226,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, whole: bool = False) -> None:
-        modules = [module for _, module in walk(model)]
+        self.model, modules = model, [module for _, module in walk(model)]
         self.memories = [(p, p.data) for p in model.parameters() if type(p) is nn.Parameter]
         self.attributes = [(vars(module), dict(vars(module))) for module in modules]
         held = [
@@ -239,7 +239,12 @@ class Snapshot:
         filled = [(name, thing) for name, thing in held if type(thing) not in _COPIED or thing]
         self.filled = [(name, thing, _copied(thing)) for name, thing in filled]
         self.tensors = [(t, t.detach().clone()) for t in model.buffers() if not nn.parameter.is_lazy(t)]
-        self.tensors += copied(tensor for tensor, _ in held_tensors(model)) if whole else []
+        self.tensors += copied(tensor for tensor, _ in self.held) if whole else []
+
+    @cached_property
+    def held(self) -> list[tuple[Tensor, tuple[Slot, ...]]]:
+        """Every tensor that the module holds, with the places (see `tensors.held`), asked for before a pass."""
+        return list(held_tensors(self.model))
 
     def put_back(self, touched: list[str] | None = None) -> None:
         """Make it hold that again; the names of attributes that were others go to `touched`."""
@@ -267,7 +272,7 @@ def restored(
     whole: bool = False,
     touched: list[str] | None = None,
     snapshot: Snapshot | None = None,
-) -> Iterator[None]:
+) -> Iterator[Snapshot]:
     """Put back every attribute, container and buffer that a pass with real tensors changes.
 
     What is written into a parameter is put back with `whole`, which copies them all; one that is given another memory
@@ -276,7 +281,7 @@ def restored(
     """
     snapshot = snapshot or Snapshot(model, whole)
     try:
-        yield
+        yield snapshot
     finally:
         snapshot.put_back(touched)
 
@@ -354,9 +359,9 @@ def record_pass(
     """
 
     def run(differentiates: bool, numbers: bool) -> Trace:
-        with restored(model, False, touched, snapshot), undisturbed(seed) as draws, quiet():
+        with restored(model, False, touched, snapshot) as own, undisturbed(seed) as draws, quiet():
             trace = capture(
-                model, args, kwargs, fake, nondeterministic, differentiates=differentiates, numbers=numbers
+                model, args, kwargs, fake, nondeterministic, False, differentiates, numbers, own.held
             )
             trace.draws = draws.has_drawn()
             return trace
