@@ -358,7 +358,7 @@ def record_pass(
     something depends on them; then, too, the pass is made again.
     """
 
-    def run(differentiates: bool, numbers: bool) -> Trace:
+    def run(differentiates: bool, numbers: bool = True) -> Trace:
         with restored(model, False, touched, snapshot) as own, undisturbed(seed) as draws, quiet():
             trace = capture(
                 model, args, kwargs, fake, nondeterministic, False, differentiates, numbers, own.held
@@ -366,18 +366,14 @@ def record_pass(
             trace.draws = draws.has_drawn()
             return trace
 
-    differentiates = False
-    if not numbers and not fake:
-        try:
-            return run(False, False)
-        except NeedsNumbers:
-            del (touched or [])[:]
-        except Differentiates:
-            differentiates = True
-    with suppress(Differentiates):
-        if not differentiates:
-            return run(False, True)
-    return run(True, True)
+    with suppress(NeedsNumbers):
+        with suppress(Differentiates):
+            return run(False, numbers or fake)
+        return run(True)
+    del (touched or [])[:]
+    trace = record_pass(model, args, kwargs, fake, nondeterministic, touched, seed, snapshot=snapshot)
+    trace.asked = True
+    return trace
 
 
 def record_somehow(

@@ -148,13 +148,26 @@ def counts_on_numbers(net: Net, x: Tensor) -> Tensor:
     return torch.linalg.cholesky(block(net, x).flatten(1).T.cov() * 0.0)
 
 
-@pytest.mark.parametrize("function", [asks_a_number, asks_a_size, asks_numpy, counts_on_numbers])
+def calls_other_code(net: Net, x: Tensor) -> Tensor:
+    """An operator of which torch does not know what it does with numbers."""
+    return twice(block(net, x))
+
+
+@torch.library.custom_op("bnfold_hollow::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return x + x
+
+
+ASKING = [asks_a_number, asks_a_size, asks_numpy, counts_on_numbers, calls_other_code]
+
+
+@pytest.mark.parametrize("function", ASKING)
 def test_a_number_that_was_left_out_is_told_to_nobody(function):
     with pytest.raises(NeedsNumbers):
         capture(Net(function), (IMAGES,), {}, numbers=False)
 
 
-@pytest.mark.parametrize("function", [asks_a_number, asks_a_size, asks_numpy])
+@pytest.mark.parametrize("function", [asks_a_number, asks_a_size, asks_numpy, calls_other_code])
 def test_a_pass_that_needs_numbers_is_made_again_with_them(function):
     net = Net(function)
     pair = [record_pass(net, (IMAGES,), {}, False, numbers=numbers) for numbers in (False, True)]
