@@ -143,6 +143,10 @@ def asks_numpy(net: Net, x: Tensor) -> Tensor:
     return torch.from_numpy(block(net, x).numpy())
 
 
+def gives_each_number_to_code(net: Net, x: Tensor) -> Tensor:
+    return block(net, x).clone().apply_(lambda number: number if number > 0 else 0.0)
+
+
 def counts_on_numbers(net: Net, x: Tensor) -> Tensor:
     """An error that no shape is the reason for."""
     return torch.linalg.cholesky(block(net, x).flatten(1).T.cov() * 0.0)
@@ -158,7 +162,14 @@ def twice(x: Tensor) -> Tensor:
     return x + x
 
 
-ASKING = [asks_a_number, asks_a_size, asks_numpy, counts_on_numbers, calls_other_code]
+ASKING = [
+    asks_a_number,
+    asks_a_size,
+    asks_numpy,
+    gives_each_number_to_code,
+    counts_on_numbers,
+    calls_other_code,
+]
 
 
 @pytest.mark.parametrize("function", ASKING)
