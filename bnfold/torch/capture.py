@@ -110,8 +110,8 @@ class _Calls:
     """The calls of one pass, and the frame of the module in whose code it is."""
 
     def __init__(self, memory: Memory, numbers: bool = True) -> None:
-        self.memory, self.numbers, self.asked = memory, numbers, False
-        self.branches = False
+        self.memory, self.numbers = memory, numbers
+        self.asked = self.unset = self.branches = False
         self.list: list[Call] = []
         self.frame = self.root = Frame(None, None, None)
         self.sealed: _Sealed | None = None
@@ -185,10 +185,10 @@ class _Calls:
         """Something depends on numbers that depend on the inputs.
 
         Raises:
-            NeedsNumbers: there are none.
+            NeedsNumbers: some were left out.
         """
         self.asked = True
-        if not self.numbers:
+        if self.unset:
             raise NeedsNumbers
 
     # -- calls
@@ -367,7 +367,10 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What an operator makes, without numbers where those are costly; no error that is due to them is believed."""
         if operator in HOLLOW:
             made = None if self.surroundings.devices else hollow(operator, args, kwargs)
+            self.calls.unset |= made is not None
             return operator(*args, **kwargs) if made is None else made
+        if not self.calls.unset:
+            return operator(*args, **kwargs)
         if operator.namespace != "aten":
             raise NeedsNumbers
         try:
@@ -667,7 +670,8 @@ def _holders(model: nn.Module, memory: Memory) -> dict[str, str]:
     made = {id(tensor): value.name for tensor, value in memory.alive() if value.call is not None}
     holders: dict[str, str] = {}
     for path, module in walk(model):
-        for found in (module._parameters, module._buffers, vars(module)):
+        compiled = isinstance(module, torch.jit.ScriptModule)
+        for found in () if compiled else (module._parameters, module._buffers, vars(module)):
             for attribute, thing in found.items():
                 if id(thing) in made:
                     holders.setdefault(made[id(thing)], f"{path}.{attribute}" if path else attribute)

@@ -187,6 +187,16 @@ def test_a_pass_that_needs_numbers_is_made_again_with_them(function):
     assert pair[0].asked
 
 
+def test_a_number_that_is_asked_for_before_any_is_left_out_costs_no_other_pass():
+    """Such as one of a mask, which the caller gives."""
+
+    def masked(net: Net, x: Tensor) -> Tensor:
+        return block(net, x) if x.isfinite().all() else x
+
+    trace = capture(Net(masked), (IMAGES,), {}, numbers=False)
+    assert trace.asked
+
+
 def test_a_pass_that_needs_none_computes_no_convolution(monkeypatch):
     """Where it did, it would take as long as the model."""
     watched = Computed()
