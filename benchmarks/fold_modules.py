@@ -5,7 +5,8 @@
 Process time, one thread, the quickest of some turns, alternating; ratios within one run. `fuse` traces symbolically: it
 never runs the module, looks for a Conv and a BatchNorm side by side, and checks nothing. Here the module runs five
 times before anything is decided (the example; another batch and another size; an odd size; without its batch axis; and
-once the fold is made), and eight times more where it is verified.
+once the fold is made), without its convolutions where no number is asked for, and eight times more, in full, where it
+is verified.
 """
 
 from __future__ import annotations

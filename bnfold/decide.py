@@ -7,14 +7,16 @@ Where the second one does not, nothing is merged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from bnfold import reasons, report
 from bnfold.ir import Graph, Node
 from bnfold.merge import Merge, Merged
+from bnfold.operators import Numbers
 from bnfold.response import Claim, Stored, check_merges
 from bnfold.simulation import NotProved, check
 from bnfold.travel import Options, Plan, travel
@@ -42,14 +44,15 @@ def decide(graph: Graph, options: Options | None = None, fits: Callable[[Node], 
     raise gap
 
 
-def prove(graph: Graph, merged: Merged, stored: Stored) -> Merged:
+def prove(graph: Graph, merged: Merged, stored: Stored, known: Mapping[Any, Any] | None = None) -> Merged:
     """What was merged, if that is proved for every input; else nothing.
 
     Args:
         graph, stored: see `check_merges`.
         merged: what became of it.
+        known: numbers that are going to be written, as `claim` takes them.
     """
-    claims = [claim(one, stored) for one in merged.merges]
+    claims = [claim(one, stored, known) for one in merged.merges]
     try:
         check_merges(graph, merged.graph, claims, merged.left, stored)
     except NotProved as gap:
@@ -74,12 +77,21 @@ def describe(graph: Graph, plan: Plan, merged: Merged) -> tuple[str, ...]:
     return (f"equal for every input over the real numbers, by {len(graph.nodes):,} steps{merges}",)
 
 
-def claim(one: Merge, stored: Stored) -> Claim:
-    """What a merge claims."""
+def claim(one: Merge, stored: Stored, known: Mapping[Any, Any] | None = None) -> Claim:
+    """What a merge claims.
+
+    Args:
+        one: the merge.
+        stored: where its numbers are computed from.
+        known: those that were computed, by the identity of their operator, with that.
+    """
     way = one.candidate
-    return Claim(
-        one.into, way.source, way.result, way.dropped, way.signs, lambda: one.operator.numbers(stored)
-    )
+
+    def numbers() -> Numbers:
+        operator, arrays = (known or {}).get(id(one.operator), (None, None))
+        return arrays if operator is one.operator else one.operator.numbers(stored)
+
+    return Claim(one.into, way.source, way.result, way.dropped, way.signs, numbers)
 
 
 def _held(graph: Graph) -> Iterator[frozenset[str]]:

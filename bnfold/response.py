@@ -368,14 +368,15 @@ def _apply(
     if (given.axis, given.channels) != (linear.in_axis, linear.inputs):
         raise Refuse("its channels lie on another axis")
     window = linear.window or Window((), (), (), ())
-    seen = linear.view(weight)
+    seen = np.asarray(linear.view(weight), np.float64)
+    pair, made_of = (seen, np.abs(seen)), dict[int, tuple[Array, Array]]()
 
     def multiply(tap: Position, numbers: Array) -> Array:
-        grouped = numbers.reshape(2, linear.groups, -1)
-        own = seen[..., np.ravel_multi_index(tap, window.kernel) if tap else 0].astype(np.float64)
-        pairs = ((own, grouped[0]), (np.abs(own), grouped[1]))
-        made: Array = np.stack([(matrix @ vector[..., None]).ravel() for matrix, vector in pairs])
-        return made
+        if id(numbers) not in made_of:
+            rows = numbers.reshape(2, linear.groups, 1, 1, -1)
+            made = [(row @ own)[..., 0, :] for row, own in zip(rows, pair, strict=True)]
+            made_of[id(numbers)] = numbers, np.stack(made).reshape(2, linear.outputs, -1)
+        return made_of[id(numbers)][1][..., np.ravel_multi_index(tap, window.kernel) if tap else 0]
 
     read = given if linear.before is None else _with(linear.before, given)
     made = replace(_slide(window, read, multiply), axis=linear.out_axis)

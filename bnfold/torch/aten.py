@@ -22,6 +22,7 @@ __all__ = [
     "is_composite",
     "is_metadata",
     "is_pure",
+    "is_view",
     "makes_list",
     "name_of",
     "reads_shape",
@@ -74,10 +75,22 @@ def is_pure(operator: Any) -> bool:
     return _makes_tensors(operator) and not drawn and not unset and not _tells_by_shape(operator)
 
 
+@cache
 def _tells_by_shape(operator: OpOverload) -> bool:
     """Whether the shape of the result depends on numbers; that of an index only where it is a mask."""
     dynamic = torch.Tag.dynamic_output_shape in operator.tags
     return dynamic and operator.overloadpacket is not torch.ops.aten.index
+
+
+@cache
+def is_view(operator: OpOverload) -> bool:
+    """Whether all that it makes is another look at memory that it is given: its numbers say nothing."""
+    returns = operator._schema.returns
+    return (
+        bool(returns)
+        and all(each.alias_info is not None for each in returns)
+        and not operator._schema.is_mutable
+    )
 
 
 def reads_shape(operator: Any) -> bool:
@@ -117,6 +130,7 @@ def _parts(thing: Any) -> Iterator[Any]:
         yield thing
 
 
+@cache
 def makes_list(operator: Any) -> bool:
     """Whether it gives as many tensors as a size says."""
     return isinstance(operator, OpOverload) and any(

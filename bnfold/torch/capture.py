@@ -19,6 +19,10 @@ or `nonzero` selects); what is computed from such a tensor meanwhile is drawn as
 branch on nothing is trusted that passes through a module whose own forward was under way, nor any value that was alive:
 an opaque call "reads" it. What runs whole inside another module's forward stays as it is.
 
+**Without numbers.** A pass of which the calls alone count can leave out what costly operators compute (`hollow`). What
+comes of it rests on no number: where one is asked for, be it by the model, a size or an error, `NeedsNumbers` asks for
+another pass.
+
 **Autocast** casts what an operator reads. That is taken for a part of the operator: the cast tensor is the same value.
 
 Not covered: a branch on a shape is followed as the example goes; higher-order operators (`torch.cond`) raise.
@@ -31,6 +35,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -46,12 +51,14 @@ from bnfold.torch.aten import (
     is_composite,
     is_metadata,
     is_pure,
+    is_view,
     makes_list,
     name_of,
     reads_shape,
     sized_axes,
     written,
 )
+from bnfold.torch.hollow import HOLLOW, hollow
 from bnfold.torch.internals import (
     BelowAutograd,
     autocast_devices,
@@ -63,10 +70,10 @@ from bnfold.torch.internals import (
 from bnfold.torch.lower import LOWERINGS
 from bnfold.torch.memory import Memory
 from bnfold.torch.modules import TAILS
-from bnfold.torch.tensors import held, leaves, returned, words
+from bnfold.torch.tensors import Slot, held, leaves, returned, walk, words
 from bnfold.torch.trace import Call, Frame, Like, Trace, Value
 
-__all__ = ["KEPT", "Differentiates", "capture", "computes_weight"]
+__all__ = ["KEPT", "Differentiates", "NeedsNumbers", "capture", "computes_weight"]
 
 _WHOLE = {"lstm", "gru", "rnn_tanh", "rnn_relu", "layer_norm", "group_norm", "scaled_dot_product_attention"}
 _BY_SIZE = {"einsum", "tensordot"}
@@ -77,6 +84,10 @@ name than by their parts, or of other parts where a size is 1."""
 
 class Differentiates(BaseException):
     """The model differentiates by itself; no error, so that its code does not catch it."""
+
+
+class NeedsNumbers(BaseException):
+    """Something depends on a number that was not computed; no error, so that the model's code does not catch it."""
 
 
 _SIZING = (nn.LSTM, nn.GRU, nn.RNN)
@@ -92,11 +103,15 @@ class _Sealed:
     told: bool = False
 
 
+_ATOMS = frozenset({int, float, bool, str, type(None)})
+
+
 class _Calls:
     """The calls of one pass, and the frame of the module in whose code it is."""
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self, memory: Memory, numbers: bool = True) -> None:
+        self.memory, self.numbers = memory, numbers
+        self.asked = self.unset = self.branches = False
         self.list: list[Call] = []
         self.frame = self.root = Frame(None, None, None)
         self.sealed: _Sealed | None = None
@@ -119,6 +134,8 @@ class _Calls:
     def look(self, thing: Any) -> tuple[Value, ...]:
         """The values of the tensors in nested things."""
         with self.looking():
+            if isinstance(thing, Tensor):
+                return (self.value(thing),)
             return tuple(self.value(tensor) for _, tensor in leaves(thing))
 
     def measure(self, tensor: Any, sizes: bool = True) -> None:
@@ -143,7 +160,7 @@ class _Calls:
     def read(self, call: Call, value: Value) -> None:
         """Note that a call reads a value; a value that passes through a branching forward is read by that, too."""
         call.reads[id(value)] = value
-        if value.slots or value.frame is None or not value.data:
+        if not self.branches or value.slots or value.frame is None or not value.data:
             return
         mine = {id(frame): frame for frame in call.frame.line()}
         meeting = next(frame for frame in value.frame.line() if id(frame) in mine)
@@ -158,9 +175,21 @@ class _Calls:
 
     def branch(self) -> None:
         """A number has left the tensors: whatever is alive may be read by code that did not run."""
+        self.ask()
+        self.branches = True
         for frame in self.frame.line():
             frame.data_dependent = True
         self.observe("If", [value for _, value in self.memory.alive() if value.data], self.frame)
+
+    def ask(self) -> None:
+        """Something depends on numbers that depend on the inputs.
+
+        Raises:
+            NeedsNumbers: some were left out.
+        """
+        self.asked = True
+        if self.unset:
+            raise NeedsNumbers
 
     # -- calls
 
@@ -174,12 +203,14 @@ class _Calls:
         return call
 
     def _freeze(self, thing: Any, call: Call) -> Any:
+        if type(thing) in _ATOMS:  # nearly always
+            return thing
         if isinstance(thing, Tensor):
             value = self.value(thing)
             self.read(call, value)
             return value
         if isinstance(thing, list | tuple):
-            return tuple(self._freeze(part, call) for part in thing)
+            return tuple([self._freeze(part, call) for part in thing])
         if isinstance(thing, dict):
             return {key: self._freeze(part, call) for key, part in thing.items()}
         return thing
@@ -202,6 +233,8 @@ class _Calls:
             if value not in call.made:
                 call.made.append(value)
         told = told or (not found and result is not None) or _counts(call)
+        if data and (told or any(value.sized for value in call.made)):
+            self.ask()
         if data and told and not _only_sizes(self.frame.module):
             self.branch()
 
@@ -226,6 +259,8 @@ class _Calls:
                 self.read(call, self.value(tensor))
             for tensor in changed:
                 self.memory.save(tensor)
+        if any(value.data for value in call.reads.values()):
+            self.ask()
         sealed = self.sealed = _Sealed(call, list(changed))
         try:
             result = run()
@@ -241,7 +276,7 @@ class _Modules:
 
     def __init__(self, model: nn.Module, calls: _Calls, nondeterministic: frozenset[str]) -> None:
         self.calls, self.nondeterministic = calls, nondeterministic
-        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.paths = {id(module): path for path, module in walk(model)}
         self.frames: list[Frame] = []
         self.escaped: dict[tuple[str, str], str] = {}
 
@@ -252,7 +287,8 @@ class _Modules:
             return call(module, *args, **kwargs)
         frame = Frame(module, self.paths.get(id(module)), calls.frame)
         frame.data_dependent = frame.path in self.nondeterministic
-        frame.given = calls.look((args, kwargs))
+        calls.branches |= frame.data_dependent
+        frame.given = calls.look(args[0] if len(args) == 1 and not kwargs else (args, kwargs))
         frame.start = len(calls.list)
         calls.frame = frame
         try:
@@ -321,9 +357,28 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run_call(self, operator: Any, args: Any, kwargs: Any) -> Any:
         call = self.calls.begin(operator, args, kwargs)
-        result, changed = self._run(operator, args, kwargs)
+        blind = not self.calls.numbers and any(value.data for value in call.reads.values())
+        compute = partial(self._leave_out, operator) if blind else operator
+        result, changed = self._run(operator, args, kwargs, compute)
         self.calls.finish(call, result, changed, gives_number(operator))
         return result
+
+    def _leave_out(self, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        """What an operator makes, without numbers where those are costly; no error that is due to them is believed."""
+        if operator in HOLLOW:
+            made = None if self.surroundings.devices else hollow(operator, args, kwargs)
+            self.calls.unset |= made is not None
+            return operator(*args, **kwargs) if made is None else made
+        if not self.calls.unset:
+            return operator(*args, **kwargs)
+        if operator.namespace != "aten":
+            raise NeedsNumbers
+        try:
+            return operator(*args, **kwargs)
+        except Exception as error:
+            if is_view(operator):
+                raise
+            raise NeedsNumbers from error
 
     def _run_part(self, sealed: _Sealed, operator: Any, args: Any, kwargs: Any) -> Any:
         for _, tensor in leaves((args, kwargs)):
@@ -331,25 +386,27 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if value is not None and id(value) not in sealed.call.reads:
                 self.calls.read(sealed.call, value)
         sealed.told |= gives_number(operator) or bool(sized_axes(operator, args, 1))
-        result, changed = self._run(operator, args, kwargs)
+        result, changed = self._run(operator, args, kwargs, operator)
         known = {id(tensor) for tensor in sealed.changed}
         sealed.changed += [tensor for tensor in changed if id(tensor) not in known]
         return result
 
-    def _run(self, operator: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
+    def _run(
+        self, operator: Any, args: Any, kwargs: Any, compute: Callable[..., Any]
+    ) -> tuple[Any, list[Tensor]]:
         """The result and what was changed; without numbers, what is the model's own is changed in a copy."""
         memory, fake = self.calls.memory, self.fake
         changed = [tensor for tensor in written(operator, args, kwargs) if memory.store(tensor) is not None]
         for tensor in changed:
             memory.save(tensor)
-        if real := {id(tensor) for tensor in changed if fake is not None and not is_fake(tensor)}:
+        if fake is not None and (real := {id(tensor) for tensor in changed if not is_fake(tensor)}):
 
             def swap(tensor: Tensor) -> Any:
                 return fake.from_tensor(tensor) if id(tensor) in real else tensor
 
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, swap, (args, kwargs))
         with self.surroundings.autocast(operator):
-            return operator(*args, **kwargs), changed
+            return compute(*args, **kwargs), changed
 
     def _run_cast(self, operator: Any, args: Any, kwargs: Any) -> Any:
         """A cast that autocast makes: what comes out stands for what went in."""
@@ -522,6 +579,8 @@ def capture(
     nondeterministic: frozenset[str] = frozenset(),
     lasting: bool = False,
     differentiates: bool = False,
+    numbers: bool = True,
+    places: Iterable[tuple[Tensor, tuple[Slot, ...]]] | None = None,
 ) -> Trace:
     """Run a model once and capture it. The model is run as it is: give a copy where that must not be touched.
 
@@ -531,16 +590,19 @@ def capture(
         nondeterministic: paths of modules whose own code is known to run otherwise at other times; taken for branches.
         lasting: leave what it changes in tensors as it is.
         differentiates: the model is known to differentiate by itself.
+        numbers: compute what it costs most to compute.
+        places: what `tensors.held` says of the model, if that is known.
 
     Raises:
         Differentiates: it does, and that was not known.
+        NeedsNumbers: something depends on numbers that were not computed.
         Exception: whatever the model raises, with `bnfold_frame` set to the path of the module in whose code it was.
     """
     mode = make_fake_mode() if fake else None
     if mode is not None:
         args, kwargs = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-    memory = Memory(model, saves=mode is None)
-    calls = _Calls(memory)
+    memory = Memory(held(model) if places is None else places, saves=mode is None)
+    calls = _Calls(memory, numbers)
     modules = _Modules(model, calls, nondeterministic)
     inputs = _enter_inputs(calls, args, kwargs)
     with ExitStack() as stack:
@@ -551,7 +613,7 @@ def capture(
         result = model(*args, **kwargs)
     outputs = {path: calls.value(tensor) for path, tensor in leaves(result)}
     _add_survivors(memory, outputs, set(_computed_weights(model)))
-    holders = dict(_holders(model, memory))
+    holders = _holders(model, memory)
     return Trace(
         calls.list,
         modules.frames,
@@ -567,6 +629,7 @@ def capture(
         words=() if calls.root.data_dependent else tuple(words(result)),
         measured=calls.measured,
         holders=holders,
+        asked=calls.asked,
     )
 
 
@@ -597,17 +660,22 @@ def _enter_modes(stack: ExitStack, calls: _Calls, modules: _Modules, fake: Any, 
 
 def _computed_weights(model: nn.Module) -> Iterator[int]:
     """The weights that torch's hooks leave on a module, where nobody but the module's next call looks."""
-    for module in model.modules():
+    for _, module in walk(model):
         if any(computes_weight(hook) for hook in module._forward_pre_hooks.values()):
             yield from (id(tensor) for tensor in vars(module).values() if isinstance(tensor, Tensor))
 
 
-def _holders(model: nn.Module, memory: Memory) -> Iterator[tuple[str, str]]:
+def _holders(model: nn.Module, memory: Memory) -> dict[str, str]:
     """The names of computed values that lie in attributes of the model's modules, each with that attribute."""
     made = {id(tensor): value.name for tensor, value in memory.alive() if value.call is not None}
-    for tensor, slots in held(model):
-        if id(tensor) in made:
-            yield made[id(tensor)], slots[0].name
+    holders: dict[str, str] = {}
+    for path, module in walk(model):
+        compiled = isinstance(module, torch.jit.ScriptModule)
+        for found in () if compiled else (module._parameters, module._buffers, vars(module)):
+            for attribute, thing in found.items():
+                if id(thing) in made:
+                    holders.setdefault(made[id(thing)], f"{path}.{attribute}" if path else attribute)
+    return holders
 
 
 def _add_survivors(memory: Memory, outputs: dict[str, Value], ignored: set[int]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnfold.algebra import Array
+from bnfold.algebra import Affine, Array
 from bnfold.torch.tensors import returned
 from bnfold.torch.trace import Call, Like, Value
 
@@ -42,10 +42,16 @@ def numbers(tensor: Tensor) -> Tensor:
 
 
 class Evaluator:
-    """Values that were computed already, by identity."""
+    """Values that were computed already, by identity.
+
+    Several passes over one model may share it: what the model holds is known by its tensor, and so are the affines of
+    its BatchNorms.
+    """
 
     def __init__(self) -> None:
         self.known: dict[int, Any] = {}
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}
+        self.normalisations: dict[Any, tuple[Affine | None, str]] = {}
 
     def array(self, value: Value) -> Array:
         """The numbers of a constant as float64."""
@@ -59,12 +65,17 @@ class Evaluator:
         """
         if id(value) not in self.known:
             if value.tensor is not None:
-                self.known[id(value)] = numbers(value.tensor)
+                self.known[id(value)] = self._numbers(value.tensor)
             else:
                 assert value.call is not None
                 self._run(value.call)
         found: Tensor = self.known[id(value)]
         return found
+
+    def _numbers(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.held:
+            self.held[id(tensor)] = tensor, numbers(tensor)
+        return self.held[id(tensor)][1]
 
     def _run(self, call: Call) -> None:
         args, kwargs = self._thaw(call.args), self._thaw(call.kwargs)

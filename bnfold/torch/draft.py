@@ -218,6 +218,17 @@ class Draft:
     def _normalisation(
         self, x: Value, statistics: Mapping[str, Value | None], eps: float
     ) -> tuple[Affine | None, str]:
+        held = tuple(None if value is None else id(value.tensor) for value in statistics.values())
+        if any(value is not None and value.tensor is None for value in statistics.values()):
+            return self._normalise(x, statistics, eps)
+        key = (*held, eps, x.rank, x.shape[1])
+        if key not in self.evaluator.normalisations:
+            self.evaluator.normalisations[key] = self._normalise(x, statistics, eps)
+        return self.evaluator.normalisations[key]
+
+    def _normalise(
+        self, x: Value, statistics: Mapping[str, Value | None], eps: float
+    ) -> tuple[Affine | None, str]:
         arrays: dict[str, Array] = {}
         for name, value in statistics.items():
             array = None if value is None else self.array(value)

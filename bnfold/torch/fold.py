@@ -42,6 +42,7 @@ from bnfold.torch.retrace import (
     runs_alike,
 )
 from bnfold.torch.sandbox import (
+    Snapshot,
     arrange,
     copied,
     copy_structure,
@@ -153,12 +154,17 @@ def _compare(
     runs = ModuleRuns(
         model,
         example_inputs,
-        lambda twin: write(twin, reading, plan, inplace=True, merged=merged),
+        lambda twin: write(twin, reading, plan, inplace=True, merged=merged, rounded=_exact(reading.rounded)),
         dtypes=reading.dtypes,
         writes=reading.writes,
         inplace=inplace,
     )
     return Comparison(runs, changed)
+
+
+def _exact(rounded: dict[Any, Any]) -> dict[Any, Any]:
+    """Those of the numbers that were computed for some copy that suit one in float64: of merged operators."""
+    return {key: found for key, found in rounded.items() if isinstance(key, int)}
 
 
 def _rests_on(head: Idle) -> str:
@@ -177,7 +183,7 @@ def decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Rea
     def stored(node: Node) -> Any:
         return stored_numbers(model, reading.linears[node.name])
 
-    return reading, plan, proved.prove(plan.graph, merged, stored)
+    return reading, plan, proved.prove(plan.graph, merged, stored, reading.rounded)
 
 
 def _decide(model: nn.Module, example_inputs: Any, options: Options) -> tuple[Reading, Plan, Merged]:
@@ -250,11 +256,13 @@ def run(model: nn.Module, example_inputs: Any) -> dict[str, np.ndarray[Any, Any]
     return _run(model, example_inputs, True)
 
 
-def _run(model: nn.Module, example_inputs: Any, writes: bool) -> dict[str, np.ndarray[Any, Any]]:
+def _run(
+    model: nn.Module, example_inputs: Any, writes: bool, snapshot: Snapshot | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
     """The same, with no care for the parameters of a module that does not write to any."""
     args, kwargs = arrange(example_inputs)
     given = copied(tensor for _, tensor in leaves((args, kwargs)))
-    with undisturbed(seed=0), restored(model, writes), torch.no_grad():
+    with restored(model, writes, snapshot=snapshot), undisturbed(seed=0), torch.no_grad():
         try:
             result = model(*args, **kwargs)
             return {path: np.array(_array(tensor)) for path, tensor in leaves(result)}
@@ -334,7 +342,7 @@ class ModuleRuns:
         """
         self._require_numbers()
         try:
-            return [_run(self.model, each, self.writes) for each in self.inputs]
+            return self._run_all(self.model, self.inputs)
         except Exception as error:
             why = f"the model does not run in it: {first_line(error)}"
             raise Unavailable(f"not compared in {self.dtype}: {why}") from error
@@ -350,7 +358,7 @@ class ModuleRuns:
         try:
             twin, wide = to_float64(self.model), self._wide()
             with double(), Narrow() as watch:
-                before: list[Outputs] = [_run(twin, each, self.writes) for each in wide]
+                before = self._run_all(twin, wide)
         except Exception as error:
             why = f"the model does not run in it: {first_line(error)}"
             raise Unavailable(f"not compared in float64: {why}") from error
@@ -381,7 +389,7 @@ class ModuleRuns:
             model = nudge(to_float64(self.model) if exact else self.model, units, seed, whole=exact)
             inputs = nudge_inputs(self._wide() if exact else self.inputs, units, seed)
             with double() if exact else nullcontext():
-                return [_run(model, each, self.writes) for each in inputs]
+                return self._run_all(model, inputs)
         except Exception as error:
             raise Unavailable(first_line(error)) from error
 
@@ -435,9 +443,14 @@ class ModuleRuns:
         if not self.possible:
             raise Unavailable("unverified: there are tensors without numbers (lazy, or on the meta device)")
 
+    def _run_all(self, model: nn.Module, inputs: Sequence[Any]) -> list[Outputs]:
+        """The outputs for one input after the other."""
+        snapshot = Snapshot(model, self.writes)
+        return [_run(model, each, self.writes, snapshot) for each in inputs]
+
     def _run_folded(self, model: nn.Module, inputs: Sequence[Any]) -> list[Outputs]:
         try:
-            return [_run(model, each, self.writes) for each in inputs]
+            return self._run_all(model, inputs)
         except Exception as error:
             raise UnreadableModel(
                 f"the folded model does not run: {type(error).__name__}: {first_line(error)}; "

@@ -114,7 +114,7 @@ def _ran_in_training(model: nn.Module, args: Any, kwargs: Any) -> set[str]:
     """The paths of the modules that run in training mode; none where it cannot be run in that."""
     try:
         twin = copy.deepcopy(model)
-        recording = record_pass(twin.train(), args, kwargs, False)
+        recording = record_pass(twin.train(), args, kwargs, False, numbers=False)
     except Exception:  # noqa: BLE001 whatever the code raises on a batch that it would not train on
         return set()
     return {frame.path for frame in recording.frames if frame.path is not None}

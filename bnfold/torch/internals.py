@@ -5,6 +5,7 @@ Dispatch, for `capture` and `aten`:
 - `torch._C._AutoDispatchBelowAutograd`: lets operators reach a dispatch mode before autograd takes composite ones
   apart, so that `conv2d`, `linear` and `batch_norm` are seen whole;
 - `torch._C.DisableTorchFunction`: no `TorchFunctionMode` sees what we ask of a tensor ourselves;
+- `torch._C._DisableTorchDispatch`: no `TorchDispatchMode` sees the memory that we ask for;
 - `torch._C._dispatch_has_kernel_for_dispatch_key`, `OpOverload._can_decompose`, `OpOverload.decompose`: whether an
   operator is composite (`CompositeImplicitAutograd`), and its parts; whether autocast wraps it (`AutocastCPU`,
   `AutocastCUDA`);
@@ -49,6 +50,7 @@ __all__ = [
     "is_fake",
     "make_fake_mode",
     "with_autocast",
+    "without_dispatch",
     "without_functions",
 ]
 
@@ -75,6 +77,12 @@ class BelowAutograd(ExitStack):
 def without_functions() -> AbstractContextManager[Any]:
     """Ask something of tensors unseen by any `TorchFunctionMode`, by ours and by subclasses."""
     guard: AbstractContextManager[Any] = torch._C.DisableTorchFunction()
+    return guard
+
+
+def without_dispatch() -> AbstractContextManager[Any]:
+    """Ask for memory unseen by any `TorchDispatchMode`."""
+    guard: AbstractContextManager[Any] = torch._C._DisableTorchDispatch()
     return guard
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,12 +107,18 @@ def bind(call: Call) -> dict[str, Any]:
     Raises:
         Opaque: it writes into tensors that it is given for that.
     """
-    schema = call.function._schema.arguments
-    _need(not any(each.is_out for each in schema))
+    names, defaults, writes_out = _signature(call.function)
+    _need(not writes_out)
+    return {**defaults, **dict(zip(names, call.args, strict=False)), **call.kwargs}
+
+
+@cache
+def _signature(function: Any) -> tuple[tuple[str, ...], dict[str, Any], bool]:
+    """The names of an operator's arguments, their defaults, and whether some are written into."""
+    schema = function._schema.arguments
     defaults = {each.name: each.default_value for each in schema if each.has_default_value()}
-    found = {name: tuple(thing) if isinstance(thing, list) else thing for name, thing in defaults.items()}
-    found.update(zip((each.name for each in schema), call.args, strict=False))
-    return {**found, **call.kwargs}
+    plain = {name: tuple(thing) if isinstance(thing, list) else thing for name, thing in defaults.items()}
+    return tuple(each.name for each in schema), plain, any(each.is_out for each in schema)
 
 
 # ---------------------------------------------------------------- small questions

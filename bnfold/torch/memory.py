@@ -7,14 +7,14 @@ is another value by now, which nobody has given a name yet.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bnfold.torch.tensors import held, put_back
+from bnfold.torch.tensors import Slot, put_back
 from bnfold.torch.trace import Call, Frame, Value
 
 __all__ = ["Memory"]
@@ -44,7 +44,7 @@ class _Entry:
 
 
 class Memory:
-    """The tensors of one pass, from those that the model holds on.
+    """The tensors of one pass, from those that the model holds (see `tensors.held`) on.
 
     Attributes:
         saves: whether what is changed can be put back; not where tensors have no numbers.
@@ -52,7 +52,7 @@ class Memory:
         changed: which of these tensors the pass has changed, by identity.
     """
 
-    def __init__(self, model: nn.Module, saves: bool = True) -> None:
+    def __init__(self, held: Iterable[tuple[Tensor, tuple[Slot, ...]]], saves: bool = True) -> None:
         self.saves = saves
         self.entries: dict[int, _Entry] = {}
         self.stores: dict[int, _Store] = {}
@@ -61,7 +61,7 @@ class Memory:
         self.given: dict[int, Tensor] = {}
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.count = 0
-        for tensor, places in held(model):
+        for tensor, places in held:
             value = Value(tuple(tensor.shape), tensor.dtype, None, places, tensor, constant=True, data=False)
             value.name = places[0].name
             self.slots[id(tensor)] = self.enter(tensor, value)
@@ -103,7 +103,7 @@ class Memory:
 
     def _fresh(self, tensor: Tensor, call: Call, constant: bool, data: bool) -> Value:
         self.count += 1
-        shape = tuple(int(size) for size in tensor.shape)
+        shape = tuple(map(int, tensor.shape))
         name = f"v{self.count}"
         return Value(shape, tensor.dtype, call, constant=constant, data=data, name=name, frame=call.frame)
 
@@ -145,7 +145,10 @@ class Memory:
             reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         except (RuntimeError, NotImplementedError, AttributeError):
             return None
-        return self.stores.setdefault(reference.cdata, _Store(reference, len(self.stores) + 1))
+        store = self.stores.get(reference.cdata)
+        if store is None:
+            store = self.stores[reference.cdata] = _Store(reference, len(self.stores) + 1)
+        return store
 
     def change(self, tensor: Tensor, call: Call, data: bool) -> None:
         """Everything that lies in this memory has changed, by what a call has read."""

@@ -173,8 +173,9 @@ class _Host:
         assert isinstance(candidate.operator, Operator)
         with np.errstate(all="ignore"):
             arrays = candidate.operator.numbers(self.stored)
-        if not all(torch.isfinite(round_like(array, like)).all() for array in arrays):
+        if not all(_is_within(array, like) for array in arrays):
             raise Refuse(f"its numbers would overflow {str(like.dtype).removeprefix('torch.')}")
+        self.reading.rounded[id(candidate.operator)] = candidate.operator, arrays
 
     def _modules(self, candidate: Candidate, like: str) -> MergePlace:
         if candidate.dropped:
@@ -216,6 +217,13 @@ class _Host:
     def _find(self, candidate: Candidate, nodes: Sequence[str]) -> ModulePlace:
         source = candidate.source if len(nodes) > 1 else self.graph[nodes[0]].inputs[0]
         return self.calls.find(nodes, source, candidate.result, self.bypassed)
+
+
+def _is_within(array: Array, like: Tensor) -> bool:
+    """Whether all numbers are finite as they will be stored, which far from the largest ones need not be tried."""
+    largest = max(-array.min(), array.max()) if array.size else 0.0  # NaN, where one is
+    near = not (like.is_floating_point() and largest < torch.finfo(like.dtype).max / 2)
+    return not near or bool(torch.isfinite(round_like(array, like)).all())
 
 
 @dataclass(eq=False)

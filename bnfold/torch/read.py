@@ -36,7 +36,7 @@ from bnfold.torch.formulas import FormulaPlace
 from bnfold.torch.idle import Idle, find_idle
 from bnfold.torch.naming import name_items
 from bnfold.torch.norms import absent, add_absent, calls_itself_batchnorm, find_norms
-from bnfold.torch.sandbox import arrange, copy_structure, record_pass, record_somehow
+from bnfold.torch.sandbox import Snapshot, arrange, copy_structure, record_pass, record_somehow
 from bnfold.torch.simplify import drop_identities, join_biases, part_twins
 from bnfold.torch.sizes import is_of_torch, settle
 from bnfold.torch.steps import TraceStep, steps_of
@@ -63,6 +63,7 @@ class Reading:
         formulas: the lines of BatchNorms that are written out, by node name.
         rounded: new numbers that were computed for one copy, for the next one (see `write`).
         tried: what the other passes were given.
+        asked: whether something depended on numbers that depend on the inputs (see `Trace`).
     """
 
     graph: Graph
@@ -79,6 +80,7 @@ class Reading:
     formulas: Mapping[str, FormulaPlace] = field(default_factory=dict)
     rounded: dict[Any, Any] = field(default_factory=dict)
     tried: tuple[Any, ...] = ()
+    asked: bool = True
 
 
 def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Reading:
@@ -100,21 +102,24 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
     except UnreadableModel:
         twin = model
     touched: list[str] = []
-    recording = record_somehow(twin, args, kwargs, touched)
+    snapshot = Snapshot(twin)
+    recording = record_somehow(twin, args, kwargs, touched, snapshot)
     if (touched or recording.changed_slots) and (
         paths := find_nondeterministic(twin, args, kwargs, recording)
     ):
-        recording = record_pass(twin, args, kwargs, recording.fake, paths)
-    trials = _try_otherwise(twin, args, kwargs, recording)
+        numbers = recording.asked
+        recording = record_pass(twin, args, kwargs, recording.fake, paths, numbers=numbers, snapshot=snapshot)
+    trials = _try_otherwise(twin, args, kwargs, recording, snapshot)
     idle = _find_idle(twin, args, kwargs, (recording, *(trial.recording for trial in trials.made)))
     causes = {each.holder: each.path for each in idle if not (headless and each.head)}
     if causes:
-        recording = record_pass(
-            twin, args, kwargs, recording.fake, recording.nondeterministic | causes.keys()
-        )
+        known, numbers = recording.nondeterministic | causes.keys(), recording.asked
+        recording = record_pass(twin, args, kwargs, recording.fake, known, numbers=numbers, snapshot=snapshot)
     draft = Draft(recording, Evaluator())
     draft.items += _at_the_doors(recording)
-    aligned = [(trial, Alignment.of(recording, trial.recording)) for trial in trials.made]
+    aligned = [(trial, trial.alignment) for trial in trials.made]
+    if causes:
+        aligned = [(trial, Alignment.of(recording, trial.recording)) for trial in trials.made]
     shapes = settle(draft, aligned, model)
     reading = _draw(twin, recording, draft.items, shapes, causes, _otherwise(aligned))
     graph = replace(reading.graph, sizes=draft.shapes)
@@ -173,7 +178,9 @@ def _reading(trace: Trace, graph: Graph, items: Sequence[DraftNode], steps: tupl
     norms = {i.name: i.place for i in items if isinstance(i.place, NormPlace)}
     dtypes = frozenset(v.dtype for call in trace.calls for v in call.made if v.dtype.is_floating_point)
     writes = bool(trace.changed_slots) or trace.data_dependent
-    return Reading(graph, linears, norms, trace.fake, steps, trace.data_dependent, dtypes, writes)
+    return Reading(
+        graph, linears, norms, trace.fake, steps, trace.data_dependent, dtypes, writes, asked=trace.asked
+    )
 
 
 def _outputs(trace: Trace) -> list[str]:
@@ -189,7 +196,7 @@ def draw_steps(
         Exception: whatever it raises.
     """
     args, kwargs = arrange(example_inputs)
-    trace = record_pass(model, args, kwargs, reading.fake)
+    trace = record_pass(model, args, kwargs, reading.fake, numbers=reading.asked)
     outputs = _outputs(trace)
     items = join_biases(Draft(trace, Evaluator()).items, outputs)
     items, _ = drop_identities(items)
@@ -217,17 +224,14 @@ def _at_the_doors(recording: Trace) -> Iterator[DraftNode]:
                     yield DraftNode("If", [value.name], [], Call(-1, "If", (), {}, frame))
 
 
-def _try_otherwise(twin: nn.Module, args: Any, kwargs: Any, recording: Trace) -> Trials:
+def _try_otherwise(twin: nn.Module, args: Any, kwargs: Any, recording: Trace, snapshot: Snapshot) -> Trials:
     """The passes on other inputs that could be made."""
 
     def run(args: Any, kwargs: Any, seed: int) -> Trace:
-        return record_pass(twin, args, kwargs, recording.fake, recording.nondeterministic, seed=seed)
+        known, numbers = recording.nondeterministic, recording.asked
+        return record_pass(twin, args, kwargs, recording.fake, known, None, seed, numbers, snapshot)
 
-    def parts(other: Trace) -> bool:
-        alignment = Alignment.of(recording, other)
-        return bool(alignment.partings or alignment.apart)
-
-    return run_trials(twin, args, kwargs, run, parts, recording.draws)
+    return run_trials(twin, args, kwargs, run, recording)
 
 
 def _find_idle(twin: nn.Module, args: Any, kwargs: Any, recordings: Sequence[Trace]) -> tuple[Idle, ...]:

@@ -21,7 +21,7 @@ from torch import nn
 from bnfold import reasons
 from bnfold.ir import Shape
 from bnfold.torch.alignment import Alignment
-from bnfold.torch.constants import Evaluator, slots_of
+from bnfold.torch.constants import slots_of
 from bnfold.torch.draft import Draft, DraftNode
 from bnfold.torch.steps import settings
 from bnfold.torch.trace import Call, Frame, Value
@@ -35,7 +35,7 @@ def settle(draft: Draft, trials: Iterable[tuple[Trial, Alignment]], model: nn.Mo
     settler = _Settler(draft, type(model).__name__)
     for trial, alignment in trials:
         if trial.ranked:
-            settler.compare(Draft(trial.recording, Evaluator()), alignment)
+            settler.compare(Draft(trial.recording, draft.evaluator), alignment)
         settler.part(trial, alignment)
     settler.settle_pads()
     return settler.shapes()
@@ -167,7 +167,7 @@ def _moved(mine: tuple[int, ...], theirs: tuple[int, ...]) -> list[int]:
 
 def _same_words(mine: Call, theirs: Call) -> bool:
     """Whether two calls have the same numbers and words among their arguments."""
-    return list(settings((mine.args, mine.kwargs))) == list(settings((theirs.args, theirs.kwargs)))
+    return settings((mine.args, mine.kwargs)) == settings((theirs.args, theirs.kwargs))
 
 
 def _give_up(item: DraftNode) -> None:
@@ -183,7 +183,12 @@ def _same_settings(mine: DraftNode, theirs: DraftNode, moved: set[int]) -> bool:
     """Whether two items do the same, but for what happens along axes of other sizes; takes the weaker promise."""
     if (mine.affine is None) != (theirs.affine is None) or (mine.linear is None) != (theirs.linear is None):
         return False
-    if mine.affine is not None and theirs.affine is not None and not mine.affine.equals(theirs.affine):
+    if (
+        mine.affine is not theirs.affine
+        and mine.affine is not None
+        and theirs.affine is not None
+        and not mine.affine.equals(theirs.affine)
+    ):
         return False
     if mine.linear is not None and theirs.linear is not None:
         one, other = mine.linear, theirs.linear

@@ -100,12 +100,19 @@ def _reads(item: DraftNode, names: Collection[str]) -> bool:
     return any(slot.name in names for root in roots for slot in root.slots)
 
 
-def settings(thing: Any) -> Iterator[Any]:
+def settings(thing: Any) -> list[Any]:
     """The numbers and words in nested arguments."""
-    if isinstance(thing, dict):
-        thing = [part for _, part in sorted(thing.items())]
-    if isinstance(thing, list | tuple):
+    found: list[Any] = []
+    _gather(thing, found)
+    return found
+
+
+def _gather(thing: Any, found: list[Any]) -> None:
+    if isinstance(thing, bool | int | float | str):
+        found.append(thing)
+    elif isinstance(thing, list | tuple):
         for part in thing:
-            yield from settings(part)
-    elif isinstance(thing, bool | int | float | str):
-        yield thing
+            _gather(part, found)
+    elif isinstance(thing, dict):
+        for _, part in sorted(thing.items()):
+            _gather(part, found)

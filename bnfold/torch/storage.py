@@ -371,7 +371,9 @@ class Origin:
     factors: tuple[tuple[Any, bool, bool], ...] = ()
 
     def scaling(self, evaluator: Evaluator) -> Array | None:
-        """The product of all factors, as large as what is taken; None where it is not known or not finite."""
+        """The product of all factors, as large as what is taken, or a one; None where it is not known or not finite."""
+        if not self.factors:
+            return np.ones(())
         shape = self.shape
         whole = np.ones(shape)
         try:

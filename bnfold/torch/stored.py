@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,8 @@ from bnfold.equivalence import UNIT_ROUNDOFF
 from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import Evaluator, numbers, slots_of
 from bnfold.torch.draft import LinearPlace
-from bnfold.torch.tensors import leaves
+from bnfold.torch.sandbox import copy_module
+from bnfold.torch.tensors import leaves, walk
 from bnfold.torch.trace import Value
 
 __all__ = [
@@ -52,11 +52,11 @@ def copy_with(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module
         Exception: whatever the module raises when it is copied.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    for _, module in walk(model):
         if not isinstance(module, torch.jit.ScriptModule):
             for _, tensor in leaves([module._parameters, module._buffers, vars(module)]):
                 memo.setdefault(id(tensor), _changed(tensor, change))
-    return copy.deepcopy(model, memo)
+    return copy_module(model, memo)
 
 
 def _changed(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

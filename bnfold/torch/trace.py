@@ -152,6 +152,7 @@ class Trace:
         draws: whether the pass drew from a global random state.
         words: what the caller gets besides numbers (see `tensors.words`); unknown where numbers left the tensors.
         holders: attributes of modules that hold computed values when it is over, by the name of the value.
+        asked: whether something depended on numbers that depend on the inputs: code, a size, what is no operator.
         measured: the module calls in whose code the size or type of a value was asked for, by the name of the value.
     """
 
@@ -170,3 +171,4 @@ class Trace:
     words: tuple[Any, ...] = ()
     measured: dict[str, list[Frame]] = field(default_factory=dict)
     holders: dict[str, str] = field(default_factory=dict)
+    asked: bool = False

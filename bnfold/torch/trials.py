@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from bnfold.torch.alignment import Alignment
 from bnfold.torch.trace import Trace
 
 __all__ = ["Trial", "Trials", "run_trials", "two_or_more"]
@@ -45,12 +46,14 @@ class Trial:
     Attributes:
         words: what it was given, to be read after "given".
         given: the arguments and keyword arguments.
+        alignment: of the pass on the example and this one.
         ranked: whether every input has as many axes as in the example.
     """
 
     words: str
     given: tuple[Any, dict[str, Any]]
     recording: Trace
+    alignment: Alignment
     ranked: bool = True
 
 
@@ -62,22 +65,19 @@ class Trials:
     notes: list[str] = field(default_factory=list)
 
 
-def run_trials(
-    model: nn.Module, args: Any, kwargs: Any, run: Run, parts: Callable[[Trace], bool], draws: bool
-) -> Trials:
+def run_trials(model: nn.Module, args: Any, kwargs: Any, run: Run, recording: Trace) -> Trials:
     """Make every trial that promises something.
 
     Args:
         model: the module, for the flags that its `forward` takes.
         run: see `Run`.
-        parts: whether a pass does something else than the pass on the example.
-        draws: whether that one drew from a random state.
+        recording: the pass on the example.
     """
-    desk = _Desk(args, kwargs, run, parts)
+    desk = _Desk(args, kwargs, run, recording)
     desk.try_sizes()
     desk.try_ranks()
     desk.try_flags(model)
-    if draws:
+    if recording.draws:
         desk.try_chances()
     return desk.trials
 
@@ -95,8 +95,8 @@ def _twice(leaf: Any) -> Any:
 
 
 class _Desk:
-    def __init__(self, args: Any, kwargs: Any, run: Run, parts: Callable[[Trace], bool]) -> None:
-        self.run, self.parts = run, parts
+    def __init__(self, args: Any, kwargs: Any, run: Run, recording: Trace) -> None:
+        self.run, self.recording = run, recording
         self.args, self.kwargs = args, kwargs
         self.leaves, self.form = tree_flatten((args, kwargs))
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
@@ -221,8 +221,9 @@ class _Desk:
             recording = self.run(args, kwargs, seed)
         except Exception:  # noqa: BLE001 whatever the model says of inputs that it does not take
             return None
-        self.trials.made.append(Trial(words, (args, kwargs), recording, ranked))
-        return not self.parts(recording)
+        alignment = Alignment.of(self.recording, recording)
+        self.trials.made.append(Trial(words, (args, kwargs), recording, alignment, ranked))
+        return not (alignment.partings or alignment.apart)
 
 
 def _batch_axes(tensors: list[Tensor]) -> Iterator[Sizes]:

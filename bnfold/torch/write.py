@@ -11,7 +11,6 @@ copied first. A copy that shared the unchanged tensors would cost less memory, b
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +31,9 @@ from bnfold.torch.formulas import FormulaPlace
 from bnfold.torch.merging import compute_merged, put_merged, put_operator
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading
-from bnfold.torch.sandbox import copy_structure, empty_containers
+from bnfold.torch.sandbox import copy_module, copy_structure
 from bnfold.torch.stored import round_like, stored_numbers, stored_tensors, stored_weight
-from bnfold.torch.tensors import Slot, leaves
+from bnfold.torch.tensors import Slot, leaves, walk
 from bnfold.travel import Plan
 
 __all__ = ["become", "check_fit", "compute_coded", "settle_weight", "write"]
@@ -54,7 +53,7 @@ def write(
         model: the module that was read, or a copy of it (in float64, say).
         reading, plan: what was read, and where every affine went.
         merged: what of that is to be one operator.
-        rounded: new numbers of operators that another copy was given; those that are missing are put there.
+        rounded: new numbers of operators that another copy was given, which must be gone; what is missing is put there.
 
     Raises:
         UnreadableModel: the module cannot be copied.
@@ -66,8 +65,8 @@ def write(
 
 def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
     """Give a structural copy tensors of its own, except for those that are new anyway."""
-    memo = empty_containers(model) | {id(tensor): tensor for tensor in made}
-    for module in model.modules():
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in made}
+    for _, module in walk(model):
         if not isinstance(module, torch.jit.ScriptModule):
             for _, tensor in leaves(vars(module)):
                 if nn.parameter.is_lazy(tensor):
@@ -75,7 +74,7 @@ def _part(model: nn.Module, made: list[Tensor]) -> nn.Module:
                     memo.setdefault(id(tensor), make(tensor.requires_grad, tensor.device, tensor.dtype))
                 elif not tensor.is_leaf or tensor.layout is not torch.strided:
                     memo.setdefault(id(tensor), tensor.detach().clone())
-    return copy.deepcopy(model, memo)
+    return copy_module(model, memo)
 
 
 def _edit(model: nn.Module, reading: Reading, plan: Plan, merged: Merged, rounded: Rounded) -> list[Tensor]:
@@ -147,14 +146,14 @@ Rounded = dict[Any, tuple[Any, ...]]
 def _round(
     model: nn.Module, place: LinearPlace, node: Node, like: tuple[Tensor, Tensor], rounded: Rounded
 ) -> tuple[Tensor, Tensor | None]:
-    """New weight and bias as they are stored; in memory that no other module has."""
+    """New weight and bias as they are stored; in memory that the copies have which were given the same `rounded`."""
     key = place.weight.name, id(node.linear)
     if key not in rounded:
         weight, bias = _fold(model, place, node)
         made = round_like(weight, like[0]), None if bias is None else round_like(bias, like[1])
         rounded[key] = (node.linear, *made)
     _, new_weight, new_bias = rounded[key]
-    return new_weight.clone(), None if new_bias is None else new_bias.clone()
+    return new_weight, new_bias
 
 
 def settle_weight(module: nn.Module, how: str) -> None:

@@ -25,6 +25,7 @@ from bnfold.torch.internals import (
     is_fake,
     make_fake_mode,
     with_autocast,
+    without_dispatch,
     without_functions,
 )
 
@@ -142,6 +143,15 @@ def test_what_is_asked_without_functions_is_not_seen_by_a_function_mode():
     with Functions() as mode, without_functions():
         x.untyped_storage()
     assert mode.seen == []
+
+
+def test_memory_that_is_asked_for_without_dispatch_is_not_seen_by_a_dispatch_mode():
+    x = torch.ones(2)
+    with Operators() as mode:
+        with without_dispatch():
+            x.new_empty((3,))
+        x.new_empty((3,))
+    assert mode.seen == ["new_empty"]
 
 
 def test_the_parts_of_a_composite_operator_pass_by_the_mode_that_takes_it_apart():
