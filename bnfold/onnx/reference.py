@@ -14,6 +14,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,9 @@ class Conv(OpRun):
         ]
         taps = np.moveaxis(weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1), 3, 0)
         result = np.empty((data.shape[0], weight.shape[0], *sizes), np.result_type(data, weight))
+        product = (
+            partial(_scale, taps) if taps.shape[-1] == 1 else partial(_multiply, np.concatenate(taps, 2))
+        )
         seen = data.shape[0] * data.shape[1] * math.prod(kernel) * math.prod(sizes[1:])
         is_view = math.prod(kernel) == 1 and all(step == 1 for step in strides)
         rows = sizes[0] if is_view else max(1, BLOCK // max(1, seen))
@@ -157,22 +161,27 @@ class Conv(OpRun):
             cuts = [
                 _window(offset, some, strides, dilations) for offset in itertools.product(*map(range, kernel))
             ]
-            block = _multiply(taps, padded[:, :, first * strides[0] :], cuts, group)
+            block = product(_lay_out(padded[:, :, first * strides[0] :], cuts, group))
             result[:, :, first : first + rows] = block.reshape(data.shape[0], -1, *some)
         if bias is not None:
             result += bias.reshape(-1, *[1] * len(kernel))
         return (result,)
 
 
-def _multiply(taps: Tensor, data: Tensor, cuts: Sequence[tuple[slice, ...]], group: int) -> Tensor:
-    """The products of the taps with what they see, added up."""
+def _lay_out(data: Tensor, cuts: Sequence[tuple[slice, ...]], group: int) -> list[Tensor]:
+    """What each tap sees, of shape `(batch, group, channels, positions)`."""
     seen = (data[(slice(None), slice(None), *cut)] for cut in cuts)
-    flat = (each.reshape(data.shape[0], group, -1, math.prod(each.shape[2:])) for each in seen)
-    if taps.shape[-1] == 1:
-        return functools.reduce(np.add, (tap * each for tap, each in zip(taps, flat, strict=True)))
-    if len(taps) == 1:
-        return np.asarray(taps[0] @ next(flat))
-    product: Tensor = np.concatenate(taps, 2) @ np.concatenate(list(flat), 2)
+    return [each.reshape(data.shape[0], group, -1, math.prod(each.shape[2:])) for each in seen]
+
+
+def _scale(taps: Tensor, seen: Sequence[Tensor]) -> Tensor:
+    """The products of taps that read one channel each with what they see, added up."""
+    return functools.reduce(np.add, (tap * each for tap, each in zip(taps, seen, strict=True)))
+
+
+def _multiply(taps: Tensor, seen: Sequence[Tensor]) -> Tensor:
+    """The product of taps, side by side, with what they see."""
+    product: Tensor = taps @ (seen[0] if len(seen) == 1 else np.concatenate(seen, 2))
     return product
 
 
