@@ -111,7 +111,7 @@ class _Calls:
 
     def __init__(self, memory: Memory, numbers: bool = True) -> None:
         self.memory, self.numbers = memory, numbers
-        self.asked = self.unset = self.branches = False
+        self.asked = self.unset = self.missed = self.branches = False
         self.list: list[Call] = []
         self.frame = self.root = Frame(None, None, None)
         self.sealed: _Sealed | None = None
@@ -189,7 +189,12 @@ class _Calls:
         """
         self.asked = True
         if self.unset:
-            raise NeedsNumbers
+            raise self.miss()
+
+    def miss(self) -> NeedsNumbers:
+        """What to raise where a number is missing; it is noted, too, since code may catch everything."""
+        self.missed = True
+        return NeedsNumbers()
 
     # -- calls
 
@@ -372,13 +377,13 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self.calls.unset:
             return operator(*args, **kwargs)
         if operator.namespace != "aten":
-            raise NeedsNumbers
+            raise self.calls.miss()
         try:
             return operator(*args, **kwargs)
         except Exception as error:
             if is_view(operator):
                 raise
-            raise NeedsNumbers from error
+            raise self.calls.miss() from error
 
     def _run_part(self, sealed: _Sealed, operator: Any, args: Any, kwargs: Any) -> Any:
         for _, tensor in leaves((args, kwargs)):
@@ -611,6 +616,8 @@ def capture(
         stack.callback(torch.clear_autocast_cache)
         _enter_modes(stack, calls, modules, mode, differentiates)
         result = model(*args, **kwargs)
+    if calls.missed:
+        raise NeedsNumbers
     outputs = {path: calls.value(tensor) for path, tensor in leaves(result)}
     _add_survivors(memory, outputs, set(_computed_weights(model)))
     holders = _holders(model, memory)
