@@ -11,6 +11,7 @@ Not covered: how much a pickle of allowed values costs to build, which is bounde
 from __future__ import annotations
 
 import io
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -122,7 +123,7 @@ def load_plain(source: Path | bytes) -> Any:
     """Load what `torch.save` wrote: tensors and plain values, on the CPU.
 
     Raises:
-        InputError: an archive that is none of torch's, or containers nested deeper than `DEEPEST`.
+        InputError: an archive that is none of torch's, or one of long ago, or containers nested deeper than `DEEPEST`.
         Exception: what torch raises at anything else in it, and at damage.
     """
     import torch
@@ -137,12 +138,22 @@ def load_plain(source: Path | bytes) -> Any:
 
 
 def _check_archive(source: Path | io.BytesIO) -> None:
-    """Check the members of a zip archive, and nothing of an old torch file, which is none."""
+    """Check the members of a zip archive, and nothing of an old torch file, which is none; refuse a tar archive.
+
+    Torch, which refuses that too, makes a folder for what it holds first.
+    """
     with source.open("rb") if isinstance(source, Path) else source as file:
-        if file.read(4) != b"PK\x03\x04":
+        if file.read(4) == b"PK\x03\x04":
+            with open_archive(file):
+                return
+        file.seek(0)
+        try:
+            tarfile.open(fileobj=file, mode="r:").close()
+        except tarfile.TarError:
             return
-        with open_archive(file):
-            pass
+    raise InputError(
+        "it is a tar archive, as torch wrote them before 2017; load it with torch and save it again"
+    )
 
 
 def _check_nesting(value: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tarfile
+import tempfile
 import zipfile
 
 import pytest
@@ -52,6 +54,15 @@ def test_what_torch_writes_is_read() -> None:
 def test_a_member_that_unpacks_to_more_than_its_bytes_is_refused() -> None:
     with pytest.raises(InputError, match="is compressed"):
         load_plain(bomb())
+
+
+def test_a_tar_archive_is_refused_before_torch_makes_a_folder_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "mkdtemp", None)
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    with pytest.raises(InputError, match="it is a tar archive, as torch wrote them before 2017"):
+        load_plain(made.getvalue())
 
 
 def test_members_that_overlap_are_refused(tmp_path) -> None:
