@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from itertools import zip_longest
@@ -358,7 +358,7 @@ class _Check:
                 for ref, other in list(zip(mine, second.refs[twin.name], strict=not linear))[
                     : 1 if linear else None
                 ]:
-                    values.check_node(ref, other, linear, apart)
+                    values.check_node(ref, other, linear, apart, self._dropped(node, ref))
 
     def _check_idle(self, found: Matched) -> None:
         """What nobody reads runs all the same, and may fail: it must do what it did, to the same constants."""
@@ -386,6 +386,12 @@ class _Check:
         if not np.array_equal(state_bias(self.before, ref), state_bias(self.after, twin)):
             raise Refuse(f"`{node.name}` ({node.op}) has another bias for its state")
         return (1, 3)
+
+    def _dropped(self, node: Node, ref: NodeRef) -> frozenset[int]:
+        """The operands of a sum that an operator beside computes as well; that it reads the others, the graphs show."""
+        operands = len(self.before.graph[node.original].inputs)
+        left = self.done.left.get(node.name, range(operands))
+        return frozenset(range(operands)) - frozenset(left) if operands == len(ref.inputs) else frozenset()
 
     def _has_product(self, node: Node) -> bool:
         """Whether it is what follows the product of a recurrent layer, whose weight and bias are checked as such."""
@@ -481,14 +487,23 @@ class _Values:
     matched: frozenset[tuple[str, str]]
     known: set[tuple[str, str]]
 
-    def check_node(self, ref: NodeRef, twin: NodeRef, linear: bool, apart: tuple[int, ...] = ()) -> None:
+    def check_node(
+        self,
+        ref: NodeRef,
+        twin: NodeRef,
+        linear: bool,
+        apart: tuple[int, ...] = (),
+        dropped: Collection[int] = (),
+    ) -> None:
         """Refuse a node of another operator, setting or operand.
 
-        The operands of a linear operator are looked at elsewhere, and those at the places `apart`.
+        The operands of a linear operator are looked at elsewhere, and those at the places `apart`. The second node
+        does without those that were dropped.
         """
         if list(_settings(ref, linear)) != list(_settings(twin, linear)):
             raise Refuse(f"`{twin.name}` ({twin.op}) has other settings than `{ref.name}`")
-        both = enumerate(zip_longest(ref.inputs, twin.inputs, fillvalue=""))
+        own = [value for place, value in enumerate(ref.inputs) if place not in dropped]
+        both = enumerate(zip_longest(own, twin.inputs, fillvalue=""))
         inputs = (pair for place, pair in both if place not in apart)
         waiting = [] if linear else [*inputs, *zip(ref.results, twin.results, strict=True)]
         while waiting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -540,6 +541,24 @@ def test_functions_are_told_apart() -> None:
             del other.functions[:]
         with pytest.raises(NotProved):
             forged(source, other)
+
+
+def test_a_sum_that_does_without_an_operand_is_certified(tmp_path: Path) -> None:
+    body = "a = Conv<pads=[1,1,1,1]>(x, L) r = Relu(x) b = Conv(x, K) s = Sum(a, r, b) y = Tanh(s)"
+    source = write(tmp_path / "net.onnx", small(body, IMAGE, L=L, K=K))
+    report = bnfold.onnx.fold_file(source, tmp_path / "out.onnx", certificate=tmp_path / "told.json")
+    assert len(report.merged) == 1
+    result = onnx.load(tmp_path / "out.onnx")
+    assert [len(node.input) for node in result.graph.node if node.op_type == "Sum"] == [2]
+    for other in ("x", node("Sum")(result).input[0]):
+        changed = onnx.load(tmp_path / "out.onnx")
+        node("Sum")(changed).input[1] = other
+        with pytest.raises(NotProved):
+            certify.check(
+                onnx.load(source),
+                changed,
+                replace(certify.load(tmp_path / "told.json"), result=certify.digest(changed)),
+            )
 
 
 def test_what_was_frozen_is_said() -> None:
