@@ -18,6 +18,7 @@ from bnfold.torch.internals import has_composite_kernel
 from bnfold.torch.tensors import returned
 
 __all__ = [
+    "depends_on_numbers",
     "gives_number",
     "is_composite",
     "is_metadata",
@@ -103,6 +104,12 @@ def reads_shape(operator: Any) -> bool:
 def gives_number(operator: OpOverload) -> bool:
     """Whether it gives away a number of a tensor, as no tensor."""
     return torch.Tag.data_dependent_output in operator.tags
+
+
+@cache
+def depends_on_numbers(operator: OpOverload) -> bool:
+    """Whether more than the numbers of its result depend on numbers: some of any size ask for any amount of memory."""
+    return gives_number(operator) or _tells_by_shape(operator)
 
 
 _FIRST = {"nonzero", "masked_select", "bincount", "unique", "_unique", "_unique2", "unique_consecutive"}

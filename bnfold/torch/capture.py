@@ -47,6 +47,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.torch.aten import (
+    depends_on_numbers,
     gives_number,
     is_composite,
     is_metadata,
@@ -111,7 +112,7 @@ class _Calls:
 
     def __init__(self, memory: Memory, numbers: bool = True) -> None:
         self.memory, self.numbers = memory, numbers
-        self.asked = self.unset = self.branches = False
+        self.asked = self.unset = self.lacking = self.branches = False
         self.list: list[Call] = []
         self.frame = self.root = Frame(None, None, None)
         self.sealed: _Sealed | None = None
@@ -188,7 +189,19 @@ class _Calls:
             NeedsNumbers: some were left out.
         """
         self.asked = True
-        if self.unset:
+        self.lacking |= self.unset
+        if self.lacking:
+            raise NeedsNumbers
+
+    @contextmanager
+    def insisting(self) -> Iterator[None]:
+        """Ask again at the end: bare excepts and `finally` catch everything, compiled code makes it an error."""
+        try:
+            yield
+        except Exception:
+            if not self.lacking:
+                raise
+        if self.lacking:
             raise NeedsNumbers
 
     # -- calls
@@ -371,14 +384,14 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return operator(*args, **kwargs) if made is None else made
         if not self.calls.unset:
             return operator(*args, **kwargs)
-        if operator.namespace != "aten":
-            raise NeedsNumbers
+        if operator.namespace != "aten" or depends_on_numbers(operator):
+            self.calls.ask()
         try:
             return operator(*args, **kwargs)
-        except Exception as error:
-            if is_view(operator):
-                raise
-            raise NeedsNumbers from error
+        except Exception:
+            if not is_view(operator):
+                self.calls.ask()
+            raise
 
     def _run_part(self, sealed: _Sealed, operator: Any, args: Any, kwargs: Any) -> Any:
         for _, tensor in leaves((args, kwargs)):
@@ -610,6 +623,7 @@ def capture(
             stack.callback(memory.restore)
         stack.callback(torch.clear_autocast_cache)
         _enter_modes(stack, calls, modules, mode, differentiates)
+        stack.enter_context(calls.insisting())
         result = model(*args, **kwargs)
     outputs = {path: calls.value(tensor) for path, tensor in leaves(result)}
     _add_survivors(memory, outputs, set(_computed_weights(model)))

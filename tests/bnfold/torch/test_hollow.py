@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,8 @@ FORMS = {
     "max_pool2d": lambda: F.max_pool2d(IMAGES, 3, 2, 1, 2, ceil_mode=True),
     "max_pool2d, up": lambda: F.max_pool2d(IMAGES, 2, 3, 1, ceil_mode=True),
     "max_pool2d, its own stride": lambda: F.max_pool2d(IMAGES, (3, 2)),
+    "max_pool2d, one number in a list": lambda: F.max_pool2d(IMAGES[0], [2], [1]),
+    "avg_pool2d, one number in a list": lambda: F.avg_pool2d(IMAGES, [2]),
     "max_pool3d": lambda: F.max_pool3d(torch.randn(1, 2, 5, 6, 7), 2),
     "avg_pool2d": lambda: F.avg_pool2d(IMAGES, 3, 2, 1, ceil_mode=True),
     "avg_pool3d": lambda: F.avg_pool3d(torch.randn(2, 5, 6, 7), 2),
@@ -76,6 +80,10 @@ REFUSED = {
     "a sum of two shapes": lambda: IMAGES + IMAGES[:1],
     "a sum of two types": lambda: IMAGES + IMAGES.double(),
     "a scaled sum": lambda: torch.add(IMAGES, IMAGES, alpha=2),
+    "no images": lambda: F.relu(IMAGES[:0]),
+    "a weight in channels last": lambda: F.conv2d(
+        IMAGES, torch.randn(4, 1, 3, 3).to(memory_format=torch.channels_last), groups=4
+    ),
     "a number": lambda: IMAGES * 2.0,
     "another device": lambda: torch.relu(IMAGES.to("meta")),
     "whole numbers": lambda: torch.relu(torch.arange(3)),
@@ -96,6 +104,12 @@ WRONG = {
     "types": lambda: F.linear(ROWS, torch.randn(5, 4).double()),
     "a padding": lambda: F.max_pool2d(IMAGES, 3, padding=2),
     "a window": lambda: F.max_pool2d(IMAGES, 12),
+    "a window in the padding": lambda: F.avg_pool3d(IMAGES, (3, 3, 9), 1, (0, 0, 1)),
+    "a stride": lambda: F.conv2d(IMAGES, torch.randn(6, 4, 3, 3), stride=0),
+    "a negative padding": lambda: F.conv2d(IMAGES, torch.randn(6, 4, 1, 1), padding=-1),
+    "a divisor": lambda: F.avg_pool2d(IMAGES, 2, divisor_override=0),
+    "an axis": lambda: torch.cat([IMAGES, IMAGES], 7),
+    "a matrix of slopes": lambda: F.prelu(IMAGES, torch.rand(1, 1)),
     "statistics": lambda: F.batch_norm(IMAGES, *torch.rand(4, 3)),
     "slopes": lambda: F.prelu(IMAGES, torch.rand(3)),
     "rows": lambda: torch.cat([IMAGES, IMAGES[:1]], 1),
@@ -105,9 +119,9 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_an_error_is_the_same_error(what):
     """It is a reason for which a module does not take a size."""
-    with pytest.raises(RuntimeError) as plain:
+    with pytest.raises((RuntimeError, IndexError)) as plain:
         WRONG[what]()
-    with pytest.raises(RuntimeError) as captured:
+    with pytest.raises((RuntimeError, IndexError)) as captured:
         capture(Net(lambda net, x: WRONG[what]()), (IMAGES,), {}, numbers=False)
     assert str(captured.value) == str(plain.value)
 
@@ -162,7 +176,42 @@ def twice(x: Tensor) -> Tensor:
     return x + x
 
 
+def catches_everything(net: Net, x: Tensor) -> Tensor:
+    y = block(net, x)
+    try:
+        return y if y.mean() > 0 else -y
+    except:  # noqa: E722
+        return y
+
+
+def returns_in_the_end(net: Net, x: Tensor) -> Tensor:
+    y = block(net, x)
+    try:
+        y = y if y.mean() > 0 else -y
+    finally:
+        return y  # noqa: B012
+
+
+def turn(y: Tensor) -> Tensor:
+    if bool(y.mean() > 0):
+        return y
+    return -y
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    scripted = torch.jit.script(turn)
+
+
+def asks_in_compiled_code(net: Net, x: Tensor) -> Tensor:
+    """There, whatever is raised is an error."""
+    return scripted(block(net, x))
+
+
 ASKING = [
+    catches_everything,
+    returns_in_the_end,
+    asks_in_compiled_code,
     asks_a_number,
     asks_a_size,
     asks_numpy,
@@ -187,6 +236,18 @@ def test_a_pass_that_needs_numbers_is_made_again_with_them(function):
     assert pair[0].asked
 
 
+def test_nothing_is_computed_that_is_as_large_as_an_unset_number_says():
+    """It would be larger than any memory."""
+
+    def count(net: Net, x: Tensor) -> Tensor:
+        return torch.bincount(block(net, x).abs().long().flatten())
+
+    watched = Computed("bincount")
+    with watched, pytest.raises(NeedsNumbers):
+        capture(Net(count), (IMAGES,), {}, numbers=False)
+    assert not watched.count
+
+
 def test_a_number_that_is_asked_for_before_any_is_left_out_costs_no_other_pass():
     """Such as one of a mask, which the caller gives."""
 
@@ -199,25 +260,25 @@ def test_a_number_that_is_asked_for_before_any_is_left_out_costs_no_other_pass()
 
 def test_a_pass_that_needs_none_computes_no_convolution(monkeypatch):
     """Where it did, it would take as long as the model."""
-    watched = Computed()
+    watched = Computed("conv")
     with watched:
         trace = record_pass(Net(block), (IMAGES,), {}, False, numbers=False)
-    assert not watched.convolutions
+    assert not watched.count
     assert not trace.asked
     with watched:
         record_pass(Net(block), (IMAGES,), {}, False)
-    assert watched.convolutions
+    assert watched.count
 
 
 class Computed(TorchDispatchMode):
-    """Counts convolutions that are computed."""
+    """Counts how often some operator is computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.convolutions = 0
+        self.name, self.count = name, 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.convolutions += "conv" in str(operator)
+        self.count += self.name in str(operator)
         return operator(*args, **(kwargs or {}))
 
 
