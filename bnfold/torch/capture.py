@@ -54,6 +54,7 @@ from bnfold.torch.aten import (
     is_pure,
     is_view,
     makes_list,
+    makes_whole,
     name_of,
     reads_shape,
     sized_axes,
@@ -362,7 +363,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.surroundings.is_cast(operator, args):
                 return self._run_cast(operator, args, kwargs)
             if name_of(operator) not in KEPT:
-                with self.surroundings.autocast(operator), self:
+                with self._doubting(operator), self.surroundings.autocast(operator), self:
                     return operator.decompose(*args, **kwargs)
         if operator is torch.ops.aten.lift_fresh.default and not calls.memory.beneath(args[0]):
             return self._lift(operator, args[0])
@@ -386,10 +387,19 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return operator(*args, **kwargs)
         if operator.namespace != "aten" or depends_on_numbers(operator):
             self.calls.ask()
+        with self._doubting(operator):
+            result = operator(*args, **kwargs)
+        if makes_whole(operator, args, result):
+            self.calls.ask()
+        return result
+
+    @contextmanager
+    def _doubting(self, operator: Any) -> Iterator[None]:
+        """Believe no error that may be due to numbers that were left out."""
         try:
-            return operator(*args, **kwargs)
+            yield
         except Exception:
-            if not is_view(operator):
+            if self.calls.unset and not is_view(operator):
                 self.calls.ask()
             raise
 
@@ -453,6 +463,8 @@ class _Surroundings(TorchFunctionMode):
             self._differentiate(function)
         if function in _MEASURING and args:
             self.calls.measure(args[0], function not in _RANK_AND_TYPE)
+        if function is Tensor.data_ptr:
+            self.calls.ask()
         if function == _SET_GRAD:
             function(*args, **kwargs)
             return self.below.settle()

@@ -9,8 +9,8 @@ The size of what a window slides over (Dumoulin & Visin 2016, "A guide to convol
 then has no window that begins behind the last number.
 
 Not covered, and computed: operators in other forms (words for a padding, other dtypes or layouts beside each other,
-tensors without any number), which raise where it is an error; and all on other devices than the CPU, which are fast, and where an index or a
-probability that is none ends the process instead of raising.
+tensors without any number), which raise where it is an error; and all on other devices than the CPU, which are fast,
+and where an index or a probability that is none ends the process instead of raising.
 """
 
 from __future__ import annotations

@@ -208,7 +208,33 @@ def asks_in_compiled_code(net: Net, x: Tensor) -> Tensor:
     return scripted(block(net, x))
 
 
+def asks_where_it_lies(net: Net, x: Tensor) -> Tensor:
+    """Whoever knows that can look."""
+    y = block(net, x)
+    return y if y.data_ptr() % 2 else -y
+
+
+def rounds_to_whole_numbers(net: Net, x: Tensor) -> Tensor:
+    """Of NaN and what is too large a processor makes the smallest there is, which can end a process when divided."""
+    return torch.gcd(block(net, x).long(), torch.tensor(6))
+
+
+def draws_as_often_as_told(net: Net, x: Tensor) -> Tensor:
+    """It never ends where that is no number."""
+    return torch.binomial(block(net, x).abs().round(), torch.full((2, 4, 9, 6), 0.3))
+
+
+def counts_on_indices(net: Net, x: Tensor) -> Tensor:
+    """An error of an operator that is made of others, and of none of these."""
+    rows = block(net, x).flatten().argsort()[None] - 10
+    return torch.sparse_coo_tensor(rows, torch.ones(rows.numel())).to_dense()
+
+
 ASKING = [
+    asks_where_it_lies,
+    rounds_to_whole_numbers,
+    draws_as_often_as_told,
+    counts_on_indices,
     catches_everything,
     returns_in_the_end,
     asks_in_compiled_code,
