@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ class _Calls:
     def __init__(self, memory: Memory, numbers: bool = True) -> None:
         self.memory, self.numbers = memory, numbers
         self.asked = self.unset = self.lacking = self.branches = False
+        self.believed: BaseException | None = None
         self.list: list[Call] = []
         self.frame = self.root = Frame(None, None, None)
         self.sealed: _Sealed | None = None
@@ -131,6 +133,8 @@ class _Calls:
         self.list.append(call)
         data = not reads or any(value.data for value in reads.values())
         call.made.append(self.memory.new(tensor, call, constant=False, data=data))
+        if not reads:
+            self.memory.outside[id(call.made[0])] = weakref.ref(tensor)
         return call.made[0]
 
     def look(self, thing: Any) -> tuple[Value, ...]:
@@ -194,14 +198,28 @@ class _Calls:
         if self.lacking:
             raise NeedsNumbers
 
+    def reveal(self) -> None:
+        """Somebody looks at numbers beside the model's code, and may keep them where nobody puts anything back.
+
+        Raises:
+            NeedsNumbers: they would not be computed.
+        """
+        self.lacking |= not self.numbers
+        if self.lacking:
+            raise NeedsNumbers
+
     @contextmanager
     def insisting(self) -> Iterator[None]:
-        """Ask again at the end: bare excepts and `finally` catch everything, compiled code makes it an error."""
+        """Ask again at the end: bare excepts and `finally` catch everything, compiled code makes it an error.
+
+        An error of the model's own may be due to a number that it got in a way that nobody sees, as in a thread.
+        """
         try:
             yield
-        except Exception:
-            if not self.lacking:
+        except Exception as error:
+            if not self.lacking and (not self.unset or error is self.believed):
                 raise
+            raise NeedsNumbers from error
         if self.lacking:
             raise NeedsNumbers
 
@@ -303,6 +321,8 @@ class _Modules:
         frame.data_dependent = frame.path in self.nondeterministic
         calls.branches |= frame.data_dependent
         frame.given = calls.look(args[0] if len(args) == 1 and not kwargs else (args, kwargs))
+        if _observers(module):
+            calls.reveal()
         frame.start = len(calls.list)
         calls.frame = frame
         try:
@@ -382,7 +402,8 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if operator in HOLLOW:
             made = None if self.surroundings.devices else hollow(operator, args, kwargs)
             self.calls.unset |= made is not None
-            return operator(*args, **kwargs) if made is None else made
+            with self._doubting(operator):
+                return operator(*args, **kwargs) if made is None else made
         if not self.calls.unset:
             return operator(*args, **kwargs)
         if operator.namespace != "aten" or depends_on_numbers(operator):
@@ -398,9 +419,10 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Believe no error that may be due to numbers that were left out."""
         try:
             yield
-        except Exception:
-            if self.calls.unset and not is_view(operator):
+        except Exception as error:
+            if self.calls.unset and not is_view(operator) and operator not in HOLLOW:
                 self.calls.ask()
+            self.calls.believed = error
             raise
 
     def _run_part(self, sealed: _Sealed, operator: Any, args: Any, kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -323,3 +324,59 @@ def test_weights_that_are_computed_are_computed():
         net[0].parametrizations.weight.original0.mul_(3.0)
     _, report = bnfold.fold(net, IMAGES)
     assert [verdict.outcome for verdict in report.verdicts] == ["folded"]
+
+
+def mean(y: Tensor) -> Tensor:
+    return y.detach().transpose(0, -3).flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("numbers", [True, False])
+def test_a_tensor_that_no_module_holds_is_put_back(numbers):
+    """One in a dict of the model, or in a name of the file: a running mean would never forget what was left out."""
+    outside = torch.zeros(4)
+
+    def track(net: Net, x: Tensor) -> Tensor:
+        y = block(net, x)
+        for each in (outside[:2], net.state["mean"]):
+            each.lerp_(mean(y)[: len(each)], 0.5)
+        return y
+
+    net = Net(track)
+    net.state = {"mean": torch.zeros(4)}
+    record_pass(net, (IMAGES,), {}, False, numbers=numbers)
+    bnfold.fold(net, IMAGES, verify=False)
+    assert torch.equal(torch.stack([outside, net.state["mean"]]), torch.zeros(2, 4))
+
+
+def test_a_hook_is_shown_numbers():
+    """It may keep them where nobody puts anything back."""
+    seen = []
+    net = Net(block)
+    net.bn.register_forward_hook(lambda module, given, made: seen.append(made))
+    bnfold.fold(net, IMAGES, verify=False)
+    with torch.no_grad():
+        assert torch.equal(seen[0], net(IMAGES))
+
+
+def huge(*given) -> Tensor | None:
+    """What `hollow` makes, as if there were such numbers in that memory."""
+    made = hollow(*given)
+    return None if made is None else made.data.fill_(1e30)
+
+
+def test_an_error_that_a_number_is_the_reason_for_is_not_believed(monkeypatch):
+    """The number may have come a way that nobody sees."""
+
+    def check_elsewhere(net: Net, x: Tensor) -> Tensor:
+        y = block(net, x)
+        with ThreadPoolExecutor(1) as others:
+            fine = others.submit(lambda: bool((y.abs() < 1e3).all())).result()
+        if not fine:
+            raise ValueError("too large")
+        return y
+
+    net = Net(check_elsewhere)
+    monkeypatch.setattr("bnfold.torch.capture.hollow", huge)
+    with pytest.raises(NeedsNumbers):
+        capture(net, (IMAGES,), {}, numbers=False)
+    assert record_pass(net, (IMAGES,), {}, False, numbers=False).calls
