@@ -34,10 +34,11 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from threading import get_ident
+from threading import Thread, get_ident
 from types import FrameType
 from typing import Any
 
@@ -697,6 +698,7 @@ def _enter_modes(stack: ExitStack, calls: _Calls, modules: _Modules, fake: Any, 
     if "torch._dynamo" in sys.modules:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     stack.enter_context(_followed(modules))
+    stack.enter_context(_overheard(calls))
     if fake is not None:
         stack.enter_context(fake)
     below = stack.enter_context(BelowAutograd(differentiates))
@@ -792,3 +794,27 @@ def _followed(modules: _Modules) -> Iterator[None]:
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = call, fetch  # type: ignore[method-assign]
         nn.Module.__setattr__ = put  # type: ignore[method-assign]
+
+
+@contextmanager
+def _overheard(calls: _Calls) -> Iterator[None]:
+    """Have numbers for the other threads that the model starts or gives work to, where nothing can be followed.
+
+    Not covered: a thread that runs already and is told by a queue of the model's own.
+    """
+    here = get_ident()
+
+    def reveal(method: Callable[..., Any]) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if get_ident() == here:
+                calls.reveal()
+            return method(*args, **kwargs)
+
+        return run
+
+    start, submit = Thread.start, ThreadPoolExecutor.submit
+    try:
+        Thread.start, ThreadPoolExecutor.submit = reveal(start), reveal(submit)  # type: ignore[method-assign]
+        yield
+    finally:
+        Thread.start, ThreadPoolExecutor.submit = start, submit  # type: ignore[method-assign]
