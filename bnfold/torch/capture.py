@@ -20,12 +20,13 @@ branch on nothing is trusted that passes through a module whose own forward was 
 an opaque call "reads" it. What runs whole inside another module's forward stays as it is.
 
 **Without numbers.** A pass of which the calls alone count can leave out what costly operators compute (`hollow`). What
-comes of it rests on no number: where one is asked for, be it by the model, a size or an error, `NeedsNumbers` asks for
-another pass.
+comes of it rests on no number: where one is asked for, be it by the model, a size, an error, a hook or another thread,
+`NeedsNumbers` asks for another pass. What the pass writes into tensors from before it is put back, whoever holds them.
 
 **Autocast** casts what an operator reads. That is taken for a part of the operator: the cast tensor is the same value.
 
-Not covered: a branch on a shape is followed as the example goes; higher-order operators (`torch.cond`) raise.
+Not covered: a branch on a shape is followed as the example goes; higher-order operators (`torch.cond`) raise; what a
+model's code assigns to global names, and to what they hold, stays, be it a number or a tensor without any.
 """
 
 from __future__ import annotations

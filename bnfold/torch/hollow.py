@@ -16,7 +16,7 @@ and where an index or a probability that is none ends the process instead of rai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -37,17 +37,20 @@ def hollow(operator: Any, args: Any, kwargs: Any) -> Tensor | None:
     tensors = list(returned(args))
     first = tensors[0]
     plain = first.device.type == "cpu" and first.is_floating_point() and first.layout is torch.strided
-    alike = all(t.dtype is first.dtype and t.device == first.device and _is_packed(t) for t in tensors)
+    alike = all(
+        t.dtype is first.dtype and t.device == first.device and t.stride() == _packed(t.shape)
+        for t in tensors
+    )
     if kwargs or not plain or not alike:
         return None
     with without_dispatch():
         return HOLLOW[operator](*args)
 
 
-def _is_packed(tensor: Tensor) -> bool:
-    """Whether it has numbers, in the order of its axes; the stride of an axis of one place can tell torch otherwise."""
-    shape = tensor.shape
-    return 0 not in shape and tensor.stride() == tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+@lru_cache(maxsize=4096)
+def _packed(shape: torch.Size) -> tuple[int, ...] | None:
+    """The strides of numbers in the order of the axes, if there are any; torch acts on those of one place, too."""
+    return None if 0 in shape else tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _convolve(
