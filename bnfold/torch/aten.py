@@ -18,12 +18,14 @@ from bnfold.torch.internals import has_composite_kernel
 from bnfold.torch.tensors import returned
 
 __all__ = [
+    "depends_on_numbers",
     "gives_number",
     "is_composite",
     "is_metadata",
     "is_pure",
     "is_view",
     "makes_list",
+    "makes_whole",
     "name_of",
     "reads_shape",
     "sized_axes",
@@ -103,6 +105,26 @@ def reads_shape(operator: Any) -> bool:
 def gives_number(operator: OpOverload) -> bool:
     """Whether it gives away a number of a tensor, as no tensor."""
     return torch.Tag.data_dependent_output in operator.tags
+
+
+@cache
+def depends_on_numbers(operator: OpOverload) -> bool:
+    """Whether more than the numbers of its result depend on numbers: what it tells, how much it makes, when it ends."""
+    name = name_of(operator)
+    endless = name == "binomial" or "_polynomial_" in name
+    return gives_number(operator) or _tells_by_shape(operator) or endless
+
+
+def makes_whole(operator: OpOverload, args: Any, result: Any) -> bool:
+    """Whether it rounds floats to whole numbers: of one that is none, or is too large, it makes any."""
+    if name_of(operator) not in ("to", "_to_copy", "type_as", "copy", "view"):
+        return False
+    floats = any(tensor.is_floating_point() for tensor in returned(args))
+    return floats and any(_is_whole(tensor) for tensor in returned(result))
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
 
 
 _FIRST = {"nonzero", "masked_select", "bincount", "unique", "_unique", "_unique2", "unique_consecutive"}

@@ -20,23 +20,26 @@ branch on nothing is trusted that passes through a module whose own forward was 
 an opaque call "reads" it. What runs whole inside another module's forward stays as it is.
 
 **Without numbers.** A pass of which the calls alone count can leave out what costly operators compute (`hollow`). What
-comes of it rests on no number: where one is asked for, be it by the model, a size or an error, `NeedsNumbers` asks for
-another pass.
+comes of it rests on no number: where one is asked for, be it by the model, a size, an error, a hook or another thread,
+`NeedsNumbers` asks for another pass. What the pass writes into tensors from before it is put back, whoever holds them.
 
 **Autocast** casts what an operator reads. That is taken for a part of the operator: the cast tensor is the same value.
 
-Not covered: a branch on a shape is followed as the example goes; higher-order operators (`torch.cond`) raise.
+Not covered: a branch on a shape is followed as the example goes; higher-order operators (`torch.cond`) raise; what a
+model's code assigns to global names, and to what they hold, stays, be it a number or a tensor without any.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from threading import get_ident
+from threading import Thread, get_ident
 from types import FrameType
 from typing import Any
 
@@ -47,12 +50,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.torch.aten import (
+    depends_on_numbers,
     gives_number,
     is_composite,
     is_metadata,
     is_pure,
     is_view,
     makes_list,
+    makes_whole,
     name_of,
     reads_shape,
     sized_axes,
@@ -111,7 +116,8 @@ class _Calls:
 
     def __init__(self, memory: Memory, numbers: bool = True) -> None:
         self.memory, self.numbers = memory, numbers
-        self.asked = self.unset = self.missed = self.branches = False
+        self.asked = self.unset = self.lacking = self.branches = False
+        self.believed: BaseException | None = None
         self.list: list[Call] = []
         self.frame = self.root = Frame(None, None, None)
         self.sealed: _Sealed | None = None
@@ -129,6 +135,8 @@ class _Calls:
         self.list.append(call)
         data = not reads or any(value.data for value in reads.values())
         call.made.append(self.memory.new(tensor, call, constant=False, data=data))
+        if not reads:
+            self.memory.outside[id(call.made[0])] = weakref.ref(tensor)
         return call.made[0]
 
     def look(self, thing: Any) -> tuple[Value, ...]:
@@ -188,13 +196,34 @@ class _Calls:
             NeedsNumbers: some were left out.
         """
         self.asked = True
-        if self.unset:
-            raise self.miss()
+        self.lacking |= self.unset
+        if self.lacking:
+            raise NeedsNumbers
 
-    def miss(self) -> NeedsNumbers:
-        """What to raise where a number is missing; it is noted, too, since code may catch everything."""
-        self.missed = True
-        return NeedsNumbers()
+    def reveal(self) -> None:
+        """Somebody looks at numbers beside the model's code, and may keep them where nobody puts anything back.
+
+        Raises:
+            NeedsNumbers: they would not be computed.
+        """
+        self.lacking |= not self.numbers
+        if self.lacking:
+            raise NeedsNumbers
+
+    @contextmanager
+    def insisting(self) -> Iterator[None]:
+        """Ask again at the end: bare excepts and `finally` catch everything, compiled code makes it an error.
+
+        An error of the model's own may be due to a number that it got in a way that nobody sees, as in a thread.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not self.lacking and (not self.unset or error is self.believed):
+                raise
+            raise NeedsNumbers from error
+        if self.lacking:
+            raise NeedsNumbers
 
     # -- calls
 
@@ -294,6 +323,8 @@ class _Modules:
         frame.data_dependent = frame.path in self.nondeterministic
         calls.branches |= frame.data_dependent
         frame.given = calls.look(args[0] if len(args) == 1 and not kwargs else (args, kwargs))
+        if _observers(module):
+            calls.reveal()
         frame.start = len(calls.list)
         calls.frame = frame
         try:
@@ -354,7 +385,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.surroundings.is_cast(operator, args):
                 return self._run_cast(operator, args, kwargs)
             if name_of(operator) not in KEPT:
-                with self.surroundings.autocast(operator), self:
+                with self._doubting(operator), self.surroundings.autocast(operator), self:
                     return operator.decompose(*args, **kwargs)
         if operator is torch.ops.aten.lift_fresh.default and not calls.memory.beneath(args[0]):
             return self._lift(operator, args[0])
@@ -373,17 +404,28 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if operator in HOLLOW:
             made = None if self.surroundings.devices else hollow(operator, args, kwargs)
             self.calls.unset |= made is not None
-            return operator(*args, **kwargs) if made is None else made
+            with self._doubting(operator):
+                return operator(*args, **kwargs) if made is None else made
         if not self.calls.unset:
             return operator(*args, **kwargs)
-        if operator.namespace != "aten":
-            raise self.calls.miss()
+        if operator.namespace != "aten" or depends_on_numbers(operator):
+            self.calls.ask()
+        with self._doubting(operator):
+            result = operator(*args, **kwargs)
+        if makes_whole(operator, args, result):
+            self.calls.ask()
+        return result
+
+    @contextmanager
+    def _doubting(self, operator: Any) -> Iterator[None]:
+        """Believe no error that may be due to numbers that were left out."""
         try:
-            return operator(*args, **kwargs)
+            yield
         except Exception as error:
-            if is_view(operator):
-                raise
-            raise self.calls.miss() from error
+            if self.calls.unset and not is_view(operator) and operator not in HOLLOW:
+                self.calls.ask()
+            self.calls.believed = error
+            raise
 
     def _run_part(self, sealed: _Sealed, operator: Any, args: Any, kwargs: Any) -> Any:
         for _, tensor in leaves((args, kwargs)):
@@ -445,6 +487,8 @@ class _Surroundings(TorchFunctionMode):
             self._differentiate(function)
         if function in _MEASURING and args:
             self.calls.measure(args[0], function not in _RANK_AND_TYPE)
+        if function is Tensor.data_ptr:
+            self.calls.ask()
         if function == _SET_GRAD:
             function(*args, **kwargs)
             return self.below.settle()
@@ -615,9 +659,8 @@ def capture(
             stack.callback(memory.restore)
         stack.callback(torch.clear_autocast_cache)
         _enter_modes(stack, calls, modules, mode, differentiates)
+        stack.enter_context(calls.insisting())
         result = model(*args, **kwargs)
-    if calls.missed:
-        raise NeedsNumbers
     outputs = {path: calls.value(tensor) for path, tensor in leaves(result)}
     _add_survivors(memory, outputs, set(_computed_weights(model)))
     holders = _holders(model, memory)
@@ -656,6 +699,7 @@ def _enter_modes(stack: ExitStack, calls: _Calls, modules: _Modules, fake: Any, 
     if "torch._dynamo" in sys.modules:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     stack.enter_context(_followed(modules))
+    stack.enter_context(_overheard(calls))
     if fake is not None:
         stack.enter_context(fake)
     below = stack.enter_context(BelowAutograd(differentiates))
@@ -751,3 +795,27 @@ def _followed(modules: _Modules) -> Iterator[None]:
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = call, fetch  # type: ignore[method-assign]
         nn.Module.__setattr__ = put  # type: ignore[method-assign]
+
+
+@contextmanager
+def _overheard(calls: _Calls) -> Iterator[None]:
+    """Have numbers for the other threads that the model starts or gives work to, where nothing can be followed.
+
+    Not covered: a thread that runs already and is told by a queue of the model's own.
+    """
+    here = get_ident()
+
+    def reveal(method: Callable[..., Any]) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if get_ident() == here:
+                calls.reveal()
+            return method(*args, **kwargs)
+
+        return run
+
+    start, submit = Thread.start, ThreadPoolExecutor.submit
+    try:
+        Thread.start, ThreadPoolExecutor.submit = reveal(start), reveal(submit)  # type: ignore[method-assign]
+        yield
+    finally:
+        Thread.start, ThreadPoolExecutor.submit = start, submit  # type: ignore[method-assign]

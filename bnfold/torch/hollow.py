@@ -8,14 +8,16 @@ The size of what a window slides over (Dumoulin & Visin 2016, "A guide to convol
 `floor((n + 2 padding - dilation (kernel - 1) - 1) / stride) + 1` along each axis. A pooling can round up instead, and
 then has no window that begins behind the last number.
 
-Not covered, and computed: operators in other forms (words for a padding, other dtypes or layouts beside each other),
-which raise where it is an error; and all on other devices than the CPU, which are fast, and where an index or a
-probability that is none ends the process instead of raising.
+Not covered, and computed: operators in other forms (words for a padding, other dtypes or layouts beside each other,
+tensors without any number), which raise where it is an error; and all on other devices than the CPU, which are fast,
+and where an index or a probability that is none ends the process instead of raising.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from math import prod
 from typing import Any
 
 import torch
@@ -35,11 +37,20 @@ def hollow(operator: Any, args: Any, kwargs: Any) -> Tensor | None:
     tensors = list(returned(args))
     first = tensors[0]
     plain = first.device.type == "cpu" and first.is_floating_point() and first.layout is torch.strided
-    alike = all(t.dtype is first.dtype and t.device == first.device and t.is_contiguous() for t in tensors)
+    alike = all(
+        t.dtype is first.dtype and t.device == first.device and t.stride() == _packed(t.shape)
+        for t in tensors
+    )
     if kwargs or not plain or not alike:
         return None
     with without_dispatch():
         return HOLLOW[operator](*args)
+
+
+@lru_cache(maxsize=4096)
+def _packed(shape: torch.Size) -> tuple[int, ...] | None:
+    """The strides of numbers in the order of the axes, if there are any; torch acts on those of one place, too."""
+    return None if 0 in shape else tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _convolve(
@@ -68,7 +79,7 @@ def _slide(
     dilation: Sequence[int],
     up: bool = False,
 ) -> list[int]:
-    """How often a window fits along each axis."""
+    """How often a window fits along each axis; not at all, where that is an error."""
     rank = len(sizes)
     kernel, stride, padding, dilation = (_each(one, rank) for one in (kernel, stride, padding, dilation))
     axes = zip(sizes, kernel, stride, padding, dilation, strict=True)
@@ -80,6 +91,8 @@ def _each(numbers: Sequence[int], rank: int) -> Sequence[int]:
 
 
 def _fits(size: int, kernel: int, stride: int, padding: int, dilation: int, up: bool) -> int:
+    if min(kernel, stride, dilation) < 1 or padding < 0:
+        return 0
     room = size + 2 * padding - dilation * (kernel - 1) - 1
     count = (room + (stride - 1 if up else 0)) // stride + 1
     return count - 1 if up and (count - 1) * stride >= size + padding else count
@@ -100,6 +113,7 @@ def _normalise(x: Tensor, *rest: Any) -> _Made:
 
 
 def _pool(
+    rank: int,
     x: Tensor,
     kernel: Sequence[int],
     stride: Sequence[int] = (),
@@ -107,7 +121,6 @@ def _pool(
     dilation: Sequence[int] = (1,),
     up: bool = False,
 ) -> _Made:
-    rank = len(kernel)
     if x.dim() not in (rank + 1, rank + 2) or 2 * max(padding) > min(kernel):
         return None
     sizes = _slide(x.shape[-rank:], kernel, stride or kernel, padding, dilation, up)
@@ -115,20 +128,24 @@ def _pool(
 
 
 def _average(
+    rank: int,
     x: Tensor,
     kernel: Sequence[int],
     stride: Sequence[int] = (),
     padding: Sequence[int] = (0,),
     up: bool = False,
-    *settings: Any,
+    counts_padding: bool = True,
+    divisor: int | None = None,
 ) -> _Made:
-    return _pool(x, kernel, stride, padding, (1,), up)
+    if divisor == 0 or any(n < k for n, k in zip(x.shape[-rank:], _each(kernel, rank), strict=False)):
+        return None
+    return _pool(rank, x, kernel, stride, padding, (1,), up)
 
 
 def _join(tensors: Sequence[Tensor], axis: int = 0) -> _Made:
     first = tensors[0]
     shapes = [list(each.shape) for each in tensors]
-    if not first.dim() or any(len(shape) != first.dim() for shape in shapes):
+    if not -first.dim() <= axis < first.dim() or any(len(shape) != first.dim() for shape in shapes):
         return None
     size = sum(shape[axis] for shape in shapes)
     for shape in shapes:
@@ -161,8 +178,10 @@ def _named(names: Sequence[str], overload: str = "default") -> list[Any]:
 
 HOLLOW: dict[Any, Callable[..., _Made]] = {
     **dict.fromkeys(_named(("conv1d", "conv2d", "conv3d")), _convolve),
-    **dict.fromkeys(_named(("max_pool2d", "max_pool3d")), _pool),
-    **dict.fromkeys(_named(("avg_pool2d", "avg_pool3d")), _average),
+    _ATEN.max_pool2d.default: partial(_pool, 2),
+    _ATEN.max_pool3d.default: partial(_pool, 3),
+    _ATEN.avg_pool2d.default: partial(_average, 2),
+    _ATEN.avg_pool3d.default: partial(_average, 3),
     **dict.fromkeys(_named(_ELEMENTWISE), _like),
     **dict.fromkeys(_named([f"{name}_" for name in _ELEMENTWISE]), _itself),
     **dict.fromkeys(_named(("add", "sub", "mul"), "Tensor"), _combine),
@@ -170,7 +189,7 @@ HOLLOW: dict[Any, Callable[..., _Made]] = {
     _ATEN.linear.default: _multiply,
     _ATEN.batch_norm.default: _normalise,
     _ATEN.prelu.default: lambda x, slope: (
-        _like(x) if slope.shape == x.shape[1:2] or slope.numel() == 1 else None
+        _like(x) if slope.dim() < 2 and (slope.shape == x.shape[1:2] or slope.numel() == 1) else None
     ),
     _ATEN.cat.default: _join,
 }

@@ -59,7 +59,8 @@ class Memory:
         self.slots: dict[int, Value] = {}
         self.changed: set[int] = set()
         self.given: dict[int, Tensor] = {}
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.outside: dict[int, weakref.ref[Tensor]] = {}
+        self.saved: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self.count = 0
         for tensor, places in held:
             value = Value(tuple(tensor.shape), tensor.dtype, None, places, tensor, constant=True, data=False)
@@ -163,15 +164,21 @@ class Memory:
         store.values.append(written)
 
     def save(self, tensor: Tensor) -> None:
-        """Keep the numbers of every parameter, buffer and input that lies in a memory about to be changed."""
+        """Keep the numbers of every tensor from before the pass that lies in a memory about to be changed."""
         store = self.store(tensor)
         for value in store.values if store is not None and self.saves else ():
-            mine = value.tensor if value.slots else self.given.get(id(value))
+            mine = value.tensor if value.slots else self._from_before(value)
             if mine is not None and id(mine) not in self.saved:
-                self.saved[id(mine)] = mine, mine.detach().clone()
+                self.saved[id(mine)] = weakref.ref(mine), mine.detach().clone()
+
+    def _from_before(self, value: Value) -> Tensor | None:
+        """A tensor that the caller gave, or that lies in a container, in an object or in a global name."""
+        outside = self.outside.get(id(value))
+        return self.given.get(id(value)) if outside is None else outside()
 
     def restore(self) -> None:
         """Put back what was saved."""
         with torch.no_grad():
-            for tensor, content in self.saved.values():
-                put_back(tensor, content)
+            for reference, content in self.saved.values():
+                if (tensor := reference()) is not None:
+                    put_back(tensor, content)

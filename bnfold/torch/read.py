@@ -103,7 +103,7 @@ def read(model: nn.Module, example_inputs: Any, headless: bool = False) -> Readi
         twin = model
     touched: list[str] = []
     snapshot = Snapshot(twin)
-    recording = record_somehow(twin, args, kwargs, touched, snapshot)
+    recording = record_somehow(twin, args, kwargs, touched, snapshot, numbers=twin is model)
     if (touched or recording.changed_slots) and (
         paths := find_nondeterministic(twin, args, kwargs, recording)
     ):

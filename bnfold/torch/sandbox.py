@@ -382,10 +382,12 @@ def record_somehow(
     kwargs: dict[str, Any],
     touched: list[str],
     snapshot: Snapshot | None = None,
+    numbers: bool = False,
 ) -> Trace:
     """Record with real tensors, or with shapes alone where there are no numbers, or no memory or kernel for them.
 
-    No more numbers are computed than are asked for. Fake tensors are not the first choice: they take longer, and what a
+    No more `numbers` are computed than are asked for: not so of a module that is no copy, since objects in it may keep
+    what they see. Fake tensors are not the first choice: they take longer, and what a
     model caches outside of its modules (in an `lru_cache`, say) would be poisoned with them.
     """
     if is_meta(model, args, kwargs):
@@ -394,7 +396,9 @@ def record_somehow(
         except Exception as error:
             raise unreadable(model, error) from error
     try:
-        return record_pass(model, args, kwargs, False, touched=touched, numbers=False, snapshot=snapshot)
+        trace = record_pass(model, args, kwargs, False, touched=touched, numbers=numbers, snapshot=snapshot)
+        trace.asked |= numbers
+        return trace
     except (NotImplementedError, torch.OutOfMemoryError) as error:
         return record_shapes(model, args, kwargs, error, touched, snapshot)
     except Exception as error:
