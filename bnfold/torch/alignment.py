@@ -5,7 +5,8 @@
 Two passes correspond module call by module call: what the code of one did itself (the calls it made, the modules it
 ran) is matched in order with what it did in the other pass, by what was called and on which parameters. From there,
 
-- a value **parts** where it is not read by the same calls in both passes, or is an output in one of them only;
+- a value **parts** where it is not read by the same calls in both passes, or is an output in one of them only, or is in
+  the hands of code that asks for a number in the other pass alone;
 - a module works **otherwise** where what its call makes does not correspond, or it is called once more;
 - a parameter is **used apart** where a call of the other pass that corresponds to nothing reads it.
 
@@ -194,8 +195,17 @@ class Alignment:
     @cached_property
     def partings(self) -> tuple[Parting, ...]:
         """The values of this pass that the other one uses in another way, each once."""
-        found = {each.value: each for each in (*self._rewired(), *self._read_otherwise())}
+        found = {each.value: each for each in (*self._decided(), *self._rewired(), *self._read_otherwise())}
         return tuple(found.values())
+
+    def _decided(self) -> Iterator[Parting]:
+        """What is in the hands of code that asks for a number in the other pass alone, and may part at another one."""
+        known = {value.name for call in _branches(self.mine) for value in call.reads.values()}
+        for call in _branches(self.theirs):
+            names = (self._back.get(self.theirs.origin(value).name) for value in call.reads.values())
+            yield from (
+                Parting(n, self._parted(call.frame)) for n in names if n is not None and n not in known
+            )
 
     def _rewired(self) -> Iterator[Parting]:
         """What corresponding calls read that does not correspond."""
@@ -269,6 +279,11 @@ class Alignment:
         if more := self.theirs.returned() - self.mine.returned():
             found.update(dict.fromkeys(more, self._parted(None)))
         return found
+
+
+def _branches(script: _Script) -> Iterator[Call]:
+    """Where code asked for a number, with the values that were alive then, or that it handles later."""
+    return (call for call in script.recording.calls if call.label == "If")
 
 
 def _computes(call: Call) -> bool:

@@ -429,6 +429,39 @@ def test_what_a_flag_of_the_forward_chooses_stays(choose, given):
         assert all(deviation(model, folded, batch, clean=clean) < BOUND for batch in BATCHES)
 
 
+def asks_between(net, x, clean):
+    y = net.conv(x)
+    return net.bn(y if clean or x.sum() > 0 else 2 * y)
+
+
+def asks_before(net, x, clean):
+    times = 1 if clean or x.sum() > 0 else 2
+    return net.bn(net.conv(x) * times)
+
+
+def asks_what_it_hands_on(net, x, clean):
+    y = net.conv(x)
+    dark = not clean and bool(y.sum() < -1e9)
+    return net.bn(2 * y if dark else y)
+
+
+@pytest.mark.parametrize("way", [asks_between, asks_before, asks_what_it_hands_on], ids=lambda f: f.__name__)
+def test_what_a_number_chooses_given_another_flag_stays_though_the_example_has_the_usual_one(way):
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x, clean: bool = True):
+            return way(self, x, clean).relu()
+
+    model, bright = randomise(Asking()), images(2).abs()
+    folded, report = fold(model, bright)
+    assert [verdict.outcome for verdict in report.verdicts] == ["kept"], str(report)
+    for batch in (bright, -bright, -1e12 * bright):
+        assert all(deviation(model, folded, batch, clean=clean) < BOUND for clean in (True, False))
+
+
 def by_attribute(net, y, clean):
     return (net.bn_clean if net.clean else net.bn_adv)(y)
 
