@@ -136,9 +136,8 @@ def test_new_numbers_that_belong_into_other_files_are_not_in_the_model_until_the
     source = bnfold.onnx.files.load_file(tmp_path / "net.onnx")
     imported = bnfold.onnx.read(source, tmp_path)
     edits = bnfold.onnx.write(imported, travel(imported.graph, Options(), fits(imported)).graph)
-    external = [edit.name for edit in edits if isinstance(edit, Store) and edit.location]
-    late = bnfold.onnx.apply(edits, copy_without(source, ()), late=external)
-    new = {edit.name: edit for edit in edits if isinstance(edit, Store) and edit.location}
+    new = {edit.name for edit in edits if isinstance(edit, Store) and edit.location}
+    late = bnfold.onnx.apply(edits, copy_without(source, ()), late=new)
     assert new
     for tensor in late.graph.initializer:
         if tensor.name in new:
