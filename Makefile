@@ -34,6 +34,9 @@ page: $(READY) $(DEMO)/ckpt.onnx
 $(DEMO)/ckpt.onnx:
 	$(MAKE) demo
 
+# The tests start hundreds of processes: one compiles what all of them import, whatever the environment says of that.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(READY)
 	$(BIN)/python -m pytest -q $(SPREAD) $(TESTS)
 

@@ -62,6 +62,7 @@ def mypy(folder, python, *files):
     ], ran.stdout
 
 
+@pytest.mark.slow
 def test_mypy_in_strict_mode_agrees_with_ten_lines_of_a_user_and_catches_what_is_wrong(user, fresh):  # noqa: F811
     """It catches it: so the types are those of the wheel, and not `Any`."""
     errors, said = mypy(user, fresh, "user.py", "wrong.py")

@@ -85,6 +85,7 @@ def test_two_processes_calibrate_as_one_does_whatever_their_shares(run) -> None:
     assert done.stdout.count("all the same") == 2  # two processes may write into one line
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_calibrate_ends_all(run) -> None:
     done = run(FAILS)
     assert done.returncode != 0
@@ -118,7 +119,7 @@ def verify(files, *arguments):
     return torchrun(files[0].parent, "-m", "bnfold.verify", "a.onnx", *arguments)
 
 
-@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("batches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_processes_verify_a_share_each_and_the_first_reports(batches, files) -> None:
     given = [part for path in files[:batches] for part in ("--inputs", path.name)]
     done = verify(files, "b.onnx", *given, "--json", "record.json", "--worst", "worst.npz")
@@ -155,6 +156,7 @@ def test_a_difference_is_said_once_with_the_process_that_found_it(files) -> None
     assert "equivalent" not in done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_inputs_that_cannot_be_spread_are_said_once(files) -> None:
     np.savez(files[0].parent / "scalar.npz", x=np.float32(1))
     for given, fact in (

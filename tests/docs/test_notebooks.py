@@ -74,6 +74,7 @@ def test_the_one_for_engineers_runs_anywhere(run, tmp_path):
     assert 'class="bnfold"' in shown(cells)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_one_of_the_lecture_runs_where_it_lies_and_shows_every_station(run):
     cells = run("lecture.ipynb", FOLDER)

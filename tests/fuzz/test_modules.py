@@ -36,6 +36,7 @@ def test_a_weight_that_is_computed_is_tied_to_nothing() -> None:
     assert not search(range(20), "parametrised", "tied")
 
 
+@pytest.mark.slow
 def test_parts_of_weights_are_folded_into_apart() -> None:
     assert not search(range(60), "part", "elementwise", "combine")
 

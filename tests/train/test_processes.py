@@ -55,7 +55,9 @@ def assert_alike(path: str, other: str) -> None:
         assert loss == pytest.approx(load(Path(other)).record["losses"][part], rel=1e-5)
 
 
-@pytest.mark.parametrize("recipe", [["lecture"], ["quick", "--calibrate"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "recipe", [["lecture"], pytest.param(["quick", "--calibrate"], marks=pytest.mark.slow)], ids=" ".join
+)
 def test_two_processes_train_the_net_of_one(recipe, folder, capsys) -> None:
     given = [*SMALL, "--recipe", *recipe]
     assert command.main([*given, "-o", "one.pt"]) == 0
@@ -68,6 +70,7 @@ def test_two_processes_train_the_net_of_one(recipe, folder, capsys) -> None:
     assert {path.name for path in folder.glob("*.pt")} == {"one.pt", "two.pt"}
 
 
+@pytest.mark.slow
 def test_more_processes_than_rows_train_it_too(folder, capsys) -> None:
     given = [*SMALL, "--recipe", "lecture", "--batch", "3", "--steps", "3"]
     assert command.main([*given, "-o", "one.pt"]) == 0
@@ -95,6 +98,7 @@ def test_when_another_is_killed_the_first_writes_the_last_whole_step_and_it_can_
     assert not (folder / "ckpt.training.pt").exists()
 
 
+@pytest.mark.slow
 def test_when_the_first_is_killed_what_it_kept_last_is_there(folder, capsys) -> None:
     given = [*SMALL, "--recipe", "lecture", "--save-every", "5"]
     assert command.main([*given, "-o", "whole.pt"]) == 0
@@ -110,6 +114,7 @@ def test_when_the_first_is_killed_what_it_kept_last_is_there(folder, capsys) -> 
     assert_alike("ckpt.pt", "whole.pt")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_used_is_said_once(folder) -> None:
     for arguments, fact in ((["--rate", "nan"], "nan is no positive number"), (["-o", "."], "is a folder")):
         done = torchrun(folder, "-m", "train", *SMALL, *arguments)
