@@ -1,6 +1,8 @@
 """The PyTorch frontend: any `nn.Module`, as it is, folded into a module of the same class.
 
     capture      one forward pass, operator by operator      trace       what that gives: calls, values, frames
+    modes        what torch tells of each operator           recorder    what calls read, make, and may depend on
+    hollow       operators without their numbers             hooks       who looks at what goes through a module
     aten         what an operator's schema says of it        memory      which value a tensor is, and where it lies
     internals    the private parts of torch that are used    tensors     the tensors in nested things
     lower        how each operator is drawn as a node        constants   a model's constants again, in float64

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from bnfold.errors import Refuse
-from bnfold.torch.capture import computes_weight
 from bnfold.torch.draft import DraftNode
+from bnfold.torch.hooks import computes_weight
 from bnfold.torch.steps import TraceStep, steps_of
 from bnfold.torch.storage import roots_of
 from bnfold.torch.tails import Tail, find_tail, obstacle

@@ -1,6 +1,6 @@
 """The private parts of torch that this package stands on, all named here, and each used by `test_internals`.
 
-Dispatch, for `capture` and `aten`:
+Dispatch, for `modes`, `capture` and `aten`:
 
 - `torch._C._AutoDispatchBelowAutograd`: lets operators reach a dispatch mode before autograd takes composite ones
   apart, so that `conv2d`, `linear` and `batch_norm` are seen whole;

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
-from bnfold.torch.capture import Differentiates, NeedsNumbers, capture
+from bnfold.torch.capture import capture
+from bnfold.torch.recorder import Differentiates, NeedsNumbers
 from bnfold.torch.tensors import Slot, leaves, put_back, walk
 from bnfold.torch.tensors import held as held_tensors
 from bnfold.torch.trace import Trace

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from bnfold import reasons
 from bnfold.algebra import Array, Linear
 from bnfold.errors import Refuse
-from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import Evaluator, slots_of
 from bnfold.torch.draft import DraftNode, LinearPlace
+from bnfold.torch.hooks import computes_weight
 from bnfold.torch.lower import bind
 from bnfold.torch.tensors import Part, Slot, inside
 from bnfold.torch.trace import Call, Frame, Trace, Value

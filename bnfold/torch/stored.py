@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from bnfold import weights
 from bnfold.algebra import Array, Linear, round_to_odd
 from bnfold.equivalence import UNIT_ROUNDOFF
-from bnfold.torch.capture import computes_weight
 from bnfold.torch.constants import Evaluator, numbers, slots_of
 from bnfold.torch.draft import LinearPlace
+from bnfold.torch.hooks import computes_weight
 from bnfold.torch.sandbox import copy_module
 from bnfold.torch.tensors import leaves, walk
 from bnfold.torch.trace import Value

@@ -25,9 +25,9 @@ from bnfold.ir import Node
 from bnfold.merge import Merged
 from bnfold.operators import Numbers, Operator, of_linear
 from bnfold.torch.calls import ModulePlace
-from bnfold.torch.capture import computes_weight
 from bnfold.torch.draft import LinearPlace, NormPlace
 from bnfold.torch.formulas import FormulaPlace
+from bnfold.torch.hooks import computes_weight
 from bnfold.torch.merging import compute_merged, put_merged, put_operator
 from bnfold.torch.modules import ChannelAdd, ChannelMulAdd, Tail, turn_into
 from bnfold.torch.read import Reading

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from bnfold.torch.aten import is_pure, name_of
-from bnfold.torch.capture import KEPT, Differentiates, capture
+from bnfold.torch.capture import capture
 from bnfold.torch.lower import LOWERINGS
+from bnfold.torch.modes import KEPT
 from bnfold.torch.modules import TAILS
+from bnfold.torch.recorder import Differentiates
 
 ROWS = torch.randn(2, 3)
 IMAGES = torch.randn(2, 3, 4, 4)

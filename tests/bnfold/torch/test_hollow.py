@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfold
-from bnfold.torch.capture import NeedsNumbers, capture
+from bnfold.torch.capture import capture
 from bnfold.torch.hollow import HOLLOW, hollow
+from bnfold.torch.recorder import NeedsNumbers
 from bnfold.torch.sandbox import record_pass
 
 IMAGES = torch.randn(2, 4, 11, 8)
@@ -389,7 +390,7 @@ def test_an_error_that_a_number_is_the_reason_for_is_not_believed(monkeypatch):
         return y
 
     net = Net(check_unseen)
-    monkeypatch.setattr("bnfold.torch.capture.hollow", huge)
+    monkeypatch.setattr("bnfold.torch.modes.hollow", huge)
     with pytest.raises(NeedsNumbers):
         capture(net, (IMAGES,), {}, numbers=False)
     assert record_pass(net, (IMAGES,), {}, False, numbers=False).calls
@@ -428,7 +429,7 @@ def test_an_object_in_a_module_that_cannot_be_copied_keeps_numbers(monkeypatch):
         net.kept.append(y) if not net.kept else None
         return y
 
-    monkeypatch.setattr("bnfold.torch.capture.hollow", huge)
+    monkeypatch.setattr("bnfold.torch.modes.hollow", huge)
     net = Net(keep)
     net.kept, net.lock = deque(), Lock()
     with torch.no_grad():
