@@ -29,6 +29,7 @@ from onnx import TensorProto
 
 from bnfold.decide import decide, describe
 from bnfold.errors import BnfoldError, InputError
+from bnfold.exclusive import frozen_heap
 from bnfold.merge import Merged, settle
 from bnfold.onnx import files
 from bnfold.onnx.copies import copy_without, without_weights
@@ -94,6 +95,7 @@ class _Folded:
         return replace(self.report, evidence=evidence, notes=(*self.report.notes, *self.comparison.notes))
 
 
+@frozen_heap()
 def fold(
     model: Any,
     inputs: Inputs = None,
@@ -131,6 +133,7 @@ def fold(
     return folded.model if isinstance(model, onnx.ModelProto) else _to_ir(folded.model, where), report
 
 
+@frozen_heap()
 def fold_file(
     source: str | Path,
     target: str | Path | None,
