@@ -29,9 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bnfold.algebra import Affine, Array, Linear
+from bnfold.candidates import is_sum
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
-from bnfold.merge import is_sum
 from bnfold.rules import TABLE, sign_of
 from bnfold.simulation import NotProved
 from bnfold.window import Window

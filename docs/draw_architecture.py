@@ -34,7 +34,7 @@ PLACES: dict[tuple[str, str], str] = {
     ("torch", "run and compare"): "fold retrace sandbox double nudge choices",
     ("", "lower"): "canonical algebra window",
     ("", "import"): "ir",
-    ("", "decide"): "travel rules duplicate merge operators decide",
+    ("", "decide"): "travel rules duplicate merge candidates operators decide",
     ("", "run and compare"): "simulation response weights certificate equivalence report",
     ("onnx", "see"): "accept functions flatten shapes sizes constant_folding",
     ("onnx", "lower"): "lower context",

@@ -19,10 +19,11 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from bnfold.algebra import Array, round_to
+from bnfold.candidates import Candidate, is_sum
 from bnfold.decide import prove
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
-from bnfold.merge import Candidate, Merge, Merged, is_sum, merge
+from bnfold.merge import Merge, Merged, merge
 from bnfold.onnx.constant_folding import FLOATS, Unworkable
 from bnfold.onnx.edit import Editor
 from bnfold.onnx.flatten import NodeRef
@@ -58,7 +59,7 @@ class _Place:
 
 @dataclass(eq=False)
 class _Host:
-    """An imported model as a host of merged operators; see `bnfold.merge.Host`."""
+    """An imported model as a host of merged operators; see `bnfold.candidates.Host`."""
 
     imported: ImportedModel
     graph: Graph

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from bnfold.algebra import Array
+from bnfold.candidates import Candidate
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
-from bnfold.merge import Candidate, Merge, Merged, merge
+from bnfold.merge import Merge, Merged, merge
 from bnfold.operators import Numbers, Operator
 from bnfold.torch.calls import ModuleCalls, ModulePlace
 from bnfold.torch.modules import Tail, Zero, turn_into
@@ -107,7 +108,7 @@ def touched_modules(merged: Merged) -> set[str]:
 
 @dataclass(eq=False)
 class _Host:
-    """A module as a host of merged operators; see `bnfold.merge.Host`."""
+    """A module as a host of merged operators; see `bnfold.candidates.Host`."""
 
     model: nn.Module
     reading: Reading

@@ -10,9 +10,10 @@ import pytest
 
 from bnfold import report
 from bnfold.algebra import Affine, Linear
+from bnfold.candidates import Candidate, Cost
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
-from bnfold.merge import Candidate, Cost, Merged, merge, settle
+from bnfold.merge import Merged, merge, settle
 from bnfold.window import Window
 from tests.properties import blocks
 

@@ -21,9 +21,10 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from bnfold.algebra import Affine, Linear
+from bnfold.candidates import Candidate
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node, Shape
-from bnfold.merge import Candidate, Merged
+from bnfold.merge import Merged
 from bnfold.window import Window
 from tests.properties.machine import gammas
 
@@ -152,7 +153,7 @@ PLAIN: dict[str, Callable[..., np.ndarray]] = {
 
 @dataclass
 class Model:
-    """A host of merged operators that stores weights by site; see `bnfold.merge.Host`.
+    """A host of merged operators that stores weights by site; see `bnfold.candidates.Host`.
 
     Attributes:
         stubborn: the share of operators that it has no place for, decided by their nodes.

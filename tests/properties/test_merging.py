@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bnfold.candidates
 import bnfold.merge
 import bnfold.operators
 from bnfold.ir import Node
@@ -239,12 +240,12 @@ def forget_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_other_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     lax = lambda ways, value, nodes: value not in ways.outputs  # noqa: E731
-    monkeypatch.setattr(bnfold.merge._Ways, "is_within", lax)
+    monkeypatch.setattr(bnfold.candidates.Ways, "is_within", lax)
 
 
 def forget_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     lax = lambda ways, value, nodes: ways.readers[value] <= nodes  # noqa: E731
-    monkeypatch.setattr(bnfold.merge._Ways, "is_within", lax)
+    monkeypatch.setattr(bnfold.candidates.Ways, "is_within", lax)
 
 
 def forget_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
