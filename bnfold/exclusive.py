@@ -6,7 +6,6 @@ A process has one of each of these, whatever the number of its threads, and a fo
 - the states of the global random generators of torch, NumPy and Python (a model that draws numbers is run with the same
   ones each time), and torch's compiler stance,
 - loggers and the filters of warnings (`warnings.catch_warnings` is not made for threads),
-- which objects the search for garbage looks at,
 - and, unlike these, the model: its attributes and buffers are as the caller left them only between two passes.
 
 So two folds in two threads follow each other, and each gives what it gives alone. The lock is re-entrant: a model
@@ -23,13 +22,12 @@ afterwards; a generator of one's own is never touched.
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["exclusive", "frozen_heap"]
+__all__ = ["exclusive"]
 
 _LOCK = threading.RLock()
 
@@ -37,25 +35,8 @@ _LOCK = threading.RLock()
 @contextmanager
 def exclusive() -> Iterator[None]:
     """Be the only thread that changes what the whole process shares; a decorator as well."""
-    with _LOCK, frozen_heap():
+    with _LOCK:
         yield
-
-
-@contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Let the search for garbage pass over all that is there already, which takes it a tenth of a second each time.
-
-    A fold makes so many objects that it is searched for several times, and frees next to none of those from before.
-    Nothing is thawed that somebody else froze.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 if hasattr(os, "register_at_fork"):

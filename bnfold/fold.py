@@ -16,10 +16,8 @@ confused with (see the end of `bnfold/__init__.py`).
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +27,7 @@ from bnfold import fold
 from bnfold.archive import is_onnx
 from bnfold.command import Parser, add_weights
 from bnfold.errors import InputError, run_command
+from bnfold.heap import collecting_seldom
 from bnfold.output import check_target, replacing, together
 from bnfold.printed import Printed
 from bnfold.travel import HALVES
@@ -184,7 +183,7 @@ def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
     from bnfold import onnx as frontend
 
     _refuse(options, "model", *_OF_WEIGHTS, "input")
-    with _collecting_seldom():
+    with collecting_seldom():
         report = frontend.fold_file(
             options.file,
             None if options.dry_run else options.output,
@@ -195,17 +194,6 @@ def _fold_onnx(options: argparse.Namespace) -> tuple[Report, str]:
             **_choices(options),
         )
     return report, f"wrote {options.output}"
-
-
-@contextmanager
-def _collecting_seldom() -> Iterator[None]:
-    """Seldom look for garbage: a file of many nodes is many objects, next to none of which go before the end."""
-    often, *later = gc.get_threshold()
-    gc.set_threshold(1000 * often, *later)
-    try:
-        yield
-    finally:
-        gc.set_threshold(often, *later)
 
 
 def _fold_torch(options: argparse.Namespace) -> tuple[Report, str]:

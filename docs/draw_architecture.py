@@ -46,7 +46,7 @@ PLACES: dict[tuple[str, str], str] = {
 
 BESIDE = {
     "torch": "archive files program recompose side states",
-    "": "archive ascent calibrate cases checkpoint cli command distributed divergence errors exclusive fold layers "
+    "": "archive ascent calibrate cases checkpoint cli command distributed divergence errors exclusive fold heap layers "
     "output page printed pytest_plugin pytest_report reasons shapes shares verification verify wording",
     "onnx": "files side",
 }

@@ -29,7 +29,7 @@ from onnx import TensorProto
 
 from bnfold.decide import decide, describe
 from bnfold.errors import BnfoldError, InputError
-from bnfold.exclusive import frozen_heap
+from bnfold.heap import frozen_heap
 from bnfold.merge import Merged, settle
 from bnfold.onnx import files
 from bnfold.onnx.copies import copy_without, without_weights

@@ -23,6 +23,7 @@ from bnfold.cases import count_by_shapes
 from bnfold.equivalence import UNIT_ROUNDOFF, Alike, Comparison, Outputs, Unavailable
 from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
+from bnfold.heap import frozen_heap
 from bnfold.ir import Node
 from bnfold.merge import Merged, settle
 from bnfold.report import Report
@@ -63,6 +64,7 @@ __all__ = ["Narrow", "coarsest_dtype", "decide", "fold", "run", "widened"]
 
 
 @exclusive()
+@frozen_heap()
 def fold(
     model: nn.Module,
     example_inputs: Any,

@@ -1,4 +1,4 @@
-"""bnfold.exclusive: what a fold changes of the whole process is as it was afterwards (the lock: test_torch_threads)."""
+"""bnfold.heap: the search for garbage is spared what was there before a fold, and finds all of it afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 import bnfold
 from bnfold.errors import UnreadableModel
-from bnfold.exclusive import frozen_heap
+from bnfold.heap import frozen_heap
 from tests.onnx_models import model, norm, weights
 
 
