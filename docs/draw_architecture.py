@@ -46,8 +46,8 @@ PLACES: dict[tuple[str, str], str] = {
 
 BESIDE = {
     "torch": "archive files program recompose side states",
-    "": "archive ascent calibrate cases checkpoint cli command distributed divergence errors exclusive fold heap layers "
-    "output page printed pytest_plugin pytest_report reasons shapes shares verification verify wording",
+    "": "archive ascent calibrate cases checkpoint cli command distributed divergence errors exclusive fold heap "
+    "layers output page printed pytest_plugin pytest_report reasons shapes shares verification verify wording",
     "onnx": "files side",
 }
 """Modules that are not on the path of a fold: files, commands, verification, and what is shared by all."""
