@@ -1,6 +1,6 @@
 """Every node of a model in one list, with values named across bodies: who reads what, wherever it stands.
 
-The bodies of If, Loop and Scan see the values around them, so a body is no graph of its own. `survey` flattens them:
+The bodies of If, Loop and Scan see the values around them, so a body is no graph of its own. `flatten` lists them all:
 the nodes of a body come before the node that runs them, which reads what the body returns. Values of a body get a
 name of their own (two branches may both call a value `y`), and every use is recorded as the place in the file where it
 is written, so that a value can be renamed wherever it is read.
@@ -28,9 +28,9 @@ class NodeRef:
     Attributes:
         node: the node itself, as it stands in `owner`.
         owner: the graph or body that holds it.
-        inputs, outputs: the values by their names in the survey ("" where absent).
+        inputs, outputs: the values by their names in the list ("" where absent).
         results: what its bodies return, if it has any.
-        name: unique in the survey.
+        name: unique in the list.
     """
 
     node: onnx.NodeProto
