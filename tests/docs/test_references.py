@@ -57,3 +57,10 @@ def test_docstrings_refer_to_what_there_is(path):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documents_refer_to_what_there_is(path):
     assert not dangling(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("package", ["torch", "onnx"])
+def test_a_frontend_says_what_each_of_its_modules_is_for(package):
+    folder = ROOT / "bnfold" / package
+    told = set(re.findall(r"\w+", docstrings(folder / "__init__.py")))
+    assert not {path.stem for path in folder.glob("*.py")} - told - {"__init__"}
