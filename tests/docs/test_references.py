@@ -34,7 +34,9 @@ def names(path: Path) -> set[str]:
 
 def docstrings(path: Path) -> str:
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    texts = [node.value for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    texts = [
+        node.value for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
     return "\n\n".join(text.value for text in texts if isinstance(text.value, str))
 
 
