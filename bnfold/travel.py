@@ -36,7 +36,7 @@ from bnfold.duplicate import copy_producers, original
 from bnfold.errors import InputError, Refuse
 from bnfold.ir import Graph, Node, Shape
 from bnfold.report import Outcome, Verdict
-from bnfold.rules import TABLE, find, sign_of, without_row
+from bnfold.rules import TABLE, find, is_sum, sign_of, without_row
 
 __all__ = ["HALVES", "Options", "Plan", "travel"]
 
@@ -126,7 +126,7 @@ def _travel(graph: Graph, options: Options, fits: Callable[[Node], str]) -> Plan
     plan = driver.run()
     if not driver.composed or not plan.kept:
         return plan
-    return min(plan, _Driver(graph, options, fits, (Attempt.down, Attempt.up)).run(), key=lambda j: j.kept)
+    return min(plan, _Driver(graph, options, fits, (Attempt.down, Attempt.up)).run(), key=lambda plan: plan.kept)
 
 
 class _Driver:
@@ -563,7 +563,7 @@ class Attempt:
     def _parallel_up(self, node: Node, wanted: Affine | None) -> set[int]:
         """The operands of a sum that another operand makes up for: `s (L x + x) = (s L + (s - 1) I) x + x`."""
         leaning: set[int] = set()
-        if not _is_sum(node) or wanted is None or not np.any(wanted.scale != 1):
+        if not is_sum(node) or wanted is None or not np.any(wanted.scale != 1):
             return leaning
         for place in range(len(node.inputs)):
             parallel = self._parallel(node, place, members=False)
@@ -579,7 +579,7 @@ class Attempt:
         `L x + (s x + t) = (L + (s - 1) I) x + t + x`
         """
         scaled = [affine for affine in given if affine is not None and np.any(affine.scale != 1)]
-        if not _is_sum(node) or not scaled or len(scaled) == len(given):
+        if not is_sum(node) or not scaled or len(scaled) == len(given):
             return given
         rest = list(given)
         for place, affine in enumerate(given):
@@ -618,7 +618,7 @@ class Attempt:
             producer = self.driver.producer(value)
             if producer is None:
                 continue
-            if _is_sum(producer) and self.driver.shape(producer.outputs[0]) == shape:
+            if is_sum(producer) and self.driver.shape(producer.outputs[0]) == shape:
                 around += [(v, sign * sign_of(producer, other)) for other, v in enumerate(producer.inputs)]
             linear = self._now(producer.name).linear
             if linear is None or linear.centre is None:
@@ -665,11 +665,6 @@ class Attempt:
         obstacle = self.driver.fits(node)
         if obstacle:
             raise Refuse(reasons.CANNOT_STORE(node=node, because=obstacle))
-
-
-def _is_sum(node: Node) -> bool:
-    row = TABLE.get(node.op)
-    return row is not None and row.signs is not None
 
 
 Direction = Callable[[Attempt], None]

@@ -38,3 +38,11 @@ def test_no_frontend_imports_the_other_and_no_core_module_a_frontend():
     lanes = {module: lane for module, (lane, *_) in script().modules().items()}
     crossing = {(a, b) for a, b in script().arrows() if lanes[a] not in ("", lanes[b])}
     assert not crossing
+
+
+def test_the_checkers_import_nothing_of_the_search():
+    """What is checked without a line of it; a row of the table is what both trust."""
+    into = {
+        imported for imported, module in script().arrows() if module in ("simulation", "response", "weights")
+    }
+    assert into.isdisjoint({"travel", "merge", "candidates", "operators", "duplicate", "decide"})
