@@ -126,7 +126,8 @@ def _travel(graph: Graph, options: Options, fits: Callable[[Node], str]) -> Plan
     plan = driver.run()
     if not driver.composed or not plan.kept:
         return plan
-    return min(plan, _Driver(graph, options, fits, (Attempt.down, Attempt.up)).run(), key=lambda plan: plan.kept)
+    other = _Driver(graph, options, fits, (Attempt.down, Attempt.up)).run()
+    return min(plan, other, key=lambda either: either.kept)
 
 
 class _Driver:
