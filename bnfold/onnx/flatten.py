@@ -122,7 +122,7 @@ class _Walk:
         """Walk one graph; return what it returns."""
         here = dict(around)
         self._declare(graph, here, prefix)
-        for node in sort(graph, here):
+        for node in sort(graph):
             self._node(node, graph, here, prefix)
         returned = [self._find(here, output.name, f"the graph `{graph.name}`") for output in graph.output]
         for place, value in enumerate(returned):
@@ -194,7 +194,7 @@ class _Walk:
 # ---------------------------------------------------------------- order
 
 
-def sort(graph: onnx.GraphProto, around: Mapping[str, str]) -> list[onnx.NodeProto]:
+def sort(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """The nodes of a graph in an order in which they can be computed; as they stand, where that is one.
 
     Raises:
