@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from bnfold.window import Window
 
-__all__ = ["Affine", "Array", "Linear", "batchnorm", "first_along", "round_to", "widen"]
+__all__ = ["Affine", "Array", "Linear", "batchnorm", "first_along", "is_float", "round_to", "widen"]
 
 Array = npt.NDArray[np.float64]
 
@@ -173,6 +173,11 @@ def _varies(array: Array, axis: int) -> bool:
             return True
     first = first_along(array, axis)
     return not bool(((array == first) | ((array != array) & (first != first))).all())
+
+
+def is_float(array: npt.NDArray[Any]) -> bool:
+    """Whether an array holds floating-point numbers, the bfloat16 of `ml_dtypes` among them."""
+    return bool(array.dtype.kind == "f" or array.dtype.name == "bfloat16")
 
 
 def first_along(array: Array, axis: int) -> Array:

@@ -24,6 +24,7 @@ import onnx
 from onnx import TensorProto
 
 from bnfold import reasons
+from bnfold.algebra import is_float
 from bnfold.errors import InputError
 from bnfold.ir import Shape
 
@@ -36,7 +37,6 @@ FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, 
 
 SMALL = 1 << 16
 """Evaluated values with at most this many elements are remembered."""
-
 
 LARGEST = 1 << 27
 """No constant with more elements is worked out, unless the model stores a tensor that has as many."""
@@ -355,11 +355,6 @@ class Constants:
             return np.asarray(math.prod(int(size or 0) for size in shape), np.int64)
         options = attributes(node)
         return np.asarray(shape[slice(options.get("start", 0), options.get("end"))], np.int64)
-
-
-def is_float(array: Tensor) -> bool:
-    """Whether an array holds floating-point numbers, those of `ml_dtypes` included."""
-    return bool(array.dtype.kind == "f" or array.dtype.name == "bfloat16")
 
 
 def cast(array: Tensor, data_type: int) -> Tensor:
