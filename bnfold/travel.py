@@ -131,7 +131,22 @@ def _travel(graph: Graph, options: Options, fits: Callable[[Node], str]) -> Plan
 
 
 class _Driver:
-    """The state of one `travel`: the nodes as they are by now, who is gone, and the verdicts so far."""
+    """The state of one `travel`: the nodes as they are by now, who is gone, and the verdicts so far.
+
+    Attributes:
+        composing: in which order the directions are tried in which BatchNorms are composed.
+        composed: whether any was, so that the other order is worth a try.
+        nodes: by name, as they are by now; those that were erased, too.
+        position: of each node, its place in the order of computation.
+        erased: the nodes that are gone; `origins` says which value each of their outputs is now.
+        outputs, kept: the values that cannot change: those that the caller gets, and those that the model keeps, with
+            where it does.
+        reads: by value, the nodes that read it by now; filled as it is asked for.
+        places: by place, the nodes that share it.
+        centred: values that a linear operator with a centre reads, on which a sum beside it could lean.
+        verdicts, spared: what became of places so far, and those whose scale could have gone alone but stays.
+        moves: how many were made; what was `refused` stays so until there is another one.
+    """
 
     def __init__(
         self,
