@@ -221,7 +221,7 @@ class Constants:
 
     def _is_constant(self, node: onnx.NodeProto, inputs: Sequence[str]) -> bool:
         operator = node.op_type
-        if operator not in EVALUATE:
+        if operator not in EVALUATE and operator not in _OF_FORM:
             return (
                 operator in _REFERENCE
                 and bool(inputs)
@@ -294,7 +294,7 @@ class Constants:
         node, inputs, _ = self._nodes[value]
         if node.op_type in ("Shape", "Size") and self._has_numbers_for_sizes(inputs[0]):
             return []
-        needed = inputs[:1] if node.op_type in ("Shape", "Size", "CastLike") else inputs
+        needed = inputs[:1] if node.op_type in _OF_FORM else inputs
         return [name for name in dict.fromkeys(needed) if name and name not in known]
 
     def _has_numbers_for_sizes(self, value: str) -> bool:
@@ -530,9 +530,6 @@ EVALUATE: dict[str, Operator] = {
     "Identity": _identity,
     "Dropout": _identity,
     "Cast": _cast,
-    "CastLike": _cast,
-    "Shape": _identity,
-    "Size": _identity,
     "Transpose": _transpose,
     "Reshape": _reshape,
     "Squeeze": _squeeze,
@@ -554,6 +551,9 @@ EVALUATE: dict[str, Operator] = {
     "Exp": _arithmetic(np.exp),
     "Log": _arithmetic(np.log),
 }
+
+_OF_FORM = frozenset({"Shape", "Size", "CastLike"})
+"""Operators that ask for the shape or the type of an operand, which can be known where its numbers are not."""
 
 _REFERENCE = frozenset({
     "And", "ArgMax", "ArgMin", "Ceil", "Clip", "CumSum", "Equal", "Floor", "GatherElements", "GatherND",
