@@ -163,10 +163,14 @@ def digest(model: onnx.ModelProto, folder: Path | None = None) -> str:
         _feed(found, sparse.SerializeToString(deterministic=True))
     for tensor in sorted(graph.initializer, key=lambda tensor: tensor.name):
         array = load_tensor(tensor, folder)
-        content = array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
-        for piece in (tensor.name.encode(), repr((tensor.data_type, array.shape)).encode(), content):
+        for piece in (tensor.name.encode(), repr((tensor.data_type, array.shape)).encode(), _content(array)):
             _feed(found, piece)
     return found.hexdigest()
+
+
+def _content(array: Any) -> bytes:
+    """The numbers of an array, or its strings, as bytes."""
+    return bytes(array.tobytes()) if array.dtype != object else repr(array.tolist()).encode()
 
 
 def _feed(found: Any, piece: bytes) -> None:
@@ -638,11 +642,8 @@ def _expression(imported: ImportedModel, value: str, keys: dict[str, str]) -> st
             own = sha256()
             if stored or ref is None:
                 array = _constant(imported, name)
-                content = b"" if array is None else array.tobytes()
                 _feed(own, repr(None if array is None else (array.dtype, array.shape)).encode())
-                _feed(
-                    own, content if array is None or array.dtype != object else repr(array.tolist()).encode()
-                )
+                _feed(own, b"" if array is None else _content(array))
             else:
                 for piece in (*_settings(ref), repr(ref.outputs.index(name)).encode()):
                     _feed(own, piece)
