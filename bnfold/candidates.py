@@ -151,6 +151,7 @@ class Ways:
     """In which ways each value is one operator on an earlier value.
 
     Attributes:
+        host: the model in which they are to be written.
         ways: by value, from near to far.
         refused: by the nodes that could not become one, why.
         outputs: of the graph.

@@ -394,6 +394,8 @@ class Attempt:
         units: the places of the BatchNorms that move together, in order.
         compose: whether another BatchNorm may absorb them.
         half: whether only the scale moves.
+        changed: by name, the nodes as they would be: with what they absorbed, or what is left in their place.
+        extra: by the name of a linear operator, what it makes up for on the way up beside itself, before it is asked.
         met_batchnorm: whether it came to another BatchNorm, where `compose` decides.
     """
 

@@ -49,7 +49,7 @@ class NodeRef:
 
 @dataclass(eq=False)
 class Use:
-    """One place where a value is read: an input of a node, or an output of a graph (`node` is None)."""
+    """One place where a value is read: an input of a node, or an output of a graph (`ref` is None)."""
 
     ref: NodeRef | None
     owner: onnx.GraphProto
@@ -61,7 +61,7 @@ class FlatModel:
     """The model, flattened.
 
     Attributes:
-        spots: all nodes, in an order in which they can be computed.
+        refs: all nodes, in an order in which they can be computed.
         home: the graph in which a value is defined.
         raw: the name of a value in the file.
         uses: where each value is read.
@@ -70,6 +70,7 @@ class FlatModel:
         inputs: the inputs of the main graph, without initializers that are listed there.
         outputs: the outputs of the main graph.
         types: what the file declares about values, main graph and bodies.
+        names: those that values have in the file, whatever graph they stand in.
     """
 
     refs: list[NodeRef] = field(default_factory=list)

@@ -66,3 +66,23 @@ def test_a_frontend_says_what_each_of_its_modules_is_for(package):
     folder = ROOT / "bnfold" / package
     told = set(re.findall(r"\w+", docstrings(folder / "__init__.py")))
     assert not {path.stem for path in folder.glob("*.py")} - told - {"__init__"}
+
+
+def listed(docstring: str, heading: str) -> set[str]:
+    """The names that a docstring explains under a heading."""
+    section = re.search(rf"{heading}:\n((?:    .*\n?|\n)+)", docstring)
+    lines = re.findall(r"^    ([\w*]+(?:, [\w*]+)*):", section[1], re.MULTILINE) if section else []
+    return {name.lstrip("*") for line in lines for name in line.split(", ")}
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_explain_arguments_and_attributes_that_there_are(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            assert listed(ast.get_docstring(node) or "", "Args") <= {
+                part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)
+            }, node.name
+        elif isinstance(node, ast.ClassDef):
+            there = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+            there |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+            assert listed(ast.get_docstring(node) or "", "Attributes") <= there, node.name
