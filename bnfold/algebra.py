@@ -30,7 +30,17 @@ import numpy.typing as npt
 
 from bnfold.window import Window
 
-__all__ = ["Affine", "Array", "Linear", "batchnorm", "first_along", "is_float", "round_to", "widen"]
+__all__ = [
+    "Affine",
+    "Array",
+    "Linear",
+    "batchnorm",
+    "first_along",
+    "is_float",
+    "round_to",
+    "round_to_odd",
+    "widen",
+]
 
 Array = npt.NDArray[np.float64]
 

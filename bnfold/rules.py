@@ -28,7 +28,7 @@ from bnfold.algebra import Affine, Array, Linear, widen
 from bnfold.errors import Refuse
 from bnfold.ir import Dim, Node, Shape
 
-__all__ = ["TABLE", "Row", "Surroundings", "find", "is_sum", "sign_of", "without_row"]
+__all__ = ["TABLE", "Row", "Surroundings", "find", "is_sum", "moved", "sign_of", "without_row"]
 
 LARGEST = 1 << 24
 """An affine that would have to be written out in more numbers than this goes no further."""

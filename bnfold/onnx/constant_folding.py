@@ -28,7 +28,20 @@ from bnfold.algebra import is_float
 from bnfold.errors import InputError
 from bnfold.ir import Shape
 
-__all__ = ["FLOATS", "Constants", "attribute", "attributes", "bits", "densify", "load"]
+__all__ = [
+    "FLOATS",
+    "Constants",
+    "Tensor",
+    "Unworkable",
+    "attribute",
+    "attributes",
+    "bits",
+    "check_external",
+    "densify",
+    "load",
+    "map_bytes",
+    "width",
+]
 
 Tensor = np.ndarray[Any, Any]
 

@@ -18,7 +18,7 @@ import onnx
 from bnfold.errors import InputError
 from bnfold.onnx.constant_folding import densify
 
-__all__ = ["FlatModel", "NodeRef", "bodies", "declared_types", "flatten"]
+__all__ = ["FlatModel", "NodeRef", "Use", "bodies", "declared_types", "flatten"]
 
 
 @dataclass(eq=False)

@@ -32,7 +32,18 @@ from bnfold.onnx.files import size
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.inputs import Feed
 
-__all__ = ["Numbers", "Outputs", "Runner", "fixed_values", "most_at_once", "run", "to_float64", "widen"]
+__all__ = [
+    "Numbers",
+    "Outputs",
+    "Runner",
+    "fixed_values",
+    "is_random",
+    "most_at_once",
+    "run",
+    "run_exactly",
+    "to_float64",
+    "widen",
+]
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 
