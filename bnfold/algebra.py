@@ -30,7 +30,17 @@ import numpy.typing as npt
 
 from bnfold.window import Window
 
-__all__ = ["Affine", "Array", "Linear", "batchnorm", "round_to", "widen"]
+__all__ = [
+    "Affine",
+    "Array",
+    "Linear",
+    "batchnorm",
+    "first_along",
+    "is_float",
+    "round_to",
+    "round_to_odd",
+    "widen",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -122,8 +132,7 @@ class Affine:
         scale, shift = self.scale, self.shift
         for axis in self.axes:
             if not _varies(scale, axis) and not _varies(shift, axis):
-                first = (slice(None),) * axis + (slice(0, 1),)
-                scale, shift = scale[first], shift[first]
+                scale, shift = first_along(scale, axis), first_along(shift, axis)
         return Affine(scale, shift)
 
     def settle(self, axis: int | None) -> Affine:
@@ -172,8 +181,18 @@ def _varies(array: Array, axis: int) -> bool:
         ends = array.item(0), array.item(-1)
         if ends[0] != ends[1] and not (math.isnan(ends[0]) and math.isnan(ends[1])):
             return True
-    first = array[(slice(None),) * axis + (slice(0, 1),)]
+    first = first_along(array, axis)
     return not bool(((array == first) | ((array != array) & (first != first))).all())
+
+
+def is_float(array: npt.NDArray[Any]) -> bool:
+    """Whether an array holds floating-point numbers, the bfloat16 of `ml_dtypes` among them."""
+    return bool(array.dtype.kind == "f" or array.dtype.name == "bfloat16")
+
+
+def first_along(array: Array, axis: int) -> Array:
+    """The first entries of an array along an axis, which is kept, with size 1."""
+    return array[(slice(None),) * axis + (slice(0, 1),)]
 
 
 def widen(affine: Affine | None, rank: int) -> Affine:

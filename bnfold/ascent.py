@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from bnfold.cases import Array, Case, is_float, renamed
+from bnfold.algebra import is_float
+from bnfold.cases import Array, Case, renamed
 from bnfold.equivalence import UNIT_ROUNDOFF, Outputs, Unavailable, measure
 from bnfold.errors import InputError, UnreadableModel
 

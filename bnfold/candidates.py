@@ -22,7 +22,7 @@ from bnfold.algebra import Affine
 from bnfold.errors import Refuse
 from bnfold.ir import Dim, Graph, Node, Shape
 from bnfold.operators import Operator, average, beside, of_linear, sequence
-from bnfold.rules import TABLE, sign_of
+from bnfold.rules import is_sum, sign_of
 from bnfold.window import Window
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Ways",
     "is_minuend",
     "is_plain_sum",
-    "is_sum",
     "positions_of",
 ]
 
@@ -152,6 +151,7 @@ class Ways:
     """In which ways each value is one operator on an earlier value.
 
     Attributes:
+        host: the model in which they are to be written.
         ways: by value, from near to far.
         refused: by the nodes that could not become one, why.
         outputs: of the graph.
@@ -308,11 +308,6 @@ def _total(node: Node, terms: Sequence[Candidate], size: int) -> Candidate:
     way = Candidate(terms[0].source, node.outputs[0], operator, node.name, tuple(terms), size=size)
     costs = (term.cost(way.width) for term in terms)
     return replace(way, before=reduce(Cost.plus, costs, Cost((len(terms) - 1) * way.width, 0)))
-
-
-def is_sum(node: Node) -> bool:
-    """Whether a node adds up or subtracts values."""
-    return node.op in TABLE and TABLE[node.op].signs is not None
 
 
 def is_plain_sum(graph: Graph, node: Node) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bnfold.algebra import is_float
 from bnfold.equivalence import Outputs
 
 __all__ = [
@@ -16,7 +17,6 @@ __all__ = [
     "Form",
     "count_by_shapes",
     "count_examples",
-    "is_float",
     "move",
     "nudged",
     "perturbed",
@@ -44,11 +44,6 @@ class Case:
     arrays: tuple[Array, ...]
     names: tuple[str, ...] = ()
     form: Form | None = None
-
-
-def is_float(array: Array) -> bool:
-    """Whether an array holds floating-point numbers, bfloat16 among them."""
-    return bool(array.dtype.kind == "f" or array.dtype.name == "bfloat16")
 
 
 def count_examples(case: Case) -> int:

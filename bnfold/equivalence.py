@@ -48,6 +48,7 @@ __all__ = [
     "Alike",
     "Comparison",
     "Outputs",
+    "Pair",
     "Runs",
     "Unavailable",
     "Worst",

@@ -230,7 +230,16 @@ def _with_term(so_far: Candidate, term: _Term, sign: float) -> Candidate:
 
 
 class _Choice:
-    """Which candidates become one operator."""
+    """Which candidates become one operator.
+
+    Attributes:
+        found: the candidates.
+        at_any_cost: whether the host alone decides.
+        taken: by the name of a node, the merge that it is in.
+        touched: sums that have lost operands to a merge.
+        position: of each node, its place in the order of computation.
+        merges: what was taken so far, what is farthest down first.
+    """
 
     def __init__(self, graph: Graph, host: Host, found: Ways, at_any_cost: bool) -> None:
         self.graph, self.host, self.found, self.at_any_cost = graph, host, found, at_any_cost

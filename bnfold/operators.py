@@ -92,13 +92,15 @@ class Operator:
 
 # ---------------------------------------------------------------- operators of one node
 
+_KINDS = frozenset({"Gemm", "MatMul", "Conv", "Embedding"})
+"""What an operator can be as a node of the graph, and a node as an operator."""
+
 
 def of_linear(node: Node) -> Operator:
     """A linear node, with all that it has absorbed.
 
     Raises:
-        Refuse: it has no constant weight, or none at all, or is a transposed convolution, an Einsum or a part of
-            another operator.
+        Refuse: it has no constant weight, or none at all, or is neither a convolution nor a matrix by itself.
     """
     linear = node.linear
     if linear is None:
@@ -109,10 +111,10 @@ def of_linear(node: Node) -> Operator:
         raise Refuse("it reads another value as well")
     if node.op == "InputProduct":
         raise Refuse("it is a part of a recurrent layer")
-    if node.op == "Einsum":
-        raise Refuse("it is an Einsum, which nothing is merged with")
     if node.op == "ConvTranspose" or (node.op == "Conv" and linear.window is None):
         raise Refuse("how it slides depends on the size of its input, or it is transposed")
+    if node.op not in _KINDS:
+        raise Refuse(f"it is of a kind ({node.op}) that nothing is merged with")
     window = linear.window
 
     def numbers(stored: Stored) -> Numbers:

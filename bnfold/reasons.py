@@ -10,7 +10,8 @@ module which decides about BatchNorms words a reason of its own.
 A clause is said of what the sentence around it names: of a BatchNorm ("it is in training mode"), or of a linear
 operator that cannot absorb ("its weight is quantised").
 
-Not here: why operators are not merged (`bnfold.merge`), and why a fold is not proved (`bnfold.simulation`).
+Not here: why operators are not merged (`bnfold.operators`, `bnfold.merge`, and each frontend's `merging`), and why a
+fold is not proved (`bnfold.simulation`).
 """
 
 from __future__ import annotations

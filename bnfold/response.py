@@ -29,10 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bnfold.algebra import Affine, Array, Linear
-from bnfold.candidates import is_sum
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
-from bnfold.rules import TABLE, sign_of
+from bnfold.rules import TABLE, is_sum, sign_of
 from bnfold.simulation import NotProved
 from bnfold.window import Window
 

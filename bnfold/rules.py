@@ -28,7 +28,7 @@ from bnfold.algebra import Affine, Array, Linear, widen
 from bnfold.errors import Refuse
 from bnfold.ir import Dim, Node, Shape
 
-__all__ = ["TABLE", "Row", "Surroundings", "find", "without_row"]
+__all__ = ["TABLE", "Row", "Surroundings", "find", "is_sum", "moved", "sign_of", "without_row"]
 
 LARGEST = 1 << 24
 """An affine that would have to be written out in more numbers than this goes no further."""
@@ -129,6 +129,12 @@ _UNFOLLOWED = frozenset(
 def without_row(node: Node) -> str:
     """Why no affine map passes an operator that the table does not have."""
     return reasons.NOT_FOLLOWED(node=node) if node.op in _UNFOLLOWED else reasons.NOT_LINEAR(node=node)
+
+
+def is_sum(node: Node) -> bool:
+    """Whether a node adds up or subtracts values."""
+    row = TABLE.get(node.op)
+    return row is not None and row.signs is not None
 
 
 def sign_of(node: Node, place: int) -> float:

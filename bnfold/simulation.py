@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from bnfold.algebra import Affine, Array, Linear, widen
+from bnfold.algebra import Affine, Array, Linear, first_along, widen
 from bnfold.errors import NotEquivalent, Refuse
 from bnfold.ir import Graph, Node, Shape
 from bnfold.rules import TABLE, Row, moved, sign_of
@@ -485,7 +485,7 @@ def _evened(affine: Affine, noise: float) -> Affine:
     """The same map, alike along every axis along which it differs by rounding alone."""
     scale, shift = affine.scale, affine.shift
     for axis in affine.axes:
-        first = (slice(None),) * axis + (slice(0, 1),)
-        if _are_close(scale, scale[first], noise) and _are_close(shift, shift[first], noise, scale):
-            scale, shift = scale[first], shift[first]
+        one, other = first_along(scale, axis), first_along(shift, axis)
+        if _are_close(scale, one, noise) and _are_close(shift, other, noise, scale):
+            scale, shift = one, other
     return Affine(scale, shift)

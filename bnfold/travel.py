@@ -36,7 +36,7 @@ from bnfold.duplicate import copy_producers, original
 from bnfold.errors import InputError, Refuse
 from bnfold.ir import Graph, Node, Shape
 from bnfold.report import Outcome, Verdict
-from bnfold.rules import TABLE, find, sign_of, without_row
+from bnfold.rules import TABLE, find, is_sum, sign_of, without_row
 
 __all__ = ["HALVES", "Options", "Plan", "travel"]
 
@@ -126,11 +126,27 @@ def _travel(graph: Graph, options: Options, fits: Callable[[Node], str]) -> Plan
     plan = driver.run()
     if not driver.composed or not plan.kept:
         return plan
-    return min(plan, _Driver(graph, options, fits, (Attempt.down, Attempt.up)).run(), key=lambda j: j.kept)
+    other = _Driver(graph, options, fits, (Attempt.down, Attempt.up)).run()
+    return min(plan, other, key=lambda either: either.kept)
 
 
 class _Driver:
-    """The state of one `travel`: the nodes as they are by now, who is gone, and the verdicts so far."""
+    """The state of one `travel`: the nodes as they are by now, who is gone, and the verdicts so far.
+
+    Attributes:
+        composing: in which order the directions are tried in which BatchNorms are composed.
+        composed: whether any was, so that the other order is worth a try.
+        nodes: by name, as they are by now; those that were erased, too.
+        position: of each node, its place in the order of computation.
+        erased: the nodes that are gone; `origins` says which value each of their outputs is now.
+        outputs, kept: the values that cannot change: those that the caller gets, and those that the model keeps, with
+            where it does.
+        reads: by value, the nodes that read it by now; filled as it is asked for.
+        places: by place, the nodes that share it.
+        centred: values that a linear operator with a centre reads, on which a sum beside it could lean.
+        verdicts, spared: what became of places so far, and those whose scale could have gone alone but stays.
+        moves: how many were made; what was `refused` stays so until there is another one.
+    """
 
     def __init__(
         self,
@@ -378,6 +394,8 @@ class Attempt:
         units: the places of the BatchNorms that move together, in order.
         compose: whether another BatchNorm may absorb them.
         half: whether only the scale moves.
+        changed: by name, the nodes as they would be: with what they absorbed, or what is left in their place.
+        extra: by the name of a linear operator, what it makes up for on the way up beside itself, before it is asked.
         met_batchnorm: whether it came to another BatchNorm, where `compose` decides.
     """
 
@@ -563,7 +581,7 @@ class Attempt:
     def _parallel_up(self, node: Node, wanted: Affine | None) -> set[int]:
         """The operands of a sum that another operand makes up for: `s (L x + x) = (s L + (s - 1) I) x + x`."""
         leaning: set[int] = set()
-        if not _is_sum(node) or wanted is None or not np.any(wanted.scale != 1):
+        if not is_sum(node) or wanted is None or not np.any(wanted.scale != 1):
             return leaning
         for place in range(len(node.inputs)):
             parallel = self._parallel(node, place, members=False)
@@ -579,7 +597,7 @@ class Attempt:
         `L x + (s x + t) = (L + (s - 1) I) x + t + x`
         """
         scaled = [affine for affine in given if affine is not None and np.any(affine.scale != 1)]
-        if not _is_sum(node) or not scaled or len(scaled) == len(given):
+        if not is_sum(node) or not scaled or len(scaled) == len(given):
             return given
         rest = list(given)
         for place, affine in enumerate(given):
@@ -618,7 +636,7 @@ class Attempt:
             producer = self.driver.producer(value)
             if producer is None:
                 continue
-            if _is_sum(producer) and self.driver.shape(producer.outputs[0]) == shape:
+            if is_sum(producer) and self.driver.shape(producer.outputs[0]) == shape:
                 around += [(v, sign * sign_of(producer, other)) for other, v in enumerate(producer.inputs)]
             linear = self._now(producer.name).linear
             if linear is None or linear.centre is None:
@@ -665,11 +683,6 @@ class Attempt:
         obstacle = self.driver.fits(node)
         if obstacle:
             raise Refuse(reasons.CANNOT_STORE(node=node, because=obstacle))
-
-
-def _is_sum(node: Node) -> bool:
-    row = TABLE.get(node.op)
-    return row is not None and row.signs is not None
 
 
 Direction = Callable[[Attempt], None]

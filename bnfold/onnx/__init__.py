@@ -9,6 +9,27 @@
 copy, and the copy is run against the original before anybody gets it. torch is never imported here, onnxruntime only
 when something is run.
 
+What a file says:
+
+    files        ONNX files and their external data          accept      what is refused before anything is computed
+    flatten      every node, bodies included, in one list    functions   a model's own functions, inlined
+    shapes       shapes and types of all values              sizes       vectors of sizes, at every size of the inputs
+    constant_folding  what is constant, without rounding     context     all of that, as lowering asks it
+
+What is drawn and made of it:
+
+    lower        how each operator is drawn as a node        read        nodes -> Graph
+    slots        where linear operators keep their numbers   write       the difference of two Graphs -> edits
+    merging      merged operators -> edits                   edit        edits, for any copy of the model
+    copies       copies without some of the tensors          certify     what was done, to be checked elsewhere
+
+What runs:
+
+    run          onnxruntime as it is, or float64            reference   float64 where onnxruntime has none
+    runs         the runs of a comparison                    inputs      made-up inputs
+    nudge        every number moved a little                 choices     a model that chooses as another run did
+    side         a model as one side of a verification
+
 A model's own functions are inlined where they hold a BatchNorm or a linear operator, if that erases more BatchNorms:
 a function's body is shared by all of its calls, so nothing can be folded into it as it stands.
 """

@@ -10,8 +10,8 @@ that a damaged or hostile model ends in one line:
 - a function has one definition and does not call itself, by whatever way; the calls of all functions expand to no more
   than `EXPANDED` nodes, no more than `CALLS` deep.
 
-Not covered: whether operators exist and suit their inputs, which onnxruntime and ONNX's checker judge (`proof`), and
-tensors in external files (`constants.check_external`).
+Not covered: whether operators exist and suit their inputs, which onnxruntime and ONNX's checker judge (`run`, `fold`),
+and tensors in external files (`constant_folding.check_external`).
 """
 
 from __future__ import annotations

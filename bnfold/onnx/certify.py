@@ -22,7 +22,7 @@ import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +163,14 @@ def digest(model: onnx.ModelProto, folder: Path | None = None) -> str:
         _feed(found, sparse.SerializeToString(deterministic=True))
     for tensor in sorted(graph.initializer, key=lambda tensor: tensor.name):
         array = load_tensor(tensor, folder)
-        content = array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
-        for piece in (tensor.name.encode(), repr((tensor.data_type, array.shape)).encode(), content):
+        for piece in (tensor.name.encode(), repr((tensor.data_type, array.shape)).encode(), _content(array)):
             _feed(found, piece)
     return found.hexdigest()
+
+
+def _content(array: Any) -> bytes:
+    """The numbers of an array, or its strings, as bytes."""
+    return bytes(array.tobytes()) if array.dtype != object else repr(array.tolist()).encode()
 
 
 def _feed(found: Any, piece: bytes) -> None:
@@ -204,10 +208,8 @@ def carried(source: Path, result: Path) -> list[str]:
     found = [item.value for item in after.metadata_props if item.key == KEY]
     if not found:
         return []
-    before, told = (
-        load_file(source),
-        Certificate.from_json(found[0], f"the certificate that {result} carries"),
-    )
+    before = load_file(source)
+    told = Certificate.from_json(found[0], f"the certificate that {result} carries")
     folders = source.parent, result.parent
     return [] if _stranger(before, after, told, *folders) else _show(before, after, told, *folders)
 
@@ -353,11 +355,10 @@ class _Check:
         for name, twin in found.nodes.items():
             node = self.applied.merged[name]
             if name not in merged:
-                mine, linear = first.refs[node.original], node.linear is not None
-                apart = self._apart(node, mine[0], second.refs[twin.name][0])
-                for ref, other in list(zip(mine, second.refs[twin.name], strict=not linear))[
-                    : 1 if linear else None
-                ]:
+                mine, theirs = first.refs[node.original], second.refs[twin.name]
+                apart, linear = self._apart(node, mine[0], theirs[0]), node.linear is not None
+                pairs = zip(mine, theirs, strict=not linear)
+                for ref, other in islice(pairs, 1 if linear else None):
                     values.check_node(ref, other, linear, apart, self._dropped(node, ref))
 
     def _check_idle(self, found: Matched) -> None:
@@ -638,11 +639,8 @@ def _expression(imported: ImportedModel, value: str, keys: dict[str, str]) -> st
             own = sha256()
             if stored or ref is None:
                 array = _constant(imported, name)
-                content = b"" if array is None else array.tobytes()
                 _feed(own, repr(None if array is None else (array.dtype, array.shape)).encode())
-                _feed(
-                    own, content if array is None or array.dtype != object else repr(array.tolist()).encode()
-                )
+                _feed(own, b"" if array is None else _content(array))
             else:
                 for piece in (*_settings(ref), repr(ref.outputs.index(name)).encode()):
                     _feed(own, piece)

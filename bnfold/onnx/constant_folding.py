@@ -24,10 +24,24 @@ import onnx
 from onnx import TensorProto
 
 from bnfold import reasons
+from bnfold.algebra import is_float
 from bnfold.errors import InputError
 from bnfold.ir import Shape
 
-__all__ = ["FLOATS", "Constants", "attribute", "attributes", "bits", "densify", "load"]
+__all__ = [
+    "FLOATS",
+    "Constants",
+    "Tensor",
+    "Unworkable",
+    "attribute",
+    "attributes",
+    "bits",
+    "check_external",
+    "densify",
+    "load",
+    "map_bytes",
+    "width",
+]
 
 Tensor = np.ndarray[Any, Any]
 
@@ -36,7 +50,6 @@ FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, 
 
 SMALL = 1 << 16
 """Evaluated values with at most this many elements are remembered."""
-
 
 LARGEST = 1 << 27
 """No constant with more elements is worked out, unless the model stores a tensor that has as many."""
@@ -221,7 +234,7 @@ class Constants:
 
     def _is_constant(self, node: onnx.NodeProto, inputs: Sequence[str]) -> bool:
         operator = node.op_type
-        if operator not in EVALUATE:
+        if operator not in EVALUATE and operator not in _OF_FORM:
             return (
                 operator in _REFERENCE
                 and bool(inputs)
@@ -294,7 +307,7 @@ class Constants:
         node, inputs, _ = self._nodes[value]
         if node.op_type in ("Shape", "Size") and self._has_numbers_for_sizes(inputs[0]):
             return []
-        needed = inputs[:1] if node.op_type in ("Shape", "Size", "CastLike") else inputs
+        needed = inputs[:1] if node.op_type in _OF_FORM else inputs
         return [name for name in dict.fromkeys(needed) if name and name not in known]
 
     def _has_numbers_for_sizes(self, value: str) -> bool:
@@ -355,11 +368,6 @@ class Constants:
             return np.asarray(math.prod(int(size or 0) for size in shape), np.int64)
         options = attributes(node)
         return np.asarray(shape[slice(options.get("start", 0), options.get("end"))], np.int64)
-
-
-def is_float(array: Tensor) -> bool:
-    """Whether an array holds floating-point numbers, those of `ml_dtypes` included."""
-    return bool(array.dtype.kind == "f" or array.dtype.name == "bfloat16")
 
 
 def cast(array: Tensor, data_type: int) -> Tensor:
@@ -535,9 +543,6 @@ EVALUATE: dict[str, Operator] = {
     "Identity": _identity,
     "Dropout": _identity,
     "Cast": _cast,
-    "CastLike": _cast,
-    "Shape": _identity,
-    "Size": _identity,
     "Transpose": _transpose,
     "Reshape": _reshape,
     "Squeeze": _squeeze,
@@ -559,6 +564,9 @@ EVALUATE: dict[str, Operator] = {
     "Exp": _arithmetic(np.exp),
     "Log": _arithmetic(np.log),
 }
+
+_OF_FORM = frozenset({"Shape", "Size", "CastLike"})
+"""Operators that ask for the shape or the type of an operand, which can be known where its numbers are not."""
 
 _REFERENCE = frozenset({
     "And", "ArgMax", "ArgMin", "Ceil", "Clip", "CumSum", "Equal", "Floor", "GatherElements", "GatherND",

@@ -33,7 +33,7 @@ from bnfold.onnx.constant_folding import FLOATS, check_external, map_bytes, widt
 from bnfold.onnx.flatten import bodies
 from bnfold.output import replacing
 
-__all__ = ["load_file", "save_file", "size", "stored_tensors", "writing"]
+__all__ = ["count_floats", "load_file", "save_file", "size", "stored_tensors", "writing"]
 
 LIMIT = 2**31 - 1
 """A protobuf message is smaller than this."""

@@ -1,6 +1,6 @@
 """Every node of a model in one list, with values named across bodies: who reads what, wherever it stands.
 
-The bodies of If, Loop and Scan see the values around them, so a body is no graph of its own. `survey` flattens them:
+The bodies of If, Loop and Scan see the values around them, so a body is no graph of its own. `flatten` lists them all:
 the nodes of a body come before the node that runs them, which reads what the body returns. Values of a body get a
 name of their own (two branches may both call a value `y`), and every use is recorded as the place in the file where it
 is written, so that a value can be renamed wherever it is read.
@@ -18,7 +18,7 @@ import onnx
 from bnfold.errors import InputError
 from bnfold.onnx.constant_folding import densify
 
-__all__ = ["FlatModel", "NodeRef", "bodies", "declared_types", "flatten"]
+__all__ = ["FlatModel", "NodeRef", "Use", "bodies", "declared_types", "flatten"]
 
 
 @dataclass(eq=False)
@@ -28,9 +28,9 @@ class NodeRef:
     Attributes:
         node: the node itself, as it stands in `owner`.
         owner: the graph or body that holds it.
-        inputs, outputs: the values by their names in the survey ("" where absent).
+        inputs, outputs: the values by their names in the list ("" where absent).
         results: what its bodies return, if it has any.
-        name: unique in the survey.
+        name: unique in the list.
     """
 
     node: onnx.NodeProto
@@ -49,7 +49,7 @@ class NodeRef:
 
 @dataclass(eq=False)
 class Use:
-    """One place where a value is read: an input of a node, or an output of a graph (`node` is None)."""
+    """One place where a value is read: an input of a node, or an output of a graph (`ref` is None)."""
 
     ref: NodeRef | None
     owner: onnx.GraphProto
@@ -61,7 +61,7 @@ class FlatModel:
     """The model, flattened.
 
     Attributes:
-        spots: all nodes, in an order in which they can be computed.
+        refs: all nodes, in an order in which they can be computed.
         home: the graph in which a value is defined.
         raw: the name of a value in the file.
         uses: where each value is read.
@@ -70,6 +70,7 @@ class FlatModel:
         inputs: the inputs of the main graph, without initializers that are listed there.
         outputs: the outputs of the main graph.
         types: what the file declares about values, main graph and bodies.
+        names: those that values have in the file, whatever graph they stand in.
     """
 
     refs: list[NodeRef] = field(default_factory=list)
@@ -122,7 +123,7 @@ class _Walk:
         """Walk one graph; return what it returns."""
         here = dict(around)
         self._declare(graph, here, prefix)
-        for node in sort(graph, here):
+        for node in sort(graph):
             self._node(node, graph, here, prefix)
         returned = [self._find(here, output.name, f"the graph `{graph.name}`") for output in graph.output]
         for place, value in enumerate(returned):
@@ -194,7 +195,7 @@ class _Walk:
 # ---------------------------------------------------------------- order
 
 
-def sort(graph: onnx.GraphProto, around: Mapping[str, str]) -> list[onnx.NodeProto]:
+def sort(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """The nodes of a graph in an order in which they can be computed; as they stand, where that is one.
 
     Raises:

@@ -350,14 +350,14 @@ def _fresh(wish: str, taken: Container[str]) -> str:
 
 
 def _batchnorm(ref: NodeRef, context: ImportContext) -> Node:
-    reason = _batch_statistics(ref, context) or _numbers_reason(ref, context)
+    reason = _batch_statistics(ref) or _numbers_reason(ref, context)
     affine: Affine | None = None
     if not reason:
         affine, reason = _batchnorm_affine(ref, context)
     return Node(ref.name, ref.op, (ref.inputs[0],), tuple(ref.outputs), affine=affine, reason=reason)
 
 
-def _batch_statistics(ref: NodeRef, context: ImportContext) -> str:
+def _batch_statistics(ref: NodeRef) -> str:
     options = attributes(ref.node)
     if options.get("training_mode", 0):
         return reasons.TRAINING_NODE()

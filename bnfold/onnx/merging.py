@@ -19,7 +19,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from bnfold.algebra import Array, round_to
-from bnfold.candidates import Candidate, is_sum
+from bnfold.candidates import Candidate
 from bnfold.decide import prove
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
@@ -30,6 +30,7 @@ from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.read import ImportedModel
 from bnfold.onnx.slots import find_slots, stored_numbers
 from bnfold.operators import Numbers, Operator
+from bnfold.rules import is_sum
 
 __all__ = ["merge_imported", "write_merges"]
 

@@ -25,13 +25,25 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from bnfold.algebra import is_float
 from bnfold.errors import InputError
 from bnfold.onnx.constant_folding import FLOATS, densify, load
 from bnfold.onnx.files import size
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.inputs import Feed
 
-__all__ = ["Numbers", "Outputs", "Runner", "fixed_values", "most_at_once", "run", "to_float64", "widen"]
+__all__ = [
+    "Numbers",
+    "Outputs",
+    "Runner",
+    "fixed_values",
+    "is_random",
+    "most_at_once",
+    "run",
+    "run_exactly",
+    "to_float64",
+    "widen",
+]
 
 Outputs = dict[str, np.ndarray[Any, Any]]
 
@@ -236,7 +248,7 @@ def _convolves(model: onnx.ModelProto) -> bool:
 
 def widen(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """An array in float64 if it holds floats."""
-    return array.astype(np.float64) if array.dtype.kind == "f" or array.dtype.name == "bfloat16" else array
+    return array.astype(np.float64) if is_float(array) else array
 
 
 def most_at_once(model: onnx.ModelProto) -> float:

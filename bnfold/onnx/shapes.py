@@ -75,7 +75,7 @@ def infer(
     constants: Callable[[type[Constants], Shapes], Any],
     overridable: frozenset[str] = frozenset(),
 ) -> tuple[Shapes, Constants, Sizes]:
-    """Shapes and types of all values of a surveyed model, what is constant, and what is known of computed sizes.
+    """Shapes and types of all values of a flattened model, what is constant, and what is known of computed sizes.
 
     Initializers that a caller may override are inputs here: neither their numbers nor their sizes are known.
     """

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from bnfold.algebra import is_float
 from bnfold.ascent import LEAK
 from bnfold.cases import Array, Case
 from bnfold.divergence import Recording
@@ -114,7 +115,7 @@ class ModelSide:
         if wanted in (0, onnx.TensorProto.STRING):
             return array
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(wanted))
-        floats = wanted in FLOATS and (array.dtype.kind == "f" or array.dtype.name == "bfloat16")
+        floats = wanted in FLOATS and is_float(array)
         whole = dtype.kind in "iu" and array.dtype.kind in "iu"
         return np.asarray(array.astype(dtype)) if floats or whole else array
 

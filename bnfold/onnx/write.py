@@ -136,11 +136,11 @@ class _Writer:
         key = (value, bias, ref.op, slots.alpha, slots.beta, linear.order, linear.groups)
         for other, weight_name, bias_name in self.done.get(key, ()):
             if other.equals(linear):
-                self._attach(slots, linear, weight_name, bias_name)
+                self._attach(slots, weight_name, bias_name)
                 return
         names = self._store(node, slots, linear)
         self.done.setdefault(key, []).append((linear, *names))
-        self._attach(slots, linear, *names)
+        self._attach(slots, *names)
 
     def _store(self, node: Node, slots: Slots, linear: Linear) -> tuple[str, str]:
         """Store the new weight and bias; the value "" stands for a bias that stays as it is, or is in the weight."""
@@ -186,7 +186,7 @@ class _Writer:
         rank = self.imported.context.rank(slots.ref.inputs[1 - slots.weight]) or 0
         return bias.reshape(-1, *[1] * (rank - 1 - linear.out_axis))
 
-    def _attach(self, slots: Slots, linear: Linear, weight: str, bias: str) -> None:
+    def _attach(self, slots: Slots, weight: str, bias: str) -> None:
         self.view.set_input(slots.ref, slots.weight, weight)
         if slots.ref.op == "Gemm":
             self.editor.drop_attribute(slots.ref, "alpha")

@@ -1,22 +1,39 @@
 """The PyTorch frontend: any `nn.Module`, as it is, folded into a module of the same class.
 
+What runs:
+
     capture      one forward pass, operator by operator      trace       what that gives: calls, values, frames
     modes        what torch tells of each operator           recorder    what calls read, make, and may depend on
     hollow       operators without their numbers             hooks       who looks at what goes through a module
     aten         what an operator's schema says of it        memory      which value a tensor is, and where it lies
     internals    the private parts of torch that are used    tensors     the tensors in nested things
-    lower        how each operator is drawn as a node        constants   a model's constants again, in float64
-    read         calls -> Graph, and where numbers are kept  write       the difference of two Graphs -> module
-    sandbox      a model run without leaving a trace         draft       calls drawn as nodes, not bound to storage
-    norms        which module calls are BatchNorms           storage     where linear operators keep their numbers
-    aliasing     what is changed in place                    simplify    nodes joined and dropped
-    naming       what the report calls each node             steps       what runs outside of the BatchNorms
+    sandbox      a model run without leaving a trace         determinism code that runs otherwise a second time
     trials       passes on other inputs, with `alignment`    sizes       what of a pass holds for those too
-    idle         BatchNorms that did not run                 determinism code that runs otherwise a second time
-    retrace      the folded model's calls, against the plan  fold        read, travel, write, compare
-    modules      what stands where a BatchNorm was           side        a module as one side of a verification
-    files        weights of a model that a factory builds    program     exported programs (.pt2)
-    states       where in a file a state dict lies           nudge       every number moved a little
+    idle         BatchNorms that did not run                 compiled    BatchNorms in ScriptModules
+
+What is drawn of it:
+
+    lower        how each operator is drawn as a node        constants   a model's constants again, in float64
+    draft        calls drawn as nodes, not bound to storage  read        calls -> Graph, and where numbers are kept
+    norms        which module calls are BatchNorms           formulas    BatchNorms that are written out in a forward
+    tails        what a module does after its operator       calls       module calls as places for merged operators
+    storage      where linear operators keep their numbers   aliasing    what is changed in place
+    naming       what the report calls each node             simplify    nodes joined and dropped
+
+What is made of it:
+
+    fold         read, travel, write, compare                write       the difference of two Graphs -> module
+    merging      merged operators -> module                  stored      numbers as a module stores them
+    modules      what stands where a BatchNorm was           steps       what runs outside of the BatchNorms
+    retrace      the folded model's calls, against the plan  side        a module as one side of a verification
+    double       float64 in this thread alone                nudge       every number moved a little
+    choices      a model that chooses as another run did
+
+Files:
+
+    files        weights of a model that a factory builds    states      where in a file a state dict lies
+    program      exported programs (.pt2)                    archive     one loaded, or refused
+    recompose    layers again of what a program took apart
 
 `example_inputs` is everywhere a tensor, a tuple of positional arguments, a dict of keyword arguments, or a pair of a
 tuple and a dict.

@@ -44,7 +44,17 @@ class ModulePlace:
 
 
 class ModuleCalls:
-    """The module calls of one pass, with the nodes of each."""
+    """The module calls of one pass, with the nodes of each.
+
+    Attributes:
+        trace, items, alias, norms, otherwise, formulas: see `__init__`.
+        hosts: the paths of modules that become operators whose weights their code computes; set once those are bound.
+        frames: by the name of a node, the call in whose own code it is.
+        held, children: by identity of a call, the nodes in it (those of inner calls too), and the calls right in it.
+        count: by path, how often a module is called.
+        reads: see `_reads`.
+        dtypes: of values, by name.
+    """
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bnfold.torch.hooks import computes_weight, observers
 from bnfold.torch.internals import BelowAutograd, make_fake_mode
 from bnfold.torch.memory import Memory
-from bnfold.torch.modes import Operators, Surroundings
+from bnfold.torch.modes import Functions, Operators
 from bnfold.torch.recorder import Recorder
 from bnfold.torch.tensors import Slot, held, leaves, walk, words
 from bnfold.torch.trace import Frame, Trace, Value
@@ -179,10 +179,10 @@ def _enter_modes(
     if fake is not None:
         stack.enter_context(fake)
     below = stack.enter_context(BelowAutograd(differentiates))
-    surroundings = Surroundings(recorder, below)
-    stack.enter_context(Operators(recorder, surroundings, fake))
+    functions = Functions(recorder, below)
+    stack.enter_context(Operators(recorder, functions, fake))
     below.settle()
-    stack.enter_context(surroundings)
+    stack.enter_context(functions)
 
 
 def _computed_weights(model: nn.Module) -> Iterator[int]:

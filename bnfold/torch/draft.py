@@ -64,7 +64,18 @@ class NormPlace:
 
 @dataclass(eq=False, slots=True)
 class DraftNode:
-    """A node as it is being drawn; `varies` tells that its call has other settings for other inputs."""
+    """A node as it is being drawn.
+
+    Attributes:
+        op, attributes, affine, linear, reason, partial, site: as those of the `Node` that it becomes.
+        inputs, outputs: the names of values.
+        call: the call that it is drawn of.
+        weight, bias, statistics: the values that its numbers are, until `place` says where they are stored.
+        name: empty until `naming`.
+        place: where its numbers are stored: of a linear operator, of a BatchNorm, of one that is written out.
+        joined: the call that adds its bias, where that is another one.
+        varies: whether its call has other settings for other inputs.
+    """
 
     op: str
     inputs: list[str]
@@ -128,7 +139,16 @@ def readers_of(items: Sequence[DraftNode]) -> dict[str, list[DraftNode]]:
 
 
 class Draft:
-    """Takes nodes for one trace."""
+    """Takes nodes for one trace.
+
+    Attributes:
+        recording: the trace.
+        evaluator: computes constants.
+        items: what was drawn so far.
+        shapes: of values, in the pass that was recorded.
+        call: the one that is being drawn.
+        count: of the values that lie between two nodes of one call.
+    """
 
     def __init__(self, recording: Trace, evaluator: Evaluator) -> None:
         self.recording, self.evaluator = recording, evaluator

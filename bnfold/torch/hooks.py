@@ -1,4 +1,8 @@
-"""Whether somebody looks at what goes through a module: its hooks, but for those that only compute its weight."""
+"""Whether somebody looks at what goes through a module: its hooks, but for those that only compute its weight.
+
+`capture` notes a call "Hook" that reads what the observer sees. Nothing travels through it, so a value that a hook sees
+stays as it is (`reasons.ALSO_READ` upwards, `reasons.NOT_LINEAR` downwards).
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""One lowering per ATen operator: how a captured call is drawn as nodes in the vocabulary of `graph`.
+"""One lowering per ATen operator: how a captured call is drawn as nodes in the vocabulary of `ir`.
 
 A lowering is given the call's arguments by the names of the operator's schema (its first, `self`, `input` or `data`, by
 place), with `Value` in the place of each tensor, and a `Draft` that takes nodes. It raises `Opaque` for a form that it
 does not cover; then, and for every operator without a lowering, the call becomes an opaque node, through which nothing
 travels.
-A composite operator without a lowering (`multiply`, `movedim`, `chunk`) never comes here: `capture` sees its parts.
+A composite operator without a lowering (`multiply`, `movedim`, `chunk`) never comes here: `modes` sees its parts.
 """
 
 from __future__ import annotations

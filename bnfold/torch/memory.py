@@ -48,8 +48,12 @@ class Memory:
 
     Attributes:
         saves: whether what is changed can be put back; not where tensors have no numbers.
+        entries, stores: what was noted of tensors, by identity, and of pieces of memory, by address.
         slots: the values of the tensors that the model holds, by identity of the tensor.
         changed: which of these tensors the pass has changed, by identity.
+        given, outside: the tensors that the caller gave, and those from elsewhere, by identity of the value.
+        saved: tensors from before the pass whose memory was about to change, by identity, with their numbers.
+        count: of the values that were named so far.
     """
 
     def __init__(self, held: Iterable[tuple[Tensor, tuple[Slot, ...]]], saves: bool = True) -> None:

@@ -36,7 +36,7 @@ from bnfold.torch.stored import round_like, stored_numbers, stored_tensors
 from bnfold.torch.tensors import inside
 from bnfold.torch.trace import Frame
 
-__all__ = ["compute_merged", "merge_as_stored", "merge_read", "put_merged", "touched_modules"]
+__all__ = ["compute_merged", "merge_as_stored", "merge_read", "put_merged", "put_operator", "touched_modules"]
 
 
 def merge_read(model: nn.Module, reading: Reading, graph: Graph, refused: Collection[str] = ()) -> Merged:

@@ -42,7 +42,7 @@ from bnfold.torch.modules import TAILS
 from bnfold.torch.recorder import Differentiates, Recorder, Sealed
 from bnfold.torch.tensors import leaves
 
-__all__ = ["KEPT", "Operators", "Surroundings"]
+__all__ = ["KEPT", "Functions", "Operators"]
 
 _WHOLE = {"lstm", "gru", "rnn_tanh", "rnn_relu", "layer_norm", "group_norm", "scaled_dot_product_attention"}
 _BY_SIZE = {"einsum", "tensordot"}
@@ -59,9 +59,9 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Never: skipping it would import the compiler, which takes seconds."""
         return False
 
-    def __init__(self, recorder: Recorder, surroundings: Surroundings, fake: Any) -> None:
+    def __init__(self, recorder: Recorder, functions: Functions, fake: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.recorder, self.surroundings, self.fake = recorder, surroundings, fake
+        self.recorder, self.functions, self.fake = recorder, functions, fake
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         recorder, kwargs = self.recorder, kwargs or {}
@@ -70,10 +70,10 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if recorder.sealed is not None:
             return self._run_part(recorder.sealed, operator, args, kwargs)
         if is_composite(operator):
-            if self.surroundings.is_cast(operator, args):
+            if self.functions.is_cast(operator, args):
                 return self._run_cast(operator, args, kwargs)
             if name_of(operator) not in KEPT:
-                with self._doubting(operator), self.surroundings.autocast(operator), self:
+                with self._doubting(operator), self.functions.autocast(operator), self:
                     return operator.decompose(*args, **kwargs)
         if operator is torch.ops.aten.lift_fresh.default and not recorder.memory.beneath(args[0]):
             return self._lift(operator, args[0])
@@ -90,7 +90,7 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave_out(self, operator: Any, *args: Any, **kwargs: Any) -> Any:
         """What an operator makes, without numbers where those are costly; no error that is due to them is believed."""
         if operator in HOLLOW:
-            made = None if self.surroundings.devices else hollow(operator, args, kwargs)
+            made = None if self.functions.devices else hollow(operator, args, kwargs)
             self.recorder.unset |= made is not None
             with self._doubting(operator):
                 return operator(*args, **kwargs) if made is None else made
@@ -140,7 +140,7 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return fake.from_tensor(tensor) if id(tensor) in real else tensor
 
             args, kwargs = torch.utils._pytree.tree_map_only(Tensor, swap, (args, kwargs))
-        with self.surroundings.autocast(operator):
+        with self.functions.autocast(operator):
             return compute(*args, **kwargs), changed
 
     def _run_cast(self, operator: Any, args: Any, kwargs: Any) -> Any:
@@ -158,8 +158,8 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-class Surroundings(TorchFunctionMode):
-    """Sees what no operator shows."""
+class Functions(TorchFunctionMode):
+    """Sees every function of torch that is called, for what no operator shows, autocast among it."""
 
     def __init__(self, recorder: Recorder, below: BelowAutograd) -> None:
         super().__init__()

@@ -8,7 +8,8 @@ an opaque call "reads" it. What runs whole inside another module's forward stays
 
 **Without numbers.** A pass of which the calls alone count can leave out what costly operators compute (`hollow`). What
 comes of it rests on no number: where one is asked for, be it by the model, a size, an error, a hook or another thread,
-`NeedsNumbers` asks for another pass. What the pass writes into tensors from before it is put back, whoever holds them.
+`NeedsNumbers` asks for another pass, which `sandbox.record_pass` makes. What the pass writes into tensors from before
+it is put back, whoever holds them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,22 @@ _ATOMS = frozenset({int, float, bool, str, type(None)})
 
 
 class Recorder:
-    """The calls of one pass, and the frame of the module in whose code it is."""
+    """The calls of one pass, and the frame of the module in whose code it is.
+
+    Attributes:
+        memory: which value each tensor is.
+        numbers: whether what costs most is computed.
+        asked: whether something depended on numbers that depend on the inputs.
+        unset: whether some numbers were left out by now.
+        lacking: whether something needs one that was left out, so that the pass is of no use.
+        branches: whether a number may have decided which code ran.
+        believed: the last error that an operator raised and that is due to no number that was left out.
+        calls: in order.
+        frame, root: the module call that is under way, and the frame around the model.
+        sealed: the call under way whose operators are its own business.
+        unseen: whether it is bnfold that asks something of tensors.
+        measured: by the name of a value, the module calls in whose code its size or type was asked for.
+    """
 
     def __init__(self, memory: Memory, numbers: bool = True) -> None:
         self.memory, self.numbers = memory, numbers

@@ -1,4 +1,9 @@
-"""Run a module without leaving a trace: buffers, inputs, hooks, modes and random states are as they were."""
+"""Run a module without leaving a trace: buffers, inputs, hooks, modes and random states are as they were.
+
+`record_pass` captures a pass like this, and makes it again where it must: with autograd where the model differentiates
+by itself, with all numbers where something depends on one that was left out. `record_somehow` falls back on fake
+tensors where real ones cannot be had.
+"""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from bnfold.algebra import is_float
 from bnfold.ascent import LEAK, Objective
-from bnfold.cases import Array, Case, is_float
+from bnfold.cases import Array, Case
 from bnfold.divergence import Recording
 from bnfold.equivalence import Outputs, Unavailable
 from bnfold.errors import InputError, UnreadableModel

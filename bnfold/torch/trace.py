@@ -76,6 +76,7 @@ class Frame:
     Attributes:
         module: the module itself; None for the frame around the model.
         path: its qualified name, None where the model does not hold it.
+        parent: the call in whose code this one stands.
         given, made: the values among its arguments and results.
         start, stop: the calls made while it ran.
         data_dependent: whether a number left the tensors while it ran.
@@ -107,13 +108,16 @@ class Call:
     """One call: `args` and `kwargs` with `Value` in the place of each tensor.
 
     Attributes:
-        function: the operator; a string for what is none ("If", "Hook", "Alias").
+        index: its place among the calls of the pass.
+        function: the operator; a string for what is none: "If" for a branch, "Hook" for whoever looks at a module,
+            "Alias" and "Outside" for tensors that nobody saw being made, or what reaches memory by itself ("numpy").
         args, kwargs: by place and by name, as the operator's schema has them.
         reads: every value that it read, each once.
         made: the values of the tensors that it returned, in order.
         changed: pairs of values, before and after, of what it changed in place.
         written: stand for the memory that it changed, where somebody reads that by way of another tensor.
         frame: the module call in whose code it stands.
+        constant: whether what it makes can be computed again from slots and numbers.
     """
 
     index: int

@@ -300,6 +300,8 @@ def test_a_table_is_an_operator_on_its_rows() -> None:
         (node("Conv", None), "not constant"),
         (node("Conv", Linear("oi", 1, 1, 1, 1)), "depends on the size"),
         (node("ConvTranspose", Linear("io", 1, 1, 1, 1, window=line(1))), "transposed"),
+        (node("Einsum", Linear("io", 1, 1, 1, 1)), "of a kind"),
+        (node("Blur", Linear("oi", 1, 1, 1, 1)), "of a kind"),
     ],
 )
 def test_what_is_not_known_to_be_linear_is_none(given: Node, why: str) -> None:

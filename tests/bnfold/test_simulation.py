@@ -10,8 +10,9 @@ import pytest
 
 from bnfold.algebra import Affine, Linear
 from bnfold.ir import Graph, Node
-from bnfold.simulation import NotProved, check
+from bnfold.simulation import _SAME_RANK, NotProved, check
 from bnfold.travel import Options, travel
+from tests.properties import machine
 
 RANDOM = np.random.default_rng(0)
 CHANNELS = 4
@@ -261,3 +262,13 @@ def test_numbers_that_cancel_in_one_channel_excuse_nothing_in_another_one(size: 
     after = changed(after, "d", linear=below.absorb_before(scale, -large))
     with pytest.raises(NotProved):
         check(before, after)
+
+
+@pytest.mark.parametrize("op", sorted(_SAME_RANK))
+def test_an_operator_that_is_taken_to_keep_the_rank_does(op: str) -> None:
+    """One that is new in the table is taken so, unless it is named there."""
+    for seed in range(30):
+        node, sketch = machine.draw_node(seed, op)
+        if node.attributes.get("keepdims", True):
+            ranks = {sketch.values[value].ndim for value in (*node.inputs, *node.outputs)}
+            assert len(ranks) == 1
