@@ -36,7 +36,7 @@ PLACES: dict[tuple[str, str], str] = {
     ("", "import"): "ir",
     ("", "decide"): "travel rules duplicate merge candidates operators decide",
     ("", "run and compare"): "simulation response weights certificate equivalence report",
-    ("onnx", "see"): "accept functions flatten shapes sizes constant_folding",
+    ("onnx", "see"): "accept protos functions flatten shapes sizes constant_folding",
     ("onnx", "lower"): "lower context",
     ("onnx", "import"): "read",
     ("onnx", "write"): "write merging slots edit copies",

@@ -12,9 +12,10 @@ when something is run.
 What a file says:
 
     files        ONNX files and their external data          accept      what is refused before anything is computed
-    flatten      every node, bodies included, in one list    functions   a model's own functions, inlined
-    shapes       shapes and types of all values              sizes       vectors of sizes, at every size of the inputs
-    constant_folding  what is constant, without rounding     context     all of that, as lowering asks it
+    protos       attributes and stored tensors, as values    functions   a model's own functions, inlined
+    flatten      every node, bodies included, in one list    shapes      shapes and types of all values
+    sizes        vectors of sizes, at every size of inputs   context     all of that, as lowering asks it
+    constant_folding  what is constant, without rounding
 
 What is drawn and made of it:
 

@@ -11,7 +11,7 @@ that a damaged or hostile model ends in one line:
   than `EXPANDED` nodes, no more than `CALLS` deep.
 
 Not covered: whether operators exist and suit their inputs, which onnxruntime and ONNX's checker judge (`run`, `fold`),
-and tensors in external files (`constant_folding.check_external`).
+and tensors in external files (`protos.check_external`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import onnx
 from onnx import AttributeProto, SparseTensorProto, TensorProto
 
 from bnfold.errors import InputError
-from bnfold.onnx.constant_folding import bits
 from bnfold.onnx.flatten import bodies
+from bnfold.onnx.protos import bits
 
 __all__ = ["accept"]
 

@@ -35,11 +35,12 @@ from bnfold.certificate import Matched, Record, apply, claims, match
 from bnfold.equivalence import UNIT_ROUNDOFF
 from bnfold.errors import InputError, Refuse
 from bnfold.ir import Graph, Node
-from bnfold.onnx.constant_folding import FLOATS, Unworkable
-from bnfold.onnx.constant_folding import load as load_tensor
+from bnfold.onnx.constant_folding import Unworkable
 from bnfold.onnx.files import load_file
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.functions import inline
+from bnfold.onnx.protos import FLOATS
+from bnfold.onnx.protos import load as load_tensor
 from bnfold.onnx.read import ImportedModel, read
 from bnfold.onnx.slots import RECURRENT, find_slots, state_bias, stored_numbers
 from bnfold.report import Report

@@ -17,9 +17,9 @@ import onnx
 from onnx import helper
 
 from bnfold.errors import InputError
-from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.context import ImportContext
 from bnfold.onnx.inputs import Feed
+from bnfold.onnx.protos import FLOATS
 from bnfold.onnx.run import Outputs
 
 __all__ = ["Choices", "find_choices"]

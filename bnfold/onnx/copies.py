@@ -10,7 +10,7 @@ import onnx
 from google.protobuf.unknown_fields import UnknownFieldSet
 from onnx import TensorProto
 
-from bnfold.onnx.constant_folding import FLOATS
+from bnfold.onnx.protos import FLOATS
 
 __all__ = ["copy_without", "without_weights"]
 

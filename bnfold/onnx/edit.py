@@ -20,8 +20,8 @@ from onnx import TensorProto
 
 from bnfold.algebra import Array
 from bnfold.errors import BnfoldError, InputError
-from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.flatten import FlatModel, NodeRef, Use, bodies
+from bnfold.onnx.protos import FLOATS
 from bnfold.onnx.read import ImportedModel
 
 __all__ = [

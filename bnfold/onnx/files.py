@@ -29,8 +29,8 @@ from onnx import TensorProto
 from bnfold.archive import name_stranger
 from bnfold.errors import InputError
 from bnfold.onnx.accept import accept
-from bnfold.onnx.constant_folding import FLOATS, check_external, map_bytes, width
 from bnfold.onnx.flatten import bodies
+from bnfold.onnx.protos import FLOATS, check_external, map_bytes, width
 from bnfold.output import replacing
 
 __all__ = ["count_floats", "load_file", "save_file", "size", "stored_tensors", "writing"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import onnx
 
 from bnfold.errors import InputError
-from bnfold.onnx.constant_folding import densify
+from bnfold.onnx.protos import densify
 
 __all__ = ["FlatModel", "NodeRef", "Use", "bodies", "declared_types", "flatten"]
 

@@ -17,8 +17,8 @@ from onnx import TensorProto
 
 from bnfold.errors import InputError
 from bnfold.ir import Dim
-from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.context import ImportContext
+from bnfold.onnx.protos import FLOATS
 
 __all__ = ["Feed", "candidates"]
 

@@ -24,9 +24,9 @@ from bnfold.algebra import Affine, Linear
 from bnfold.canonical import wrap
 from bnfold.errors import InputError
 from bnfold.ir import Dim, Node, Shape
-from bnfold.onnx.constant_folding import FLOATS, attributes
 from bnfold.onnx.context import ImportContext
 from bnfold.onnx.flatten import NodeRef
+from bnfold.onnx.protos import FLOATS, attributes
 from bnfold.window import Window
 
 __all__ = ["EPSILON", "LOWERINGS", "MISMATCH", "lower"]

@@ -24,9 +24,10 @@ from bnfold.decide import prove
 from bnfold.errors import Refuse
 from bnfold.ir import Graph, Node
 from bnfold.merge import Merge, Merged, merge
-from bnfold.onnx.constant_folding import FLOATS, Unworkable
+from bnfold.onnx.constant_folding import Unworkable
 from bnfold.onnx.edit import Editor
 from bnfold.onnx.flatten import NodeRef
+from bnfold.onnx.protos import FLOATS
 from bnfold.onnx.read import ImportedModel
 from bnfold.onnx.slots import find_slots, stored_numbers
 from bnfold.operators import Numbers, Operator

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from bnfold.cases import move
 from bnfold.equivalence import UNIT_ROUNDOFF
-from bnfold.onnx.constant_folding import FLOATS, load
+from bnfold.onnx.protos import FLOATS, load
 from bnfold.onnx.run import fixed_values, widen
 
 __all__ = ["nudge"]

@@ -25,9 +25,9 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_max_pool import MaxPool as ReferenceMaxPool
 
 from bnfold.errors import InputError
-from bnfold.onnx.constant_folding import FLOATS, load
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.lower import EPSILON
+from bnfold.onnx.protos import FLOATS, load
 from bnfold.onnx.run import Numbers, fixed_values, widen
 
 __all__ = ["evaluate"]

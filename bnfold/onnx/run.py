@@ -27,10 +27,10 @@ from onnx import TensorProto
 
 from bnfold.algebra import is_float
 from bnfold.errors import InputError
-from bnfold.onnx.constant_folding import FLOATS, densify, load
 from bnfold.onnx.files import size
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.inputs import Feed
+from bnfold.onnx.protos import FLOATS, densify, load
 
 __all__ = [
     "Numbers",

@@ -22,10 +22,10 @@ from bnfold.divergence import Recording
 from bnfold.equivalence import Outputs, Unavailable
 from bnfold.errors import InputError
 from bnfold.onnx import files, to_proto
-from bnfold.onnx.constant_folding import FLOATS
 from bnfold.onnx.flatten import bodies
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.nudge import nudge
+from bnfold.onnx.protos import FLOATS
 from bnfold.onnx.read import read
 from bnfold.onnx.run import Runner, run_exactly, to_float64
 from bnfold.onnx.runs import DOUBTFUL, HEAVY, SLOW, ModelRuns, agree

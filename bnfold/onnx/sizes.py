@@ -17,7 +17,8 @@ import onnx
 from onnx import TensorProto
 
 from bnfold.ir import Shape
-from bnfold.onnx.constant_folding import Constants, Tensor, Unworkable, attributes
+from bnfold.onnx.constant_folding import Constants, Unworkable
+from bnfold.onnx.protos import Tensor, attributes
 
 __all__ = ["VECTOR", "Sizes"]
 

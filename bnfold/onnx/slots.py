@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from bnfold.algebra import Array, Linear
-from bnfold.onnx.constant_folding import attribute
 from bnfold.onnx.flatten import NodeRef
+from bnfold.onnx.protos import attribute
 from bnfold.onnx.read import ImportedModel
 
 __all__ = [

@@ -138,19 +138,20 @@ def capture(
     outputs = {path: recorder.value(tensor) for path, tensor in leaves(result)}
     _add_survivors(memory, outputs, set(_computed_weights(model)))
     holders = _holders(model, memory)
+    decided = recorder.root.data_dependent
     return Trace(
-        recorder.calls,
-        modules.frames,
-        inputs,
-        outputs,
-        memory.slots,
-        memory.changed,
-        modules.escaped,
-        fake,
-        recorder.root.data_dependent,
-        nondeterministic,
-        differentiates,
-        words=() if recorder.root.data_dependent else tuple(words(result)),
+        calls=recorder.calls,
+        frames=modules.frames,
+        inputs=inputs,
+        outputs=outputs,
+        slots=memory.slots,
+        changed_slots=memory.changed,
+        escaped=modules.escaped,
+        fake=fake,
+        data_dependent=decided,
+        nondeterministic=nondeterministic,
+        differentiates=differentiates,
+        words=() if decided else tuple(words(result)),
         measured=recorder.measured,
         holders=holders,
         asked=recorder.asked,

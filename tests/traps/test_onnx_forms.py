@@ -1,4 +1,4 @@
-"""Attributes and forms of one operator, in files (semantics.md 10-17, 21-24)."""
+"""Attributes and forms of one operator, in files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharing, bodies, constants in disguise, names and files (semantics.md 1-6, 8-9, 25-26)."""
+"""Sharing, bodies, constants in disguise, names and files."""
 
 from __future__ import annotations
 

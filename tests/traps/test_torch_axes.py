@@ -1,4 +1,4 @@
-"""Semantics 7 to 12: which axis, how many groups, what the border does."""
+"""Which axis, how many groups, what the border does."""
 
 from __future__ import annotations
 

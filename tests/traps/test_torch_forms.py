@@ -1,4 +1,4 @@
-"""Semantics 15 to 20: every disguise of a BatchNorm, and everything that hangs on a module."""
+"""Every disguise of a BatchNorm, and everything that hangs on a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Semantics 21 to 24: dtypes, extreme numbers, chains, and one rounding."""
+"""Dtypes, extreme numbers, chains, and one rounding."""
 
 from __future__ import annotations
 

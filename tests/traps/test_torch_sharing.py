@@ -1,4 +1,4 @@
-"""Semantics 1 to 6: who else reads a value, a module, a parameter."""
+"""Who else reads a value, a module, a parameter."""
 
 from __future__ import annotations
 
