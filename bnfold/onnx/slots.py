@@ -52,18 +52,32 @@ class Slots:
         return self.add.inputs[self.bias] if self.add is not None and self.bias < len(self.add.inputs) else ""
 
 
+_PLACES = {
+    "Conv": (1, 2),
+    "ConvTranspose": (1, 2),
+    "Gemm": (1, 2),
+    "DeformConv": (1, 3),
+    **dict.fromkeys(RECURRENT, (1, 3)),
+}
+"""By operator, the inputs of one that has an input for a bias: that of the weight, and that of the bias."""
+
+
 def find_slots(imported: ImportedModel, name: str) -> Slots:
-    """Where the linear operator of this name keeps its numbers."""
+    """Where the linear operator of this name keeps its numbers.
+
+    Raises:
+        LookupError: it is of a kind that nothing is said of here.
+    """
     refs, constants = imported.refs[name], imported.context.constants
     ref = refs[0]
-    if ref.op in ("Conv", "ConvTranspose"):
-        return Slots(ref, 1, ref, 2)
-    if ref.op == "Gemm":
-        return Slots(ref, 1, ref, 2, attribute(ref.node, "alpha", 1.0), attribute(ref.node, "beta", 1.0))
+    if ref.op in _PLACES:
+        weight, bias = _PLACES[ref.op]
+        factors = (attribute(ref.node, name, 1.0) if ref.op == "Gemm" else 1.0 for name in ("alpha", "beta"))
+        return Slots(ref, weight, ref, bias, *factors)
     if ref.op == "Gather":
         return Slots(ref, 0)
-    if ref.op in RECURRENT or ref.op == "DeformConv":
-        return Slots(ref, 1, ref, 3)
+    if ref.op not in ("MatMul", "Einsum"):
+        raise LookupError(f"where `{name}` ({ref.op}) keeps its weight")
     weight = 0 if ref.inputs[0] in constants else 1
     if len(refs) == 1:
         return Slots(ref, weight)
