@@ -23,7 +23,7 @@ LANES = ("torch", "", "onnx")
 TITLES = {"torch": "nn.Module: bnfold/torch", "": "no framework: bnfold", "onnx": "model.onnx: bnfold/onnx"}
 
 PLACES: dict[tuple[str, str], str] = {
-    ("torch", "see"): "capture modes recorder hooks trace memory hollow aten internals tensors",
+    ("torch", "see"): "passes capture modes recorder hooks trace memory hollow aten internals tensors",
     ("torch", "lower"): "lower draft constants",
     (
         "torch",

@@ -2,14 +2,15 @@
 
 What runs:
 
+    passes       one recorded, and made again if it must be  sandbox     a model run without leaving a trace
     capture      one forward pass, operator by operator      trace       what that gives: calls, values, frames
     modes        what torch tells of each operator           recorder    what calls read, make, and may depend on
     hollow       operators without their numbers             hooks       who looks at what goes through a module
     aten         what an operator's schema says of it        memory      which value a tensor is, and where it lies
     internals    the private parts of torch that are used    tensors     the tensors in nested things
-    sandbox      a model run without leaving a trace         determinism code that runs otherwise a second time
     trials       passes on other inputs, with `alignment`    sizes       what of a pass holds for those too
-    idle         BatchNorms that did not run                 compiled    BatchNorms in ScriptModules
+    determinism  code that runs otherwise a second time      idle        BatchNorms that did not run
+    compiled     BatchNorms in ScriptModules
 
 What is drawn of it:
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from bnfold.torch.capture import capture
 from bnfold.torch.constants import Evaluator, slots_of
-from bnfold.torch.sandbox import copied, quiet, restored, undisturbed
+from bnfold.torch.passes import quiet
+from bnfold.torch.sandbox import copied, restored, undisturbed
 from bnfold.torch.sizes import words_of
 from bnfold.torch.steps import settings
 from bnfold.torch.tensors import inside, leaves, put_back

@@ -2,7 +2,7 @@
 
 A convolution takes a hundred times as long as to say how large its result is, and most of a forward pass is
 convolutions. So in a pass on other inputs they give memory that nobody has set. Everything else is computed of that, as
-it would be of numbers, until somebody asks for one: `recorder.NeedsNumbers`, and `sandbox.record_pass` starts again.
+it would be of numbers, until somebody asks for one: `recorder.NeedsNumbers`, and `passes.record_pass` starts again.
 
 The size of what a window slides over (Dumoulin & Visin 2016, "A guide to convolution arithmetic", relationship 14):
 `floor((n + 2 padding - dilation (kernel - 1) - 1) / stride) + 1` along each axis. A pooling can round up instead, and

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from bnfold.torch.sandbox import record_pass
+from bnfold.torch.passes import record_pass
 
 __all__ = ["Idle", "find_idle"]
 

@@ -36,7 +36,8 @@ from bnfold.torch.formulas import FormulaPlace
 from bnfold.torch.idle import Idle, find_idle
 from bnfold.torch.naming import name_items
 from bnfold.torch.norms import absent, add_absent, calls_itself_batchnorm, find_norms
-from bnfold.torch.sandbox import Snapshot, arrange, copy_structure, record_pass, record_somehow
+from bnfold.torch.passes import record_pass, record_somehow
+from bnfold.torch.sandbox import Snapshot, arrange, copy_structure
 from bnfold.torch.simplify import drop_identities, join_biases, part_twins
 from bnfold.torch.sizes import is_of_torch, settle
 from bnfold.torch.steps import TraceStep, steps_of

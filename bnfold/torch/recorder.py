@@ -8,7 +8,7 @@ an opaque call "reads" it. What runs whole inside another module's forward stays
 
 **Without numbers.** A pass of which the calls alone count can leave out what costly operators compute (`hollow`). What
 comes of it rests on no number: where one is asked for, be it by the model, a size, an error, a hook or another thread,
-`NeedsNumbers` asks for another pass, which `sandbox.record_pass` makes. What the pass writes into tensors from before
+`NeedsNumbers` asks for another pass, which `passes.record_pass` makes. What the pass writes into tensors from before
 it is put back, whoever holds them.
 """
 

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bnfold
 from bnfold.torch.capture import capture
 from bnfold.torch.hollow import HOLLOW, hollow
+from bnfold.torch.passes import record_pass
 from bnfold.torch.recorder import NeedsNumbers
-from bnfold.torch.sandbox import record_pass
 
 IMAGES = torch.randn(2, 4, 11, 8)
 ROWS = torch.randn(2, 3, 4)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bnfold.torch.alignment import Alignment
-from bnfold.torch.sandbox import record_pass
+from bnfold.torch.passes import record_pass
 
 
 class Net(nn.Module):
