@@ -40,7 +40,7 @@ PLACES: dict[tuple[str, str], str] = {
     ("onnx", "lower"): "lower context",
     ("onnx", "import"): "read",
     ("onnx", "write"): "write merging slots edit copies",
-    ("onnx", "run and compare"): "runs run reference inputs certify nudge choices",
+    ("onnx", "run and compare"): "runs run reference inputs certify likeness nudge choices",
 }
 """Which modules stand where, by lane and stage."""
 

@@ -29,7 +29,7 @@ What runs:
     run          onnxruntime as it is, or float64            reference   float64 where onnxruntime has none
     runs         the runs of a comparison                    inputs      made-up inputs
     nudge        every number moved a little                 choices     a model that chooses as another run did
-    side         a model as one side of a verification
+    likeness     what two files must have alike              side         a model as one side of a verification
 
 A model's own functions are inlined where they hold a BatchNorm or a linear operator, if that erases more BatchNorms:
 a function's body is shared by all of its calls, so nothing can be folded into it as it stands.

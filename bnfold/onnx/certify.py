@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from itertools import islice, zip_longest
@@ -39,7 +39,19 @@ from bnfold.onnx.constant_folding import Unworkable
 from bnfold.onnx.files import load_file
 from bnfold.onnx.flatten import NodeRef
 from bnfold.onnx.functions import inline
-from bnfold.onnx.protos import FLOATS
+from bnfold.onnx.likeness import (
+    Values,
+    are_equal,
+    check_constants,
+    constant,
+    content,
+    default,
+    feed,
+    inputs_of,
+    overload,
+    settings,
+    surroundings,
+)
 from bnfold.onnx.protos import load as load_tensor
 from bnfold.onnx.read import ImportedModel, read
 from bnfold.onnx.slots import RECURRENT, find_slots, state_bias, stored_numbers
@@ -159,24 +171,14 @@ def digest(model: onnx.ModelProto, folder: Path | None = None) -> str:
     found = sha256()
     graph = model.graph
     for part in (*model.opset_import, *graph.input, *graph.output, *graph.node, *model.functions):
-        _feed(found, part.SerializeToString(deterministic=True))
+        feed(found, part.SerializeToString(deterministic=True))
     for sparse in graph.sparse_initializer:
-        _feed(found, sparse.SerializeToString(deterministic=True))
+        feed(found, sparse.SerializeToString(deterministic=True))
     for tensor in sorted(graph.initializer, key=lambda tensor: tensor.name):
         array = load_tensor(tensor, folder)
-        for piece in (tensor.name.encode(), repr((tensor.data_type, array.shape)).encode(), _content(array)):
-            _feed(found, piece)
+        for piece in (tensor.name.encode(), repr((tensor.data_type, array.shape)).encode(), content(array)):
+            feed(found, piece)
     return found.hexdigest()
-
-
-def _content(array: Any) -> bytes:
-    """The numbers of an array, or its strings, as bytes."""
-    return bytes(array.tobytes()) if array.dtype != object else repr(array.tolist()).encode()
-
-
-def _feed(found: Any, piece: bytes) -> None:
-    found.update(len(piece).to_bytes(8, "little"))
-    found.update(piece)
 
 
 # ---------------------------------------------------------------- checking
@@ -331,28 +333,40 @@ class _Check:
 
     def _check_files(self, found: Matched) -> None:
         """What the graphs do not show."""
+        self._check_declarations()
+        self._check_constants()
+        self._check_idle(found)
+        self._check_nodes(found)
+
+    def _check_declarations(self) -> None:
+        """What the models are given, what they return, and what their operators mean."""
         first, second = self.before, self.after
-        if _inputs(first) != _inputs(second):
+        if inputs_of(first) != inputs_of(second):
             raise Refuse("the models have other inputs")
-        _check_constants(first, second)
         outputs = [[item.name for item in each.model.graph.output] for each in (first, second)]
         if outputs[0] != outputs[1]:
             raise Refuse("the models have other outputs")
-        kept = [_surroundings(each.model) for each in (first, second)]
-        calls = {
-            (ref.node.domain, ref.node.op_type, _overload(ref.node)) for ref in second.context.whole.refs
-        }
+        kept = [surroundings(each.model) for each in (first, second)]
+        calls = {(ref.node.domain, ref.node.op_type, overload(ref.node)) for ref in second.context.whole.refs}
         if not kept[1].items() <= kept[0].items() or not calls.isdisjoint(kept[0].keys() - kept[1].keys()):
             raise Refuse("the models are of different operator sets, or call other functions")
+
+    def _check_constants(self) -> None:
+        """What is worked out, what is returned as it is stored, and what a caller may leave out."""
+        first, second = self.before, self.after
+        check_constants(first, second)
         for value in self.applied.merged.outputs:
-            if not _are_equal(_constant(first, value), _constant(second, value)):
+            if not are_equal(constant(first, value), constant(second, value)):
                 raise Refuse(f"`{value}` is another constant")
         for value in first.context.overridable:
-            if not _are_equal(_default(first, value), _default(second, value)):
+            if not are_equal(default(first, value), default(second, value)):
                 raise Refuse(f"`{value}` is another number where the caller gives none")
-        self._check_idle(found)
+
+    def _check_nodes(self, found: Matched) -> None:
+        """The settings and operands of every node that is there before and after."""
+        first, second = self.before, self.after
         merged = {one["into"] for one in self.done.merges}
-        values = _Values(first, second, self.applied.alias, frozenset(found.values), set(found.values))
+        values = Values(first, second, self.applied.alias, frozenset(found.values), set(found.values))
         for name, twin in found.nodes.items():
             node = self.applied.merged[name]
             if name not in merged:
@@ -374,10 +388,8 @@ class _Check:
             pairs = [] if own is None else zip_longest(own.inputs, ref.inputs, fillvalue="")
             if (
                 own is None
-                or list(_settings(own)) != list(_settings(ref))
-                or not all(
-                    _are_equal(_constant(first, one), _constant(second, other)) for one, other in pairs
-                )
+                or list(settings(own)) != list(settings(ref))
+                or not all(are_equal(constant(first, one), constant(second, other)) for one, other in pairs)
             ):
                 raise Refuse(f"`{twin.name}` ({twin.op}), which nobody reads, does something else")
 
@@ -472,208 +484,11 @@ class _Check:
         return Node(node.name, twin.op, node.inputs, node.outputs, linear=twin.linear)
 
 
-@dataclass(frozen=True)
-class _Values:
-    """Which values of one file stand for which of another one, sizes and whatever else the graphs do not show.
-
-    Attributes:
-        before, after: the files.
-        alias: values of the first one for which others stand, since what computed them is gone.
-        matched: pairs of values of the graphs that were found to stand for each other.
-        known: pairs of values that were compared.
-    """
-
-    before: ImportedModel
-    after: ImportedModel
-    alias: Mapping[str, str]
-    matched: frozenset[tuple[str, str]]
-    known: set[tuple[str, str]]
-
-    def check_node(
-        self,
-        ref: NodeRef,
-        twin: NodeRef,
-        linear: bool,
-        apart: tuple[int, ...] = (),
-        dropped: Collection[int] = (),
-    ) -> None:
-        """Refuse a node of another operator, setting or operand.
-
-        The operands of a linear operator are looked at elsewhere, and those at the places `apart`. The second node
-        does without those that were dropped.
-        """
-        if list(_settings(ref, linear)) != list(_settings(twin, linear)):
-            raise Refuse(f"`{twin.name}` ({twin.op}) has other settings than `{ref.name}`")
-        own = [value for place, value in enumerate(ref.inputs) if place not in dropped]
-        both = enumerate(zip_longest(own, twin.inputs, fillvalue=""))
-        inputs = (pair for place, pair in both if place not in apart)
-        waiting = [] if linear else [*inputs, *zip(ref.results, twin.results, strict=True)]
-        while waiting:
-            given = waiting.pop()
-            pair = self._resolve(*given)
-            if pair not in self.matched and pair[0] != self._resolve(*given, aliases={})[0]:
-                raise Refuse(f"`{pair[1]}` is not known to stand for `{given[0]}`")
-            if pair not in self.known:
-                self.known.add(pair)
-                waiting += self._makings(*pair)
-
-    def _resolve(self, value: str, other: str, aliases: Mapping[str, str] | None = None) -> tuple[str, str]:
-        """The values that two stand for."""
-        copies, alias = self.before.context.copies, self.alias if aliases is None else aliases
-        while (source := copies.get(value, alias.get(value, value))) != value:
-            value = source
-        return value, self.after.context.copies.get(other, other)
-
-    def _makings(self, value: str, other: str) -> Sequence[tuple[str, str]]:
-        """What must be equal for two values to be equal."""
-        one, two = _constant(self.before, value), _constant(self.after, other)
-        if one is not None or two is not None:
-            if not _are_equal(one, two):
-                raise Refuse(f"`{other}` is another constant than `{value}`")
-            return ()
-        node, twin = (
-            each.context.whole.makers.get(v) for each, v in ((self.before, value), (self.after, other))
-        )
-        if node is None or twin is None:
-            if node is not twin or value != other:
-                raise Refuse(f"`{other}` is not `{value}`")
-            return ()
-        if node.outputs.index(value) != twin.outputs.index(other):
-            raise Refuse(f"`{other}` is another output than `{value}`")
-        if list(_settings(node)) != list(_settings(twin)):
-            raise Refuse(f"`{twin.name}` ({twin.op}) has other settings than `{node.name}`")
-        inputs = zip_longest(node.inputs, twin.inputs, fillvalue="")
-        return [*inputs, *zip(node.results, twin.results, strict=True)]
-
-
 def _read_plainly(model: onnx.ModelProto, folder: Path | None, frozen: bool) -> ImportedModel:
     """A model whose spelt-out affines count as what they are: whether one is a BatchNorm matters to nobody here."""
     imported = read(model, folder, freeze_initializers=frozen)
     plain = imported.tentative
     return read(model, folder, freeze_initializers=frozen, demote=plain) if plain else imported
-
-
-def _settings(ref: NodeRef, linear: bool = False) -> Iterator[bytes]:
-    """What a node does: its operator and attributes, without what is in the numbers of a linear operator.
-
-    Of bodies it is their inputs, and their order, in which what they return is listed. The values of a body go by the
-    name of the node that runs it, so that belongs to it.
-    """
-    node = ref.node
-    yield repr((ref.op, node.domain, _overload(node))).encode()
-    held = [item for item in node.attribute if item.type in _BODIES]
-    inputs = [(item.name, [[one.name for one in body.input] for body in _held(item)]) for item in held]
-    if held:
-        yield repr((inputs, ref.name if any(any(own) for _, own in inputs) else "")).encode()
-    for item in sorted(node.attribute, key=lambda item: item.name):
-        if item.type not in _BODIES and not (linear and item.name in ("alpha", "beta")):
-            yield item.SerializeToString(deterministic=True)
-
-
-_BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-
-
-def _held(item: onnx.AttributeProto) -> Sequence[onnx.GraphProto]:
-    return [item.g] if item.type == onnx.AttributeProto.GRAPH else item.graphs
-
-
-def _overload(node: Any) -> str:
-    """Which one of several functions of one name; older versions of onnx know of none."""
-    return str(getattr(node, "overload", ""))
-
-
-def _inputs(imported: ImportedModel) -> list[tuple[str, int]]:
-    """What a caller may give a model, by name and type: its inputs, and the initializers that may be overridden."""
-    stored = {tensor.name for tensor in imported.model.graph.initializer} - imported.context.overridable
-    given = (item for item in imported.model.graph.input if item.name not in stored)
-    return [(item.name, item.type.tensor_type.elem_type) for item in given]
-
-
-def _surroundings(model: onnx.ModelProto) -> dict[tuple[str, ...], Any]:
-    """What the nodes of a model mean: the operator sets, and the functions that it brings along."""
-    sets: dict[tuple[str, ...], Any] = {(each.domain,): each.version for each in model.opset_import}
-    functions = {
-        (f.domain, f.name, _overload(f)): f.SerializeToString(deterministic=True) for f in model.functions
-    }
-    if len(functions) < len(model.functions):
-        raise Refuse("two functions are of one name")
-    return sets | functions
-
-
-_MOVES = frozenset({
-    "Concat", "Constant", "ConstantOfShape", "Dropout", "Expand", "Flatten", "Gather", "Identity", "Reshape",
-    "Shape", "Size", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
-})  # fmt: skip
-"""What makes constants of others and leaves their numbers as they are."""
-
-
-def _check_constants(first: ImportedModel, second: ImportedModel) -> None:
-    """Refuse numbers that only the second model works out from others: a runtime rounds them on the way."""
-    allowed: frozenset[str] | None = None
-    for key, value in _worked_out(second).items():
-        allowed = frozenset(_worked_out(first)) if allowed is None else allowed
-        if key not in allowed:
-            raise Refuse(f"`{value}` is worked out where it should be stored")
-
-
-def _worked_out(imported: ImportedModel) -> dict[str, str]:
-    """Floating-point constants that are computed from others, by what computes them."""
-    context, keys, found = imported.context, dict[str, str](), dict[str, str]()
-    for ref in context.whole.refs:
-        values = [value for value in (*ref.inputs, *ref.outputs) if value]
-        floats = any(context.type(value) in (*FLOATS, 0) for value in values)
-        if ref.op in _MOVES or not floats or not any(value in context.constants for value in ref.outputs):
-            continue
-        found |= {_expression(imported, value, keys): value for value in ref.outputs if value}
-    return found
-
-
-def _expression(imported: ImportedModel, value: str, keys: dict[str, str]) -> str:
-    """A constant by what computes it, hashed; one that is stored, or only moved, by its numbers."""
-    waiting = [value]
-    while waiting:
-        name = waiting[-1]
-        ref = imported.context.whole.makers.get(name)
-        stored = ref is None or ref.op in _MOVES
-        missing = [] if stored or ref is None else [one for one in ref.inputs if one and one not in keys]
-        if name not in keys and not missing:
-            own = sha256()
-            if stored or ref is None:
-                array = _constant(imported, name)
-                _feed(own, repr(None if array is None else (array.dtype, array.shape)).encode())
-                _feed(own, b"" if array is None else _content(array))
-            else:
-                for piece in (*_settings(ref), repr(ref.outputs.index(name)).encode()):
-                    _feed(own, piece)
-                for one in ref.inputs:
-                    _feed(own, keys[one].encode() if one else b"")
-            keys[name] = own.hexdigest()
-        if not missing:
-            waiting.pop()
-        waiting += missing
-    return keys[value]
-
-
-def _are_equal(first: Any, second: Any) -> bool:
-    """Whether two constants are one, to the bit; None is no constant."""
-    if first is None or second is None:
-        return first is second
-    same = (first.dtype, first.shape) == (second.dtype, second.shape)
-    return same and (
-        first.tobytes() == second.tobytes() if first.dtype != object else bool((first == second).all())
-    )
-
-
-def _constant(imported: ImportedModel, value: str) -> Any:
-    """The array that a value is; None where it is none."""
-    constants = imported.context.constants
-    return constants.array(value) if value and value in constants else None
-
-
-def _default(imported: ImportedModel, value: str) -> Any:
-    """What an input is that the caller does not give; None where there is nothing."""
-    tensor = imported.context.whole.tensors.get(value)
-    return None if tensor is None else load_tensor(tensor, imported.folder)
 
 
 def _dtype(imported: ImportedModel, value: str) -> str:
