@@ -94,7 +94,7 @@ class Graph:
     """Nodes in an order in which they can be computed, with the shapes of the values that are known.
 
     `shapes` may lack a value (nothing is known of it) or hold None for a size. `sizes` are those of one example, where
-    there was one; they say what something costs, never whether it is right. `kept` are outputs that
+    there was one; they say what something costs, never whether it is right. `held_in` are outputs that
     the caller is not given, with the name under which the model keeps them.
     """
 
@@ -103,7 +103,7 @@ class Graph:
     outputs: tuple[str, ...]
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    kept: Mapping[str, str] = field(default_factory=dict)
+    held_in: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _producers(self) -> dict[str, Node]:

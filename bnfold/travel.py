@@ -139,8 +139,8 @@ class _Driver:
         nodes: by name, as they are by now; those that were erased, too.
         position: of each node, its place in the order of computation.
         erased: the nodes that are gone; `origins` says which value each of their outputs is now.
-        outputs, kept: the values that cannot change: those that the caller gets, and those that the model keeps, with
-            where it does.
+        outputs, held_in: the values that cannot change: those that the caller gets, and those that the model keeps,
+            with where it does.
         reads: by value, the nodes that read it by now; filled as it is asked for.
         places: by place, the nodes that share it.
         centred: values that a linear operator with a centre reads, on which a sum beside it could lean.
@@ -160,7 +160,7 @@ class _Driver:
         self.nodes = {node.name: node for node in graph.nodes}
         self.position = {node.name: place for place, node in enumerate(graph.nodes)}
         self.erased: set[str] = set()
-        self.outputs, self.kept = set(graph.outputs), dict(graph.kept)
+        self.outputs, self.held_in = set(graph.outputs), dict(graph.held_in)
         self.origins: dict[str, str] = {}
         self.reads: dict[str, dict[str, None]] = {}
         self.places: dict[str, list[str]] = {}
@@ -224,8 +224,8 @@ class _Driver:
         del names[node.name]
         if below in self.outputs:
             self.outputs.add(above)
-            if below in self.kept:
-                self.kept.setdefault(above, self.kept[below])
+            if below in self.held_in:
+                self.held_in.setdefault(above, self.held_in[below])
 
     def producer(self, value: str) -> Node | None:
         producer = self.graph.producer(self.source(value))
@@ -250,8 +250,8 @@ class _Driver:
 
     def ending(self, node: Node, value: str, row: reasons.Reason = reasons.ENDS) -> str:
         """Why an output of a node cannot change that is one of the model, or kept by it."""
-        kept = self.kept.get(value)
-        return row(node=node) if kept is None else reasons.KEPT_OUTPUT(node=node, where=kept)
+        where = self.held_in.get(value)
+        return row(node=node) if where is None else reasons.KEPT_OUTPUT(node=node, where=where)
 
     def takes_shift(self, value: str, patience: int = 64) -> bool:
         """Whether a shift could go up from here, by the look of the operators above; after so many steps, no."""

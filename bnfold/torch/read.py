@@ -163,8 +163,10 @@ def _draw(
     inputs = tuple(v.name for v in trace.inputs.values() if not v.slots)
     nodes = tuple(item.node() for item in items)
     returned = {value.name for name, value in trace.outputs.items() if not name.startswith("kept alive")}
-    kept = {alias.get(name, name): holder for name, holder in trace.holders.items() if name not in returned}
-    graph = Graph(nodes, inputs, tuple(dict.fromkeys(outputs)), shapes, kept=kept)
+    held_in = {
+        alias.get(name, name): holder for name, holder in trace.holders.items() if name not in returned
+    }
+    graph = Graph(nodes, inputs, tuple(dict.fromkeys(outputs)), shapes, held_in=held_in)
     return replace(_reading(trace, graph, items, steps), calls=calls, formulas=formulas)
 
 
