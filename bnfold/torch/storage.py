@@ -70,42 +70,43 @@ def _bind(model: nn.Module, item: DraftNode, evaluator: Evaluator, calls: Module
     frame = item.call.frame
     if frame.module is not None and frame.path is None:
         return item.refuse(reasons.HOMELESS())
-    found, computed = origin_of(item.weight), ""
-    if found.factors or not found.value.slots:
-        computed = _how_computed(item, item.weight)
-        found = Origin(item.weight) if computed else found
+    found, computed = _origin_of_weight(item, item.weight)
     scaling = found.scaling(evaluator)
     if not computed and (not found.value.slots or scaling is None):
         return _bind_code(item, evaluator, calls)
-    origin = found.value
     if not item.weight.constant and not computed:
         return item.refuse(reasons.WEIGHT_CHANGES(role="weight"))
-    if not _is_plain(origin):
+    if not _is_plain(found.value):
         return item.refuse(reasons.NOT_ORDINARY())
     slot = Slot(frame.path or "", "weight", "parameter") if computed else found.slot(frame)
     if slot is None:
-        names = " and ".join(f"`{s.name}`" for s in origin.slots[:3])
+        names = " and ".join(f"`{s.name}`" for s in found.value.slots[:3])
         return item.refuse(reasons.HELD_BY_SEVERAL(names=names))
-    bias, bias_scaling = _bind_bias(model, item, slot), None
-    if item.bias is not None and isinstance(bias, Slot):
-        bias_scaling = origin_of(item.bias).scaling(evaluator)
-        if bias_scaling is None or np.any(bias_scaling == 0):
-            bias = reasons.WEIGHT_COMPUTED(role="bias")
-    if isinstance(bias, str):
-        if item.bias is not None:
-            return item.refuse(bias)
-        item.linear, bias = replace(item.linear, biasless=bias), None
-    elif item.op != "Embedding":
-        item.linear = replace(item.linear, biasless="")
-    item.place = LinearPlace(slot, found.transposed, bias, computed)
+    bias, bias_scaling = _bind_bias(model, item, slot, evaluator)
+    if isinstance(bias, str) and item.bias is not None:
+        return item.refuse(bias)
+    if item.op != "Embedding":
+        item.linear = replace(item.linear, biasless=bias if isinstance(bias, str) else "")
     if found.factors:
         item.linear = replace(item.linear, centre=None)
-        item.place = replace(item.place, scaling=scaling)
-    if item.bias is not None and origin_of(item.bias).factors:
-        item.place = replace(item.place, bias_scaling=bias_scaling)
+    item.place = LinearPlace(
+        slot,
+        found.transposed,
+        bias if isinstance(bias, Slot) else None,
+        computed,
+        scaling=scaling if found.factors else None,
+        bias_scaling=bias_scaling,
+    )
     alone = slot.attribute == "weight" and slot.module and not slot.part
     item.site = slot.module if alone else slot.name
     return None
+
+
+def _origin_of_weight(item: DraftNode, weight: Value) -> tuple[Origin, str]:
+    """What a weight is made of, or itself and how a module computes it on every pass."""
+    found = origin_of(weight)
+    computed = _how_computed(item, weight) if found.factors or not found.value.slots else ""
+    return (Origin(weight) if computed else found), computed
 
 
 def _bind_code(item: DraftNode, evaluator: Evaluator, calls: ModuleCalls) -> None:
@@ -165,17 +166,29 @@ def _how_computed(item: DraftNode, origin: Value) -> str:
     return "hook" if len(hooks) == 1 and names == {"weight"} and origin.constant else ""
 
 
-def _bind_bias(model: nn.Module, item: DraftNode, weight: Slot) -> Slot | str | None:
-    """The slot of the bias, or why there is none."""
-    frame = item.call.frame
+def _bind_bias(
+    model: nn.Module, item: DraftNode, weight: Slot, evaluator: Evaluator
+) -> tuple[Slot | str | None, Array | None]:
+    """The slot of the bias, or why there is none, and what its numbers are multiplied by on every pass."""
     if item.op == "Embedding":
-        return None
-    if item.bias is not None:
-        origin = origin_of(item.bias)
-        if not item.bias.constant or not origin.value.slots or origin.transposed:
-            return reasons.WEIGHT_COMPUTED(role="bias")
-        return origin.slot(frame) or reasons.BIAS_OF_SEVERAL()
+        return None, None
+    if item.bias is None:
+        return _missing_bias(model, item, weight), None
+    origin = origin_of(item.bias)
+    if not item.bias.constant or not origin.value.slots or origin.transposed:
+        return reasons.WEIGHT_COMPUTED(role="bias"), None
+    slot, scaling = origin.slot(item.call.frame), origin.scaling(evaluator)
+    if slot is None:
+        return reasons.BIAS_OF_SEVERAL(), None
+    if scaling is None or np.any(scaling == 0):
+        return reasons.WEIGHT_COMPUTED(role="bias"), None
+    return slot, scaling if origin.factors else None
+
+
+def _missing_bias(model: nn.Module, item: DraftNode, weight: Slot) -> Slot | str:
+    """Where a bias would be stored that is not there, or why it cannot be."""
     assert item.linear is not None
+    frame = item.call.frame
     module = frame.module
     if module is not None and weight.whole == f"{frame.path}.weight" and getattr(module, "bias", 0) is None:
         return _new_bias(item.linear, weight, origin_of(item.weight).transposed if item.weight else False)
