@@ -2,7 +2,10 @@
 
 A function's body is shared by all of its calls, so nothing can be folded into it as it stands. ONNX's inliner takes a
 function only if it imports the operator set that the model does; one that imports another version, in which all of its
-operators are the same, is taken to import the model's.
+operators are the same, is taken to import the model's. Neither the inliner nor ONNX's reference implementation knows
+what a function takes for an attribute that a call leaves out: each call is made to say it.
+
+Not covered: such a default of a function, where its call hands on an attribute that is itself left out, and has none.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from bnfold import reasons
 from bnfold.onnx.flatten import bodies
 from bnfold.report import Verdict
 
-__all__ = ["inline", "left_in_functions"]
+__all__ = ["inline", "left_in_functions", "write_out_defaults"]
 
 _LINEAR = {"Conv", "ConvTranspose", "DeformConv", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
 _SHARED = frozenset({"BatchNormalization", *_LINEAR})
@@ -34,11 +37,21 @@ def inline(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, list[str]]:
     if not wanted or not (inside or any(node.op_type == "BatchNormalization" for node in model.graph.node)):
         return None, []
     try:
-        inlined = inliner.inline_selected_functions(_of_one_version(model), wanted)
+        inlined = inliner.inline_selected_functions(_for_the_inliner(model), wanted)
     except (onnx.checker.ValidationError, ValueError, RuntimeError):
         return None, []
     left = {(f.domain, f.name) for f in inlined.functions}
     return inlined, [name for domain, name in wanted if (domain, name) not in left]
+
+
+def write_out_defaults(model: onnx.ModelProto) -> None:
+    """Give every call the attributes that it leaves to the defaults of its function, in place."""
+    defaults = {_key(f, f.name): f.attribute_proto for f in model.functions}
+    for holder in (model.graph, *model.functions):
+        for node in _nodes(holder):
+            said = {item.name for item in node.attribute}
+            unsaid = defaults.get(_key(node, node.op_type), ())
+            node.attribute.extend(item for item in unsaid if item.name not in said)
 
 
 def left_in_functions(model: onnx.ModelProto) -> list[Verdict]:
@@ -59,18 +72,27 @@ def _why(function: onnx.FunctionProto, version: int) -> str:
     return reasons.OTHER_VERSION(function=function.name, own=own, version=version, op=changed)
 
 
-def _of_one_version(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, or a copy in which functions import its own version where that changes none of their operators."""
-    version = _version(model)
-    if all(_version(function) == version for function in model.functions):
-        return model
+def _for_the_inliner(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model, as ONNX's inliner is right about it."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    for function in copy.functions:
+    _import_one_version(copy)
+    write_out_defaults(copy)
+    return copy
+
+
+def _import_one_version(model: onnx.ModelProto) -> None:
+    """Let functions import the model's version where that changes none of their operators."""
+    version = _version(model)
+    for function in model.functions:
         for item in function.opset_import:
             if item.domain in _ONNX and _is_the_same(function, version):
                 item.version = version
-    return copy
+
+
+def _key(holder: Any, name: str) -> tuple[str, str, str]:
+    """Which function is meant; older versions of onnx know of one of each name."""
+    return holder.domain, name, getattr(holder, "overload", "")
 
 
 def _version(holder: Any) -> int:
@@ -93,9 +115,9 @@ def _stays(node: onnx.NodeProto, *versions: int) -> bool:
     return len(since) == 1
 
 
-def _nodes(function: onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
-    """Those of a function and of the bodies in it."""
-    waiting: list[Any] = [function]
+def _nodes(holder: Any) -> Iterator[onnx.NodeProto]:
+    """Those of a function or a graph, and of the bodies in it."""
+    waiting = [holder]
     while waiting:
         for node in waiting.pop().node:
             yield node

@@ -29,6 +29,7 @@ from bnfold.errors import InputError
 from bnfold.onnx.constant_folding import FLOATS, densify, load
 from bnfold.onnx.files import size
 from bnfold.onnx.flatten import bodies
+from bnfold.onnx.functions import write_out_defaults
 from bnfold.onnx.inputs import Feed
 
 __all__ = ["Numbers", "Outputs", "Runner", "fixed_values", "most_at_once", "run", "to_float64", "widen"]
@@ -253,6 +254,7 @@ def to_float64(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
     wide.opset_import.extend(model.opset_import)
     wide.functions.extend(model.functions)
     _graph_to_float64(model.graph, wide.graph, folder, most_at_once(model))
+    write_out_defaults(wide)
     return wide
 
 
