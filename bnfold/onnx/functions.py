@@ -4,8 +4,6 @@ A function's body is shared by all of its calls, so nothing can be folded into i
 function only if it imports the operator set that the model does; one that imports another version, in which all of its
 operators are the same, is taken to import the model's. Neither the inliner nor ONNX's reference implementation knows
 what a function takes for an attribute that a call leaves out: each call is made to say it.
-
-Not covered: such a default of a function, where its call hands on an attribute that is itself left out, and has none.
 """
 
 from __future__ import annotations
@@ -30,18 +28,40 @@ def inline(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, list[str]]:
     """A copy in which the functions that hold BatchNorms or linear operators are inlined, and their names."""
     if not model.functions:
         return None, []
-    from onnx import inliner
-
     wanted = _functions_worth_inlining(model)
-    inside = any(_holds(model, function, {"BatchNormalization"}) for function in model.functions)
-    if not wanted or not (inside or any(node.op_type == "BatchNormalization" for node in model.graph.node)):
+    nodes = (node for holder in (model.graph, *model.functions) for node in _nodes(holder))
+    if not wanted or not any(node.op_type == "BatchNormalization" and node.domain in _ONNX for node in nodes):
         return None, []
     try:
-        inlined = inliner.inline_selected_functions(_for_the_inliner(model), wanted)
+        inlined = _inline(model, wanted)
     except (onnx.checker.ValidationError, ValueError, RuntimeError):
         return None, []
     left = {(f.domain, f.name) for f in inlined.functions}
     return inlined, [name for domain, name in wanted if (domain, name) not in left]
+
+
+def _inline(model: onnx.ModelProto, wanted: list[tuple[str, str]]) -> onnx.ModelProto:
+    """A copy in which these functions are inlined, callers first: what they leave out shows in what they call."""
+    from onnx import inliner
+
+    inlined = onnx.ModelProto()
+    inlined.CopyFrom(model)
+    _import_one_version(inlined)
+    defaults = any(function.attribute_proto for function in model.functions)
+    for some in _callers_first(model, wanted) if defaults else [wanted]:
+        write_out_defaults(inlined)
+        inlined = inliner.inline_selected_functions(inlined, some)
+    return inlined
+
+
+def _callers_first(model: onnx.ModelProto, wanted: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Functions in groups, each before those that it calls."""
+    calls = {(f.domain, f.name): {(node.domain, node.op_type) for node in _nodes(f)} for f in model.functions}
+    left = dict.fromkeys(wanted)
+    while left:
+        called = set().union(*(calls[key] for key in left))
+        yield (group := [key for key in left if key not in called])
+        left = {key: None for key in left if key in called} if group else {}
 
 
 def write_out_defaults(model: onnx.ModelProto) -> None:
@@ -70,15 +90,6 @@ def _why(function: onnx.FunctionProto, version: int) -> str:
     changed = next(node.op_type for node in _nodes(function) if not _stays(node, _version(function), version))
     own = _version(function)
     return reasons.OTHER_VERSION(function=function.name, own=own, version=version, op=changed)
-
-
-def _for_the_inliner(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model, as ONNX's inliner is right about it."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    _import_one_version(copy)
-    write_out_defaults(copy)
-    return copy
 
 
 def _import_one_version(model: onnx.ModelProto) -> None:
@@ -135,7 +146,7 @@ def _holds(
     by_name = {(f.domain, f.name): f for f in model.functions}
     waiting, seen = [function], {(function.domain, function.name)}
     while waiting:
-        for node in waiting.pop().node:
+        for node in _nodes(waiting.pop()):
             key = (node.domain, node.op_type)
             if key in by_name and key not in seen:
                 seen.add(key)
