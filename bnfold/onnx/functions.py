@@ -56,7 +56,9 @@ def _inline(model: onnx.ModelProto, wanted: list[tuple[str, str]]) -> onnx.Model
 
 def _callers_first(model: onnx.ModelProto, wanted: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     """Functions in groups, each before those that it calls."""
-    calls = {(f.domain, f.name): {(node.domain, node.op_type) for node in _nodes(f)} for f in model.functions}
+    calls: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for f in model.functions:
+        calls.setdefault((f.domain, f.name), set()).update((node.domain, node.op_type) for node in _nodes(f))
     left = dict.fromkeys(wanted)
     while left:
         called = set().union(*(calls[key] for key in left))
