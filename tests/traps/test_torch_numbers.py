@@ -206,6 +206,22 @@ def test_a_meta_model_is_decided_and_not_verified(example):
     assert "without numbers" in report.notes[0]
 
 
+@pytest.mark.parametrize(
+    "move", [lambda y: y.view(y.shape[0], -1), lambda y: y.unsqueeze(1), lambda y: y[0], lambda y: y.chunk(2)]
+)
+def test_a_meta_model_may_take_views(move):
+    class Moved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return move(self.bn(self.conv(x)))
+
+    _, report = fold(Moved().eval().to("meta"), IMAGES.to("meta"))
+    assert report.count("folded") == 1
+
+
 def test_a_channels_last_weight_stays_so():
     model = randomise(pair()).to(memory_format=torch.channels_last)
     after, _ = fold(model, IMAGES)
