@@ -3,9 +3,9 @@
 A hand-written BatchNorm computes `(x - mean.view(1, -1, 1, 1)) / torch.sqrt(var + eps)`; the numbers that an affine
 needs are those of `mean.view(...)` and `torch.sqrt(...)`. They are computed here from the stored tensors, widened to
 float64 first, so that nothing is rounded on the way: a conversion to another float dtype is left out. Tensors on the
-`meta` device have no numbers; some between one and two stand in for them, no two of a tensor alike, so that decisions can
-be looked at. Not covered: those that rest on signs (a scale that is negative does not pass a ReLU), or on whether two
-tensors of one shape hold the same numbers.
+`meta` device have no numbers; some between one and two stand in for them, no two of a tensor alike, so that decisions
+can be looked at. Not covered: those that rest on signs (a scale that is negative does not pass a ReLU), or on whether
+two tensors of one shape hold the same numbers.
 """
 
 from __future__ import annotations
