@@ -24,6 +24,7 @@ Not covered: a size that depends on the numbers in a tensor (NonZero); bodies, b
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,14 +121,33 @@ _RANKED = frozenset({"Conv", "ConvTranspose", "Flatten", "Gemm", "Reshape"})
 """Operators whose outputs have as many axes as their weights or their shape say, whatever they read."""
 
 
+def _axes_asked(found: Shapes, ref: NodeRef) -> int:
+    """How many axes what a node reads first must have, at least, for the node to run."""
+    shape = found.shapes.get(ref.inputs[1], ()) if len(ref.inputs) > 1 else ()
+    if ref.op == "BatchNormalization":  # which takes an axis alone for examples of one channel
+        return 2 if shape and isinstance(shape[0], int) and shape[0] > 1 else 1
+    return {"Gemm": 2, "Conv": len(shape), "ConvTranspose": len(shape)}.get(ref.op, 0)
+
+
 def _loosen(found: Shapes, refs: Sequence[NodeRef]) -> set[str]:
-    """Forget what depends on whether a size that is open is one, and was taken away; the values in question."""
+    """Forget what depends on whether a size that is open is one, and was taken away; the values in question.
+
+    None was where a node asks for all axes that there can be.
+    """
     unsure: set[str] = set()
     loose: set[str] = set()
+    asked: Counter[tuple[int, str]] = Counter()
+    for ref in refs:
+        for value in ref.inputs[:1]:
+            key = id(ref.owner), value
+            asked[key] = max(asked[key], _axes_asked(found, ref))
     for ref in refs:
         reads = {*ref.inputs, *ref.results}
-        shape = found.shapes.get(ref.inputs[0], (None,)) if _takes_ones(ref) else ()
-        starts = not all(isinstance(size, int) for size in shape)
+        shape = found.shapes.get(ref.inputs[0]) if _takes_ones(ref) else ()
+        least = asked[id(ref.owner), ref.outputs[0]] if ref.outputs else 0
+        starts = shape is None or (
+            not all(isinstance(size, int) for size in shape) and least < sum(size != 1 for size in shape)
+        )
         if starts or not unsure.isdisjoint(reads):
             unsure.update(ref.outputs)
         if starts or (ref.op not in _RANKED and not loose.isdisjoint(reads)):

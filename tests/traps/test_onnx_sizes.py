@@ -185,7 +185,13 @@ def squeezed(body, declared="N, 3, H, W", op=17):
     """A model with a Squeeze that takes away whatever is one long."""
     text = f"g (float[{declared}] x) => (float y) {{ {body} }}"
     used = text.replace(",", " ").replace("(", " ").replace(")", " ").split()
-    tensors = {"u": weights(4, 3, 1, 1), "w": weights(3, 4), "ax3": np.array([3]), **norm(4)}
+    tensors = {
+        "u": weights(4, 3, 1, 1),
+        "w": weights(3, 4),
+        "t": weights(4, 2),
+        "ax3": np.array([3]),
+        **norm(4),
+    }
     some = model(text, {name: array for name, array in tensors.items() if name in used}, opset=op)
     some.graph.output[0].type.tensor_type.ClearField("shape")
     return some
@@ -220,8 +226,14 @@ def test_what_is_behind_a_squeeze_of_open_sizes_has_no_axes_that_are_known():
         (CONV, "2, 3, 1, 8", (2, 3, 1, 8)),
         (CONV.replace("Squeeze(c)", "Squeeze(c, ax3)"), "N, 3, H, 1", (2, 3, 5, 1)),
         ("d = Squeeze(x) g = Gemm(d, w) y = BatchNormalization(g, s, b, m, v)", "N, 3, 1, 1", (2, 3, 1, 1)),
+        (f"p = MaxPool<kernel_shape=[1, 1]>(x) {CONV.replace('x,', 'p,')}", "N, 3, 1, 1", (2, 3, 1, 1)),
+        (
+            "c = Conv(x, u) n = BatchNormalization(c, s, b, m, v) d = Squeeze(n) y = Gemm(d, t)",
+            "N, 3, 1, 1",
+            (2, 3, 1, 1),
+        ),
     ],
-    ids=["fixed", "named", "a matrix of rank two"],
+    ids=["fixed", "named", "a matrix of rank two", "a BatchNorm of rank two", "on the way to a matrix"],
 )
 def test_a_squeeze_behind_which_the_axes_are_known_is_passed(body, declared, size):
     assert_holds(squeezed(body, declared), "folded", images([size]))
