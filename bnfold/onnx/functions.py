@@ -2,7 +2,8 @@
 
 A function's body is shared by all of its calls, so nothing can be folded into it as it stands. ONNX's inliner takes a
 function only if it imports the operator set that the model does; one that imports another version, in which all of its
-operators are the same, is taken to import the model's.
+operators are the same, is taken to import the model's. Neither the inliner nor ONNX's reference implementation knows
+what a function takes for an attribute that a call leaves out: each call is made to say it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bnfold import reasons
 from bnfold.onnx.flatten import bodies
 from bnfold.report import Verdict
 
-__all__ = ["inline", "left_in_functions"]
+__all__ = ["inline", "left_in_functions", "write_out_defaults"]
 
 _LINEAR = {"Conv", "ConvTranspose", "DeformConv", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
 _SHARED = frozenset({"BatchNormalization", *_LINEAR})
@@ -27,18 +28,52 @@ def inline(model: onnx.ModelProto) -> tuple[onnx.ModelProto | None, list[str]]:
     """A copy in which the functions that hold BatchNorms or linear operators are inlined, and their names."""
     if not model.functions:
         return None, []
-    from onnx import inliner
-
     wanted = _functions_worth_inlining(model)
-    inside = any(_holds(model, function, {"BatchNormalization"}) for function in model.functions)
-    if not wanted or not (inside or any(node.op_type == "BatchNormalization" for node in model.graph.node)):
+    nodes = (node for holder in (model.graph, *model.functions) for node in _nodes(holder))
+    if not wanted or not any(node.op_type == "BatchNormalization" and node.domain in _ONNX for node in nodes):
         return None, []
     try:
-        inlined = inliner.inline_selected_functions(_of_one_version(model), wanted)
+        inlined = _inline(model, wanted)
     except (onnx.checker.ValidationError, ValueError, RuntimeError):
         return None, []
     left = {(f.domain, f.name) for f in inlined.functions}
     return inlined, [name for domain, name in wanted if (domain, name) not in left]
+
+
+def _inline(model: onnx.ModelProto, wanted: list[tuple[str, str]]) -> onnx.ModelProto:
+    """A copy in which these functions are inlined, callers first: what they leave out shows in what they call."""
+    from onnx import inliner
+
+    inlined = onnx.ModelProto()
+    inlined.CopyFrom(model)
+    _import_one_version(inlined)
+    defaults = any(function.attribute_proto for function in model.functions)
+    for some in _callers_first(model, wanted) if defaults else [wanted]:
+        write_out_defaults(inlined)
+        inlined = inliner.inline_selected_functions(inlined, some)
+    return inlined
+
+
+def _callers_first(model: onnx.ModelProto, wanted: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Functions in groups, each before those that it calls."""
+    calls: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for f in model.functions:
+        calls.setdefault((f.domain, f.name), set()).update((node.domain, node.op_type) for node in _nodes(f))
+    left = dict.fromkeys(wanted)
+    while left:
+        called = set().union(*(calls[key] for key in left))
+        yield (group := [key for key in left if key not in called])
+        left = {key: None for key in left if key in called} if group else {}
+
+
+def write_out_defaults(model: onnx.ModelProto) -> None:
+    """Give every call the attributes that it leaves to the defaults of its function, in place."""
+    defaults = {_key(f, f.name): f.attribute_proto for f in model.functions}
+    for holder in (model.graph, *model.functions):
+        for node in _nodes(holder):
+            said = {item.name for item in node.attribute}
+            unsaid = defaults.get(_key(node, node.op_type), ())
+            node.attribute.extend(item for item in unsaid if item.name not in said)
 
 
 def left_in_functions(model: onnx.ModelProto) -> list[Verdict]:
@@ -59,18 +94,18 @@ def _why(function: onnx.FunctionProto, version: int) -> str:
     return reasons.OTHER_VERSION(function=function.name, own=own, version=version, op=changed)
 
 
-def _of_one_version(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, or a copy in which functions import its own version where that changes none of their operators."""
+def _import_one_version(model: onnx.ModelProto) -> None:
+    """Let functions import the model's version where that changes none of their operators."""
     version = _version(model)
-    if all(_version(function) == version for function in model.functions):
-        return model
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for function in copy.functions:
+    for function in model.functions:
         for item in function.opset_import:
             if item.domain in _ONNX and _is_the_same(function, version):
                 item.version = version
-    return copy
+
+
+def _key(holder: Any, name: str) -> tuple[str, str, str]:
+    """Which function is meant; older versions of onnx know of one of each name."""
+    return holder.domain, name, getattr(holder, "overload", "")
 
 
 def _version(holder: Any) -> int:
@@ -93,9 +128,9 @@ def _stays(node: onnx.NodeProto, *versions: int) -> bool:
     return len(since) == 1
 
 
-def _nodes(function: onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
-    """Those of a function and of the bodies in it."""
-    waiting: list[Any] = [function]
+def _nodes(holder: Any) -> Iterator[onnx.NodeProto]:
+    """Those of a function or a graph, and of the bodies in it."""
+    waiting = [holder]
     while waiting:
         for node in waiting.pop().node:
             yield node
@@ -113,7 +148,7 @@ def _holds(
     by_name = {(f.domain, f.name): f for f in model.functions}
     waiting, seen = [function], {(function.domain, function.name)}
     while waiting:
-        for node in waiting.pop().node:
+        for node in _nodes(waiting.pop()):
             key = (node.domain, node.op_type)
             if key in by_name and key not in seen:
                 seen.add(key)

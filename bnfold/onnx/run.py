@@ -29,6 +29,7 @@ from bnfold.algebra import is_float
 from bnfold.errors import InputError
 from bnfold.onnx.files import size
 from bnfold.onnx.flatten import bodies
+from bnfold.onnx.functions import write_out_defaults
 from bnfold.onnx.inputs import Feed
 from bnfold.onnx.protos import FLOATS, densify, load
 
@@ -265,6 +266,7 @@ def to_float64(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
     wide.opset_import.extend(model.opset_import)
     wide.functions.extend(model.functions)
     _graph_to_float64(model.graph, wide.graph, folder, most_at_once(model))
+    write_out_defaults(wide)
     return wide
 
 

@@ -15,7 +15,8 @@ numbers that they all have in common.
 
 What is the same in every reading is no proof that it is so at all sizes (`max(16 - size, 0)`): where that matters,
 `Sizes` tells what does not depend on an open size. Sizes that the file declares for inner values are those of one run
-where one of them is a number and the inputs leave it open; then none of them is believed.
+where one of them is a number and the inputs leave it open; then none of them is believed. Nor are any, nor is what the
+readings say, behind a Squeeze that takes away all axes of one, where a size may be one: there may be an axis less.
 
 Not covered: a size that depends on the numbers in a tensor (NonZero); bodies, beyond what the inference says of them.
 """
@@ -23,6 +24,7 @@ Not covered: a size that depends on the numbers in a tensor (NonZero); bodies, b
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +87,8 @@ def infer(
             del bare.graph.initializer[place]
     symbols = _name_open_sizes(bare)
     plain = _infer_plainly(bare)
-    if _declares_one_run(bare, plain):
+    squeezes = [ref for ref in whole.refs if symbols and _takes_ones(ref)]
+    if squeezes or _declares_one_run(bare, plain):
         _forget_sizes(bare.graph)
         whole.types = {value: kind for value, kind in whole.types.items() if value in whole.inputs}
     tensors = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
@@ -95,6 +98,7 @@ def infer(
     start = _Start(bare, tensors, refs, constants, found)
     readings = _read(start, symbols) if _is_open(found, whole) else []
     _agree(found, readings, symbols)
+    unsure = _loosen(found, whole.refs) if squeezes else set()
     known = constants(Constants, found)
     vectors = _alike([reading.vectors for reading in readings if found.complaint or not reading.complaint])
     for ref in whole.refs:
@@ -102,9 +106,57 @@ def infer(
             known.add_node(ref.node, ref.inputs, ref.outputs)
             sizes.add_node(ref.node, ref.inputs, ref.outputs)
         for value in ref.outputs:
-            if value in vectors:
+            if value in vectors and value not in unsure:
                 known.add_sizes(value, vectors[value])
     return found, known, sizes
+
+
+def _takes_ones(ref: NodeRef) -> bool:
+    """Whether a node takes away every axis that is one long, whichever those are."""
+    named = any(item.name == "axes" for item in ref.node.attribute) or any(ref.inputs[1:])
+    return ref.op == "Squeeze" and not named
+
+
+_RANKED = frozenset({"Conv", "ConvTranspose", "Flatten", "Gemm", "Reshape"})
+"""Operators whose outputs have as many axes as their weights or their shape say, whatever they read."""
+
+
+def _axes_asked(found: Shapes, ref: NodeRef) -> int:
+    """How many axes what a node reads first must have, at least, for the node to run."""
+    shape = found.shapes.get(ref.inputs[1], ()) if len(ref.inputs) > 1 else ()
+    if ref.op == "BatchNormalization":  # which takes an axis alone for examples of one channel
+        return 2 if shape and isinstance(shape[0], int) and shape[0] > 1 else 1
+    return {"Gemm": 2, "Conv": len(shape), "ConvTranspose": len(shape)}.get(ref.op, 0)
+
+
+def _loosen(found: Shapes, refs: Sequence[NodeRef]) -> set[str]:
+    """Forget what depends on whether a size that is open is one, and was taken away; the values in question.
+
+    None was where a node asks for all axes that there can be.
+    """
+    unsure: set[str] = set()
+    loose: set[str] = set()
+    asked: Counter[tuple[int, str]] = Counter()
+    for ref in refs:
+        for value in ref.inputs[:1]:
+            key = id(ref.owner), value
+            asked[key] = max(asked[key], _axes_asked(found, ref))
+    for ref in refs:
+        reads = {*ref.inputs, *ref.results}
+        shape = found.shapes.get(ref.inputs[0]) if _takes_ones(ref) else ()
+        least = asked[id(ref.owner), ref.outputs[0]] if ref.outputs else 0
+        starts = shape is None or (
+            not all(isinstance(size, int) for size in shape) and least < sum(size != 1 for size in shape)
+        )
+        if starts or not unsure.isdisjoint(reads):
+            unsure.update(ref.outputs)
+        if starts or (ref.op not in _RANKED and not loose.isdisjoint(reads)):
+            loose.update(ref.outputs)
+    for value in unsure & found.shapes.keys():
+        found.shapes[value] = (None,) * len(found.shapes[value])
+        if value in loose:
+            del found.shapes[value]
+    return unsure
 
 
 def _is_open(found: Shapes, whole: FlatModel) -> bool:

@@ -48,7 +48,9 @@ def name_of(function: Any) -> str:
 
 @cache
 def is_composite(operator: OpOverload) -> bool:
-    """Whether an operator is made of others, the same ones on every device."""
+    """Whether an operator is made of others, the same ones on every device; torch's `prim` are not even dispatched."""
+    if operator.namespace == "prim":
+        return False
     return operator._can_decompose() and has_composite_kernel(str(operator.name()))  # type: ignore[no-untyped-call]
 
 

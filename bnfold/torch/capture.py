@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from threading import Thread, get_ident
-from types import FrameType
 from typing import Any
 
 import torch
@@ -217,20 +217,27 @@ def _add_survivors(memory: Memory, outputs: dict[str, Value], ignored: set[int])
 
     if any(id(tensor) not in held for tensor, _ in alive()):
         gc.collect()
-    unheld = _unheld([tensor for tensor, _ in alive()], [tensor for tensor, _ in memory.alive()])
+    unheld = _unheld(memory)
     kept = [value for tensor, value in alive() if id(tensor) not in unheld]
     outputs.update({f"kept alive {value.name}": value for value in kept})
 
 
-def _unheld(kept: list[Tensor], alive: list[Tensor]) -> set[int]:
-    """Those of the kept tensors that no Python code holds: they live on as what another tensor is a view of."""
-    viewed = {id(tensor._base) for tensor in alive}
-    tensors = tuple(tensor for tensor in kept if id(tensor) in viewed)  # passed as it is, so it is known
-    found = gc.get_referrers(*tensors) if tensors else ()
-    mine = {id(kept), id(alive), id(tensors)}
-    holders = [holder for holder in found if id(holder) not in mine and not isinstance(holder, FrameType)]
-    held = {id(thing) for holder in holders for thing in gc.get_referents(holder)}
-    return {id(tensor) for tensor in tensors} - held
+def _unheld(memory: Memory) -> set[int]:
+    """Those of the tensors that no Python code holds: they live on as what another tensor is a view of.
+
+    They are counted, since no search for those who hold them looks into a frozen heap.
+    """
+    viewed = {id(tensor._base) for tensor, _ in memory.alive()}
+    references = [weakref.ref(tensor) for tensor, _ in memory.alive() if id(tensor) in viewed]
+    with torch.inference_mode(False):
+        view = torch.empty(0).view(0)
+    assert view._base is not None
+    alone = _count_holders(weakref.ref(view._base))
+    return {id(each()) for each in references if _count_holders(each) <= alone}
+
+
+def _count_holders(reference: weakref.ref[Tensor]) -> int:
+    return sys.getrefcount(reference())
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 A hand-written BatchNorm computes `(x - mean.view(1, -1, 1, 1)) / torch.sqrt(var + eps)`; the numbers that an affine
 needs are those of `mean.view(...)` and `torch.sqrt(...)`. They are computed here from the stored tensors, widened to
 float64 first, so that nothing is rounded on the way: a conversion to another float dtype is left out. Tensors on the
-`meta` device have no numbers; ones stand in for them, so that decisions can be looked at.
+`meta` device have no numbers; some between one and two stand in for them, no two of a tensor alike, so that decisions
+can be looked at. Not covered: those that rest on signs (a scale that is negative does not pass a ReLU), or on whether
+two tensors of one shape hold the same numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def numbers(tensor: Tensor) -> Tensor:
     """The numbers of a stored tensor on the CPU, float64 where they are floats."""
     tensor = tensor.detach()
     if tensor.device.type == "meta":
-        return torch.ones(tensor.shape, dtype=torch.float64 if tensor.is_floating_point() else tensor.dtype)
+        if not tensor.is_floating_point():
+            return torch.ones(tensor.shape, dtype=tensor.dtype)
+        return 1 + (torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape) * 5**0.5) % 1
     tensor = tensor.cpu()
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
 

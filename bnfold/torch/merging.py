@@ -250,7 +250,9 @@ class _Loading(_Host):
         held = {
             name: tuple(tensor.shape)
             for name, tensor in self.state.items()
-            if any(inside(name, gone) for gone in place.paths) and not name.startswith(tail)
+            if any(inside(name, gone) for gone in place.paths)
+            and not name.startswith(tail)
+            and isinstance(tensor, Tensor)
         }
         if held.get(f"{path}.weight") != _weight_shape(operator) or len(held) > 1 + (f"{path}.bias" in held):
             raise Refuse("it is not what the state dict has weights for")
@@ -261,14 +263,14 @@ def _is_wrapped(model: nn.Module, reading: Reading, place: MergePlace, operator:
     """Whether the operator is a child of the module that it stands for.
 
     It is where something comes after it, and where a state dict would otherwise look as that of a model that was folded
-    and not merged.
+    and not merged. What a module keeps there besides tensors (`get_extra_state`) tells nothing.
     """
     norms = {norm.path for norm in reading.norms.values()}
     held = {
         f"{path}.{name}": tuple(tensor.shape)
         for path in place.paths
         for name, tensor in model.get_submodule(path).state_dict().items()
-        if not any(inside(f"{path}.{name}", norm) for norm in norms)
+        if isinstance(tensor, Tensor) and not any(inside(f"{path}.{name}", norm) for norm in norms)
     }
     weight, bias = f"{place.host.path}.weight", f"{place.host.path}.bias"
     return bool(place.host.tail) or (

@@ -132,6 +132,10 @@ def unreadable(model: nn.Module, error: BaseException) -> UnreadableModel:
         return UnreadableModel(
             f"{place} calls torch.{operator[1]}, which cannot be followed; use Python's own control flow"
         )
+    if re.search(r"Nested(IntNode|Tensor)", str(error)):
+        return UnreadableModel(
+            f"{place} works on nested tensors, which cannot be followed; give it tensors that are padded"
+        )
     return UnreadableModel(
         f"{place} could not be run on the example inputs: {type(error).__name__}: {first_line(error)}"
     )

@@ -421,7 +421,11 @@ def test_the_document_names_every_operator_and_shows_pictures_that_exist() -> No
 
 
 @pytest.mark.parametrize(
-    ("op", "says"), [("bmm", "is not followed, though it is linear"), ("Tanh", "is not linear")]
+    ("op", "says"),
+    [
+        *((op, "is not followed, though it is linear") for op in ("bmm", "rsub", "unusual Einsum")),
+        ("Tanh", "is not linear"),
+    ],
 )
 def test_a_linear_operator_without_a_row_is_not_called_anything_else(op, says):
     with pytest.raises(Refuse, match=says):

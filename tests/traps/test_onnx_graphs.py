@@ -214,6 +214,67 @@ def test_a_function_whose_calls_have_other_numbers_is_inlined():
     assert "block" in report.notes[0]
 
 
+@pytest.mark.parametrize("epsilon", ["", "<e = 2.0>"])
+@pytest.mark.parametrize("through", ["block", "outer"])
+def test_what_a_call_leaves_out_is_the_default_of_its_function(epsilon, through):
+    text = f"""g (float[4, 5] x, bool k) => (float[4, 5] y) {{
+        h = local.{through}{epsilon}(x, w, s, b, m, v)
+        y = If (k) <
+            then_branch = t () => (float[4, 5] p) {{ p = local.block(h, u, s, v, b, v) }},
+            else_branch = f () => (float[4, 5] q) {{ q = Identity(h) }}>
+    }}"""
+    functions = """
+<domain: "local", opset_import: ["" : 17]>
+block <e: float = 0.5> (x, w, s, b, m, v) => (y) {
+    h = Gemm(x, w) n = BatchNormalization<epsilon: float = @e>(h, s, b, m, v) y = Relu(n) }
+<domain: "local", opset_import: ["" : 17, "local" : 1]>
+outer <e: float = 3.0> (x, w, s, b, m, v) => (y) {
+    h = local.block(x, w, s, b, m, v) y = local.block<e: float = @e>(h, w, s, b, m, v) }
+"""
+    numbers = {"w": weights(5, 5), "u": weights(5, 5, seed=3), **norm(5)}
+    some = model(text, numbers, extra=', "local" : 1', rest=functions)
+    gone = 3 if through == "outer" else 2
+    fold(some, gone, inputs={"x": weights(4, 5), "k": np.array(True)})
+
+
+def test_a_default_holds_where_the_caller_hands_on_what_it_was_not_given():
+    text = """g (float[4, 5] x) => (float[4, 5] y) {
+        h = local.outer(x, w, s, b, m, v) y = local.block(h, w, s, b, m, v) }"""
+    functions = """
+<domain: "local", opset_import: ["" : 17]>
+block <e: float = 0.5> (x, w, s, b, m, v) => (y) {
+    h = Gemm(x, w) n = BatchNormalization<epsilon: float = @e>(h, s, b, m, v) y = Relu(n) }
+<domain: "local", opset_import: ["" : 17, "local" : 1]>
+outer <k> (x, w, s, b, m, v) => (y) { y = local.block<e: float = @k>(x, w, s, b, m, v) }
+"""
+    fold(model(text, {"w": weights(5, 5), **norm(5)}, extra=', "local" : 1', rest=functions), 2)
+
+
+def test_a_batchnorm_in_a_body_in_a_function_is_folded():
+    text = "g (float[4, 5] x, bool k) => (float[4, 5] y) { y = local.block(x, k, w, s, b, m, v) }"
+    function = """
+<domain: "local", opset_import: ["" : 17]>
+block (x, k, w, s, b, m, v) => (y) {
+    h = Gemm(x, w)
+    y = If (k) <
+        then_branch = t () => (p) { p = BatchNormalization(h, s, b, m, v) },
+        else_branch = f () => (q) { q = Identity(x) }>
+}"""
+    some = model(text, {"w": weights(5, 5), **norm(5)}, extra=', "local" : 1', rest=function)
+    fold(some, 1, inputs={"x": weights(4, 5), "k": np.array(True)})
+
+
+def test_a_function_with_a_default_is_run_in_float64():
+    text = """g (float[4, 3] x) => (float[4, 5] y) {
+        h = Gemm(x, w) n = BatchNormalization(h, s, b, m, v) y = local.f(n) }"""
+    function = """
+<domain: "local", opset_import: ["" : 17]>
+f <a: float = 0.5> (x) => (y) { y = LeakyRelu<alpha: float = @a>(x) }"""
+    some = model(text, {"w": weights(3, 5), **norm(5)}, extra=', "local" : 1', rest=function)
+    _, report = fold(some, 1)
+    assert [each.question for each in report.evidence] == ["float64", "float32"]
+
+
 def test_a_function_that_hides_nothing_is_left_alone():
     text = """g (float[4, 3] x) => (float[4, 5] y) {
         h = Gemm(x, w) n = BatchNormalization(h, s, b, m, v) y = local.f(n) }"""

@@ -176,3 +176,64 @@ def test_outputs_without_numbers_verify_nothing():
     assert [verdict.outcome for verdict in report.verdicts] == ["folded"]
     assert not report.verified
     assert any("the outputs hold no numbers" in note for note in report.notes)
+
+
+# ---------------------------------------------------------------- an axis less where a size is one
+
+
+def squeezed(body, declared="N, 3, H, W", op=17):
+    """A model with a Squeeze that takes away whatever is one long."""
+    text = f"g (float[{declared}] x) => (float y) {{ {body} }}"
+    used = text.replace(",", " ").replace("(", " ").replace(")", " ").split()
+    tensors = {
+        "u": weights(4, 3, 1, 1),
+        "w": weights(3, 4),
+        "t": weights(4, 2),
+        "ax3": np.array([3]),
+        **norm(4),
+    }
+    some = model(text, {name: array for name, array in tensors.items() if name in used}, opset=op)
+    some.graph.output[0].type.tensor_type.ClearField("shape")
+    return some
+
+
+CONV = "c = Conv(x, u) d = Squeeze(c) y = BatchNormalization(d, s, b, m, v)"
+
+
+@pytest.mark.parametrize("op", [11, 17])
+@pytest.mark.parametrize("is_declared", [False, True])
+def test_a_batchnorm_may_find_its_channels_on_another_axis_behind_a_squeeze_of_open_sizes(op, is_declared):
+    some = squeezed(CONV, op=op)
+    if is_declared:
+        told = onnx.helper.make_tensor_value_info("d", onnx.TensorProto.FLOAT, ["N", 4, "H", "W"])
+        some.graph.value_info.append(told)
+    assert_holds(some, "kept", images([(2, 3, 4, 8), (1, 3, 4, 8)]))
+
+
+def test_what_is_behind_a_squeeze_of_open_sizes_has_no_axes_that_are_known():
+    body = (
+        "c = MatMul(x, w) d = Squeeze(c) e = ReduceMean<axes=[1], keepdims=0>(d) f = Mul(e, s) y = Add(f, b)"
+    )
+    some = squeezed(body, "N, M, 1, 3")
+    folded, _ = bnfold.onnx.fold(some, verify=False, runtime="any")
+    for feed in images([(2, 4, 1, 3), (1, 4, 1, 3)]):
+        np.testing.assert_allclose(run(folded, feed)["y"], run(some, feed)["y"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "declared", "size"),
+    [
+        (CONV, "2, 3, 1, 8", (2, 3, 1, 8)),
+        (CONV.replace("Squeeze(c)", "Squeeze(c, ax3)"), "N, 3, H, 1", (2, 3, 5, 1)),
+        ("d = Squeeze(x) g = Gemm(d, w) y = BatchNormalization(g, s, b, m, v)", "N, 3, 1, 1", (2, 3, 1, 1)),
+        (f"p = MaxPool<kernel_shape=[1, 1]>(x) {CONV.replace('x,', 'p,')}", "N, 3, 1, 1", (2, 3, 1, 1)),
+        (
+            "c = Conv(x, u) n = BatchNormalization(c, s, b, m, v) d = Squeeze(n) y = Gemm(d, t)",
+            "N, 3, 1, 1",
+            (2, 3, 1, 1),
+        ),
+    ],
+    ids=["fixed", "named", "a matrix of rank two", "a BatchNorm of rank two", "on the way to a matrix"],
+)
+def test_a_squeeze_behind_which_the_axes_are_known_is_passed(body, declared, size):
+    assert_holds(squeezed(body, declared), "folded", images([size]))

@@ -599,6 +599,27 @@ def test_a_model_that_cannot_run_is_refused_by_name():
         fold(Broken(), torch.randn(2, 5))
 
 
+class Ragged(nn.Module):
+    """Rows of several lengths, normalised each."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.net, self.layout = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), layout
+
+    def forward(self, x):
+        rows = self.net(x)
+        return torch.nested.as_nested_tensor([rows[:1], rows[1:]], layout=self.layout).to_padded_tensor(0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_of_nested_tensors_it_is_said_that_they_are_not_followed(layout):
+    net, rows = Ragged(layout).eval(), torch.randn(4, 3)
+    net(rows)
+    with pytest.raises(UnreadableModel, match="nested tensors, which cannot be followed"):
+        fold(net, rows)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("keepdim", [True, False])
 def test_a_scale_goes_up_through_a_norm_and_its_shift_stays(order, keepdim):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_flatten
 
-from bnfold.torch import fold
+from bnfold.torch import fold, load_folded
 from tests.torch_models import randomise
 
 SHAPES = ((2, 4, 8, 8), (1, 4, 8, 8), (3, 4, 7, 9), (2, 4, 20, 18))
@@ -353,6 +353,31 @@ def test_a_merged_module_is_scripted_exported_and_pickled_as_before(net):
         copy.deepcopy(folded),
     ):
         same(folded(x), again(x))
+
+
+class Stateful(nn.Conv2d):
+    """Keeps more than tensors in its state dict, as layers with scales of their own do."""
+
+    def get_extra_state(self):
+        return {"scale": 1.0}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_module_with_more_than_tensors_in_its_state_dict_is_merged_and_loaded():
+    def build():
+        return Net(
+            lambda net, x: net.bn(net.wide(x) + net.point(x)),
+            wide=Stateful(4, 4, 3, padding=1),
+            point=Stateful(4, 4, 1),
+            bn=nn.BatchNorm2d(4),
+        ).double()
+
+    folded, merges = merged(build())
+    assert len(merges) == 1
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    same(folded(x), load_folded(build().eval(), x, folded.state_dict())(x))
 
 
 def test_the_parameters_of_a_merged_operator_are_trained():

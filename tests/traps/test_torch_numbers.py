@@ -206,6 +206,39 @@ def test_a_meta_model_is_decided_and_not_verified(example):
     assert "without numbers" in report.notes[0]
 
 
+@pytest.mark.parametrize(
+    "move", [lambda y: y.view(y.shape[0], -1), lambda y: y.unsqueeze(1), lambda y: y[0], lambda y: y.chunk(2)]
+)
+def test_a_meta_model_may_take_views(move):
+    class Moved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return move(self.bn(self.conv(x)))
+
+    _, report = fold(Moved().eval().to("meta"), IMAGES.to("meta"))
+    assert report.count("folded") == 1
+
+
+def test_a_meta_model_is_not_decided_as_if_all_channels_were_alike():
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            n, _, h, w = x.shape
+            return self.bn(self.conv(x).view(n, 8, h // 2, w))
+
+    outcomes = [
+        [verdict.outcome for verdict in fold(net, x)[1].verdicts]
+        for net, x in ((randomise(Rows()), IMAGES), (Rows().eval().to("meta"), IMAGES.to("meta")))
+    ]
+    assert outcomes == [["kept"], ["kept"]]
+
+
 def test_a_channels_last_weight_stays_so():
     model = randomise(pair()).to(memory_format=torch.channels_last)
     after, _ = fold(model, IMAGES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 
 import pytest
 import torch
@@ -178,6 +180,25 @@ def test_what_stays_alive_is_an_output():
     kept = []
     trace = traced(lambda net, x: kept.append(x * 2) or x + 1)
     assert list(trace.outputs) == ["", f"kept alive {trace.calls[0].made[0].name}"]
+
+
+def test_what_a_container_from_before_keeps_is_an_output_though_another_output_is_a_view_of_it():
+    """With the heap frozen, too, where no search for those who hold a tensor finds the container."""
+
+    def forward(net, x):
+        kept.append(net.conv(x))
+        return kept[-1].view(2, -1)
+
+    kept = []
+    gc.freeze()
+    trace = traced(forward, IMAGES)
+    assert list(trace.outputs) == ["", f"kept alive {trace.calls[0].made[0].name}"]
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+def test_what_nobody_holds_but_a_view_of_it_is_no_output(mode):
+    with mode():
+        assert list(traced(lambda net, x: net.conv(x).view(2, -1), IMAGES).outputs) == [""]
 
 
 def test_memory_is_searched_for_garbage_only_where_something_else_than_the_models_own_is_alive(monkeypatch):
