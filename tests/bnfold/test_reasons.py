@@ -15,7 +15,8 @@ from bnfold.reasons import Reason, explain, sections
 ROOT = Path(__file__).parents[2]
 ROWS = {name: row for rows in sections().values() for name, row in rows.items()}
 OF_PROOFS_AND_MERGES = frozenset(
-    ["simulation", "response", "certificate", "operators", "window", "merge", "certify", "merging", "calls"]
+    """simulation response certificate certify likeness operators window candidates merge merging calls
+    """.split()  # noqa: SIM905
 )
 """Modules whose refusals are not about BatchNorms."""
 DECIDING = """travel rules canonical decide duplicate onnx/lower onnx/context onnx/write torch/norms torch/storage
