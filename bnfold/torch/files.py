@@ -390,11 +390,16 @@ def _save(folded: nn.Module, inputs: Any, target: Path, stored: Stored) -> None:
             args, kwargs = arrange(inputs)
             torch.export.save(torch.export.export(folded, args, kwargs), temporary)
             return
-        state = {name: tensor.detach() for name, tensor in folded.state_dict().items()}
+        held = folded.state_dict()
+        state = {name: thing.detach() if isinstance(thing, Tensor) else thing for name, thing in held.items()}
         if target.suffix == ".safetensors":
             from safetensors.torch import save_file
 
             named = stored.named(state)
+            if other := [name for name, thing in named.items() if not isinstance(thing, Tensor)]:
+                raise InputError(
+                    f"{target}: `{other[0]}` is no tensor, and safetensors hold no others; write a .pt file"
+                )
             save_file({name: tensor.contiguous().clone() for name, tensor in named.items()}, temporary)
             return
         torch.save(stored.replaced(state), temporary)

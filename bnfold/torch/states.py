@@ -27,6 +27,7 @@ from bnfold.wording import enumerate_some
 __all__ = ["State", "Stored", "find_state"]
 
 State = Mapping[str, Tensor]
+"""A state dict; what modules keep in it besides tensors is handed on as it is."""
 
 DEPTH = 3
 """In as many dicts inside of one another state dicts are looked for."""
@@ -38,6 +39,9 @@ _WRAPPERS = ("module.", "_orig_mod.")
 
 _COUNTERS = ("total_ops", "total_params")
 """Buffers that a profiler (thop) leaves in every module."""
+
+_EXTRA = "_extra_state"
+"""How torch calls what a module keeps in its state dict besides tensors (`get_extra_state`)."""
 
 _Place = tuple[str, ...]
 
@@ -128,11 +132,14 @@ def _states(container: Any, place: _Place = ()) -> Iterator[tuple[_Place, State]
 
 
 def _is_state(value: Any) -> bool:
-    """Whether a value is a dict of tensors by name, and not empty."""
+    """Whether a value is a dict of tensors by name, some at least, and of what modules keep besides."""
     return (
         isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+        and any(isinstance(thing, Tensor) for thing in value.values())
+        and all(
+            isinstance(name, str) and (isinstance(thing, Tensor) or name.rpartition(".")[2] == _EXTRA)
+            for name, thing in value.items()
+        )
     )
 
 

@@ -204,6 +204,40 @@ def test_a_factory_is_called_with_arguments_and_its_module_with_names(tmp_path, 
     assert verify_command([str(source), str(tmp_path / "in.folded.pt"), *built, *inputs]) == 1
 
 
+class Scaling(torch.nn.Conv2d):
+    """Keeps more than tensors in its state dict."""
+
+    def get_extra_state(self):
+        return {"scale": 2.0}
+
+    def set_extra_state(self, state):
+        assert state == {"scale": 2.0}
+
+
+class WithScale(torch.nn.Sequential):
+    """A block of such a layer and its BatchNorm."""
+
+    def __init__(self):
+        super().__init__(Scaling(3, 4, 3), torch.nn.BatchNorm2d(4))
+
+
+def test_what_a_module_keeps_besides_tensors_is_handed_on(tmp_path):
+    pytest.importorskip("safetensors")
+    model = randomise(WithScale())
+    torch.save({"model": model.state_dict()}, tmp_path / "in.pt")
+    command = [str(tmp_path / "in.pt"), "--model", "tests.bnfold.torch.test_torch_files:WithScale"]
+    command += ["--input", "1x3x5x5", "-o"]
+    assert main([*command, str(tmp_path / "out.pt")]) == 0
+    folded = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
+    assert folded["0._extra_state"] == {"scale": 2.0}
+    assert set(folded) == {"0.weight", "0.bias", "0._extra_state"}
+    images = torch.randn(1, 3, 5, 5)
+    twin = load_folded(WithScale().eval(), images, folded)
+    torch.testing.assert_close(twin(images), model(images), rtol=1e-4, atol=1e-5)
+    assert main([*command, str(tmp_path / "out.safetensors")]) == 2
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_a_program_of_a_module_that_is_called_by_name_is_written(tmp_path):
     torch.save(Wants(4).state_dict(), tmp_path / "in.pt")
