@@ -22,7 +22,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,6 @@ from bnfold.onnx.likeness import (
     feed,
     inputs_of,
     overload,
-    settings,
     surroundings,
 )
 from bnfold.onnx.protos import load as load_tensor
@@ -335,8 +334,11 @@ class _Check:
         """What the graphs do not show."""
         self._check_declarations()
         self._check_constants()
-        self._check_idle(found)
-        self._check_nodes(found)
+        values = Values(
+            self.before, self.after, self.applied.alias, frozenset(found.values), set(found.values)
+        )
+        self._check_nodes(found, values)
+        self._check_idle(values)
 
     def _check_declarations(self) -> None:
         """What the models are given, what they return, and what their operators mean."""
@@ -362,11 +364,10 @@ class _Check:
             if not are_equal(default(first, value), default(second, value)):
                 raise Refuse(f"`{value}` is another number where the caller gives none")
 
-    def _check_nodes(self, found: Matched) -> None:
+    def _check_nodes(self, found: Matched, values: Values) -> None:
         """The settings and operands of every node that is there before and after."""
         first, second = self.before, self.after
         merged = {one["into"] for one in self.done.merges}
-        values = Values(first, second, self.applied.alias, frozenset(found.values), set(found.values))
         for name, twin in found.nodes.items():
             node = self.applied.merged[name]
             if name not in merged:
@@ -376,22 +377,15 @@ class _Check:
                 for ref, other in islice(pairs, 1 if linear else None):
                     values.check_node(ref, other, linear, apart, self._dropped(node, ref))
 
-    def _check_idle(self, found: Matched) -> None:
-        """What nobody reads runs all the same, and may fail: it must do what it did, to the same constants."""
-        first, second = self.before, self.after
-        reached = {id(twin) for twin in found.nodes.values()}
-        for twin in second.graph.nodes:
-            if id(twin) in reached or twin.affine is not None or twin.linear is not None:
-                continue
-            ref = second.refs[twin.name][0]
-            own = first.context.whole.makers.get(next(filter(None, ref.outputs), ""))
-            pairs = [] if own is None else zip_longest(own.inputs, ref.inputs, fillvalue="")
-            if (
-                own is None
-                or list(settings(own)) != list(settings(ref))
-                or not all(are_equal(constant(first, one), constant(second, other)) for one, other in pairs)
-            ):
-                raise Refuse(f"`{twin.name}` ({twin.op}), which nobody reads, does something else")
+    def _check_idle(self, values: Values) -> None:
+        """What nobody reads runs all the same, and may fail: it must do what it did, to what it read."""
+        makers = self.before.context.whole.makers
+        for twin in _unread(self.after.graph):
+            for ref in self.after.refs[twin.name]:
+                own = makers.get(next(filter(None, ref.outputs), ""))
+                if own is None:
+                    raise Refuse(f"`{twin.name}` ({twin.op}), which nobody reads, is new")
+                values.check_node(own, ref, False)
 
     def _apart(self, node: Node, ref: NodeRef, twin: NodeRef) -> tuple[int, ...]:
         """The inputs of a node whose numbers are checked by themselves: those of a recurrent layer's product."""
@@ -482,6 +476,17 @@ class _Check:
             return node
         twin = into[node.name]
         return Node(node.name, twin.op, node.inputs, node.outputs, linear=twin.linear)
+
+
+def _unread(graph: Graph) -> list[Node]:
+    """The nodes that no output of a graph is made of."""
+    wanted, unread = set(graph.outputs), list[Node]()
+    for node in reversed(graph.nodes):
+        if wanted.isdisjoint(node.outputs):
+            unread.append(node)
+        else:
+            wanted.update(node.inputs)
+    return unread
 
 
 def _read_plainly(model: onnx.ModelProto, folder: Path | None, frozen: bool) -> ImportedModel:

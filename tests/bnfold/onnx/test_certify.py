@@ -468,6 +468,21 @@ FORGERIES: dict[str, tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Any]]] = 
         small("s = Shape(x) g = Gather(s, i) y = Relu(x)", i=np.int64(5)),
         {},
     ),
+    "a node that nobody reads, of another value": (
+        small("s = Shape(x) g = Gather(s, i) y = Relu(x)", i=np.int64(1)),
+        small("s = Shape(x) g = Gather(x, i) y = Relu(x)", i=np.int64(1)),
+        {},
+    ),
+    "a product that nobody reads, of another value": (
+        small("t = Transpose(x) g = MatMul(x, W) y = Relu(x)", W=W),
+        small("t = Transpose(x) g = MatMul(t, W) y = Relu(x)", W=W),
+        {},
+    ),
+    "a scale that nobody reads, of another value": (
+        small("t = Transpose(x) g = Mul(x, c) y = Relu(x)", c=W[0]),
+        small("t = Transpose(x) g = Mul(t, c) y = Relu(x)", c=W[0]),
+        {},
+    ),
     "a weight that underflows on its way": (
         small("y = MatMul(x, W)", W=W),
         small(
