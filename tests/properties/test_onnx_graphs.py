@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, reject, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
@@ -253,6 +253,7 @@ class Draw:
     def model(self, steps):
         for step in steps:
             getattr(self, {"if": "branch", "channel mean": "channel_mean"}.get(step, step))()
+        assume(all(size > 0 for shape in self.values.values() for size in shape[1:]))
         last = list(self.values)[-1]
         outputs = dict.fromkeys([last, self.pick(self.values), self.pick(self.values)])
         outputs = {name: self.values[name] for name in outputs if name != "x"} or {last: self.values[last]}
