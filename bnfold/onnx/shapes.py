@@ -14,7 +14,8 @@ that takes multiples only is read at multiples. One that takes none of the sizes
 numbers that they all have in common.
 
 What is the same in every reading is no proof that it is so at all sizes (`max(16 - size, 0)`): where that matters,
-`Sizes` tells what does not depend on an open size. Sizes that the file declares for inner values are those of one run
+`Sizes` tells what does not depend on an open size, and numbers that do by a minimum or a comparison are no constants.
+Sizes that the file declares for inner values are those of one run
 where one of them is a number and the inputs leave it open; then none of them is believed. Nor are any, nor is what the
 readings say, behind a Squeeze that takes away all axes of one, where a size may be one: there may be an axis less.
 
@@ -37,7 +38,8 @@ from onnx import TensorProto
 from bnfold.ir import Dim, Shape
 from bnfold.onnx.constant_folding import Constants
 from bnfold.onnx.flatten import FlatModel, NodeRef, bodies, declared_types
-from bnfold.onnx.sizes import VECTOR, Sizes
+from bnfold.onnx.protos import FLOATS
+from bnfold.onnx.sizes import CARRY_NAN, VECTOR, Sizes, is_open
 
 __all__ = ["Shapes", "infer", "skeleton"]
 
@@ -99,16 +101,63 @@ def infer(
     readings = _read(start, symbols) if _is_open(found, whole) else []
     _agree(found, readings, symbols)
     unsure = _loosen(found, whole.refs) if squeezes else set()
-    known = constants(Constants, found)
+    known, told = constants(Constants, found), constants(Sizes, found)
+    bent = _Bent(known, told, readings)
     vectors = _alike([reading.vectors for reading in readings if found.complaint or not reading.complaint])
     for ref in whole.refs:
         if not ref.results:
             known.add_node(ref.node, ref.inputs, ref.outputs)
             sizes.add_node(ref.node, ref.inputs, ref.outputs)
+            told.add_node(ref.node, ref.inputs, ref.outputs)
+        bent.note(ref)
         for value in ref.outputs:
-            if value in vectors and value not in unsure:
+            if value in vectors and value not in unsure | bent.values:
                 known.add_sizes(value, vectors[value])
+                told.add_sizes(value, vectors[value])
     return found, known, sizes
+
+
+class _Bent:
+    """Numbers that depend on an open size by another way than sums and products: alike at some sizes, not at all.
+
+    So do a minimum, a comparison, a division that leaves something over, and an element whose place depends on it.
+
+    Attributes:
+        values: those found.
+    """
+
+    def __init__(self, known: Constants, told: Sizes, readings: Sequence[_Reading]) -> None:
+        self.known, self.told, self.readings, self.values = known, told, readings, set[str]()
+
+    def note(self, ref: NodeRef) -> None:
+        """Note what a node computes, after those that it reads of."""
+        if ref.op in ("Shape", "Size") or all(self._is_known(value) for value in ref.outputs if value):
+            return
+        if not self.values.isdisjoint(ref.inputs) or self._bends(ref):
+            self.values.update(ref.outputs)
+
+    def _is_known(self, value: str) -> bool:
+        """Whether a value is the same at every size of the inputs, and known."""
+        if value in self.known or value not in self.told:
+            return value in self.known
+        array = self.told.get(value) if (self.told.size(value) or 0) <= VECTOR else None
+        return array is not None and not is_open(array)
+
+    def _bends(self, ref: NodeRef) -> bool:
+        if ref.op in ("Gather", "Slice"):
+            return not all(self._is_known(value) for value in ref.inputs[1:] if value)
+        if ref.op == "Cast":
+            return self.told.types.get(ref.inputs[0]) in FLOATS
+        if ref.op == "Div":
+            return not all(_divides(*map(reading.known.get, ref.inputs)) for reading in self.readings)
+        return ref.op not in CARRY_NAN
+
+
+def _divides(numbers: Vector | None, by: Vector | None) -> bool:
+    """Whether a division leaves nothing over."""
+    if numbers is None or by is None or "f" in (numbers.dtype.kind, by.dtype.kind):
+        return True
+    return bool(by.all() and not (numbers % by).any())
 
 
 def _takes_ones(ref: NodeRef) -> bool:

@@ -237,3 +237,43 @@ def test_what_is_behind_a_squeeze_of_open_sizes_has_no_axes_that_are_known():
 )
 def test_a_squeeze_behind_which_the_axes_are_known_is_passed(body, declared, size):
     assert_holds(squeezed(body, declared), "folded", images([size]))
+
+
+# ---------------------------------------------------------------- numbers that depend on a size at some sizes only
+
+
+SIZE = "sh = Shape(x) n = Gather<axis=0>(sh, zero) h = Gather<axis=0>(sh, two)"
+BENT = {
+    "how much is missing to eight": "d = Sub(eight, h) i = Max(d, zero)",
+    "eight at most": "i = Min(h, eight)",
+    "whether there is one example": "q = Equal(n, one) i = Cast<to=7>(q)",
+    "two below eight, else one": "q = Less(h, eight) i = Where(q, two, one)",
+    "how often five hundred and twelve fit": "p = Mul(eight, eight) r = Mul(p, eight) i = Div(h, r)",
+    "an element of a list": "l = Concat<axis=0>(zero, two, one) p = Min(h, two) i = Gather<axis=0>(l, p)",
+    "what is left above a maximum": "p = Mul(two, eight) r = Max(h, p) i = Sub(r, h)",
+}
+
+
+@pytest.mark.parametrize("use", ["Add", "Mul"])
+@pytest.mark.parametrize("number", BENT)
+def test_a_number_that_depends_on_a_size_by_a_comparison_is_no_constant(number, use):
+    body = f"""{SIZE} {BENT[number]} f = Cast<to=1>(i) c = Conv(x, u) a = {use}(c, f)
+        y = BatchNormalization(a, s, b, m, v)"""
+    some = squeezed(body)
+    used = {name for node in some.graph.node for name in node.input}
+    for name in used & {"zero", "one", "two", "eight"}:
+        some.graph.initializer.append(onnx.numpy_helper.from_array(NUMBERS[name], name))
+    folded, _ = bnfold.onnx.fold(some, verify=False, runtime="any")
+    for feed in images([(2, 3, 9, 9), (1, 3, 9, 9), (2, 3, 3, 5), (2, 3, 1, 1), (2, 3, 600, 1)]):
+        np.testing.assert_allclose(run(folded, feed)["y"], run(some, feed)["y"], atol=1e-5)
+
+
+def test_a_number_is_a_constant_whatever_stands_beside_it_in_a_comparison():
+    """What an exporter writes of `expand(-1, 4, -1, -1)`: `Where(Equal(shape, -1), 1, shape)`."""
+    body = f"""{SIZE} k = Concat<axis=0>(n, eight, h) e = Equal(k, one) w = Where(e, two, k) i = Gather<axis=0>(w, one)
+        f = Cast<to=1>(i) c = Conv(x, u) a = Add(c, f) y = BatchNormalization(a, s, b, m, v)"""
+    some = squeezed(body)
+    del some.graph.initializer[[tensor.name for tensor in some.graph.initializer].index("w")]
+    for name in ("zero", "one", "two", "eight"):
+        some.graph.initializer.append(onnx.numpy_helper.from_array(NUMBERS[name], name))
+    assert_holds(some, "folded", images([(2, 3, 9, 9), (1, 3, 1, 8)]))
