@@ -15,6 +15,7 @@ numbers that they all have in common.
 
 What is the same in every reading is no proof that it is so at all sizes (`max(16 - size, 0)`): where that matters,
 `Sizes` tells what does not depend on an open size, and numbers that do by a minimum or a comparison are no constants.
+So may a Slice leave fewer than it asks for; what is of another size where it leaves one alone is open.
 Sizes that the file declares for inner values are those of one run
 where one of them is a number and the inputs leave it open; then none of them is believed. Nor are any, nor is what the
 readings say, behind a Squeeze that takes away all axes of one, where a size may be one: there may be an axis less.
@@ -72,6 +73,9 @@ class Shapes:
 
 Vector = npt.NDArray[Any]
 
+Cuts = Mapping[str, Sequence[int]]
+"""Values, and the axes along which they are one long."""
+
 
 def infer(
     model: onnx.ModelProto,
@@ -100,10 +104,13 @@ def infer(
     start = _Start(bare, tensors, refs, constants, found)
     readings = _read(start, symbols) if _is_open(found, whole) else []
     _agree(found, readings, symbols)
+    shorter = list(_read_shorter(start, found, readings))
+    _agree_with(found, shorter)
     unsure = _loosen(found, whole.refs) if squeezes else set()
     known, told = constants(Constants, found), constants(Sizes, found)
     bent = _Bent(known, told, readings)
-    vectors = _alike([reading.vectors for reading in readings if found.complaint or not reading.complaint])
+    taken = [reading for reading in (*readings, *shorter) if found.complaint or not reading.complaint]
+    vectors = _alike([reading.vectors for reading in taken])
     for ref in whole.refs:
         if not ref.results:
             known.add_node(ref.node, ref.inputs, ref.outputs)
@@ -261,6 +268,41 @@ def _read(start: _Start, symbols: Mapping[str, int]) -> list[_Reading]:
     return readings if len(readings) > 1 else refused
 
 
+def _read_shorter(start: _Start, found: Shapes, readings: Sequence[_Reading]) -> Iterator[_Reading]:
+    """Readings in which a piece of an open axis is one long, for each such piece; none that the model does not take."""
+    for ref in start.refs if readings else ():
+        axes = _cut_axes(found, ref) if ref.op == "Slice" else ()
+        if axes:
+            reading = _Reading(start, readings[0].sizes, {ref.outputs[0]: axes})
+            if not reading.complaint:
+                yield reading
+
+
+def _cut_axes(found: Shapes, ref: NodeRef) -> tuple[int, ...]:
+    """The axes along which a node leaves a number of an open size, of which there can be fewer."""
+    before, after = found.shapes.get(ref.inputs[0], ()), found.shapes.get(ref.outputs[0], ())
+    pairs = enumerate(zip(before, after, strict=False))
+    return tuple(axis for axis, (a, b) in pairs if not isinstance(a, int) and isinstance(b, int) and b > 1)
+
+
+def _shortened(kind: onnx.TypeProto, axes: Sequence[int]) -> onnx.TypeProto:
+    """A type that is one long along some axes."""
+    for axis in axes:
+        kind.tensor_type.shape.dim[axis].dim_value = 1
+    return kind
+
+
+def _agree_with(found: Shapes, shorter: Sequence[_Reading]) -> None:
+    """Leave open what is of another size where a piece is shorter."""
+    for reading in shorter:
+        for value, shape in reading.found.shapes.items():
+            known = found.shapes.get(value, ())
+            if len(known) == len(shape):
+                found.shapes[value] = tuple(
+                    None if isinstance(a, int) and a != b else a for a, b in zip(known, shape, strict=True)
+                )
+
+
 class _Reading:
     """One walk over the main graph, with a number for every open size.
 
@@ -272,8 +314,9 @@ class _Reading:
         complaint: what the inference said of some node.
     """
 
-    def __init__(self, start: _Start, sizes: Mapping[str, int]) -> None:
+    def __init__(self, start: _Start, sizes: Mapping[str, int], cuts: Cuts | None = None) -> None:
         self.sizes, self.inferred, self.complaint = sizes, start.inferred, ""
+        self.cuts = cuts or {}
         self.opsets = list(start.bare.opset_import)
         self.found, self.guessed = Shapes({}, {}), set[str]()
         self.known: Constants = start.constants(Constants, self.found)
@@ -295,7 +338,8 @@ class _Reading:
             kind = kind or made.get(value) or self._as_constant(value)
             if kind is None or schema is None or not self.guessed.isdisjoint(ref.inputs):
                 self.guessed.add(value)
-            self._note(value, kind or onnx.helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+            kind = kind or onnx.helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+            self._note(value, _shortened(kind, self.cuts.get(value, ())))
         if constant and ref.op != "Constant":
             self._keep(ref.outputs[0])
 

@@ -242,6 +242,7 @@ def test_a_squeeze_behind_which_the_axes_are_known_is_passed(body, declared, siz
 # ---------------------------------------------------------------- numbers that depend on a size at some sizes only
 
 
+NORM = "y = BatchNormalization(a, s, b, m, v)"
 SIZE = "sh = Shape(x) n = Gather<axis=0>(sh, zero) h = Gather<axis=0>(sh, two)"
 BENT = {
     "how much is missing to eight": "d = Sub(eight, h) i = Max(d, zero)",
@@ -254,15 +255,27 @@ BENT = {
 }
 
 
+def with_numbers(some):
+    """A model with the small numbers that its nodes read."""
+    extra = {
+        **NUMBERS,
+        "three": np.array([3]),
+        "four": np.array([4]),
+        "row": weights(8),
+        "square": weights(8, 8),
+    }
+    extra["tall"] = weights(16, 3)
+    missing = {name for node in some.graph.node for name in node.input} & extra.keys()
+    for name in sorted(missing - {tensor.name for tensor in some.graph.initializer}):
+        some.graph.initializer.append(onnx.numpy_helper.from_array(extra[name], name))
+    return some
+
+
 @pytest.mark.parametrize("use", ["Add", "Mul"])
 @pytest.mark.parametrize("number", BENT)
 def test_a_number_that_depends_on_a_size_by_a_comparison_is_no_constant(number, use):
-    body = f"""{SIZE} {BENT[number]} f = Cast<to=1>(i) c = Conv(x, u) a = {use}(c, f)
-        y = BatchNormalization(a, s, b, m, v)"""
-    some = squeezed(body)
-    used = {name for node in some.graph.node for name in node.input}
-    for name in used & {"zero", "one", "two", "eight"}:
-        some.graph.initializer.append(onnx.numpy_helper.from_array(NUMBERS[name], name))
+    body = f"""{SIZE} {BENT[number]} f = Cast<to=1>(i) c = Conv(x, u) a = {use}(c, f) {NORM}"""
+    some = with_numbers(squeezed(body))
     folded, _ = bnfold.onnx.fold(some, verify=False, runtime="any")
     for feed in images([(2, 3, 9, 9), (1, 3, 9, 9), (2, 3, 3, 5), (2, 3, 1, 1), (2, 3, 600, 1)]):
         np.testing.assert_allclose(run(folded, feed)["y"], run(some, feed)["y"], atol=1e-5)
@@ -270,10 +283,30 @@ def test_a_number_that_depends_on_a_size_by_a_comparison_is_no_constant(number, 
 
 def test_a_number_is_a_constant_whatever_stands_beside_it_in_a_comparison():
     """What an exporter writes of `expand(-1, 4, -1, -1)`: `Where(Equal(shape, -1), 1, shape)`."""
-    body = f"""{SIZE} k = Concat<axis=0>(n, eight, h) e = Equal(k, one) w = Where(e, two, k) i = Gather<axis=0>(w, one)
-        f = Cast<to=1>(i) c = Conv(x, u) a = Add(c, f) y = BatchNormalization(a, s, b, m, v)"""
-    some = squeezed(body)
-    del some.graph.initializer[[tensor.name for tensor in some.graph.initializer].index("w")]
-    for name in ("zero", "one", "two", "eight"):
-        some.graph.initializer.append(onnx.numpy_helper.from_array(NUMBERS[name], name))
-    assert_holds(some, "folded", images([(2, 3, 9, 9), (1, 3, 1, 8)]))
+    body = f"""{SIZE} k = Concat<axis=0>(n, eight, h) e = Equal(k, one) r = Where(e, two, k) i = Gather<axis=0>(r, one)
+        f = Cast<to=1>(i) c = Conv(x, u) a = Add(c, f) {NORM}"""
+    assert_holds(with_numbers(squeezed(body)), "folded", images([(2, 3, 9, 9), (1, 3, 1, 8)]))
+
+
+PIECE = "c = Conv(x, u) p = Slice(c, zero, eight, three)"
+SHORTER = {
+    "its size": f"{PIECE} z = Shape(p) n = Gather<axis=0>(z, three) f = Cast<to=1>(n) a = Add(c, f) {NORM}",
+    "what is added to it": f"{PIECE} a = Add(p, row) y = MatMul(a, square)",
+}
+
+
+@pytest.mark.parametrize("piece", SHORTER)
+def test_a_slice_of_an_open_size_may_leave_less_than_it_asks_for(piece):
+    some = with_numbers(squeezed(SHORTER[piece]))
+    folded, _ = bnfold.onnx.fold(some, verify=False, runtime="any")
+    sizes = [(2, 3, 5, 9), (2, 3, 5, 1)] if "MatMul" in SHORTER[piece] else [(2, 3, 5, 9), (2, 3, 5, 4)]
+    for feed in images(sizes):
+        np.testing.assert_allclose(run(folded, feed)["y"], run(some, feed)["y"], atol=1e-5)
+
+
+def test_a_slice_leaves_what_it_asks_for_where_a_reader_runs_with_no_other_size():
+    body = (
+        "p = Slice(x, zero, four, one) k = BatchNormalization(p, s, b, m, v) f = Flatten(k) y = Gemm(f, tall)"
+    )
+    feeds = images([(2, 4, 2, 2), (1, 5, 2, 2)])
+    assert_holds(with_numbers(squeezed(body, "N, C, 2, 2")), "folded", feeds)
