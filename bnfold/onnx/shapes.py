@@ -39,7 +39,7 @@ from onnx import TensorProto
 from bnfold.ir import Dim, Shape
 from bnfold.onnx.constant_folding import Constants
 from bnfold.onnx.flatten import FlatModel, NodeRef, bodies, declared_types
-from bnfold.onnx.protos import FLOATS
+from bnfold.onnx.protos import FLOATS, attribute
 from bnfold.onnx.sizes import CARRY_NAN, VECTOR, Sizes, is_open
 
 __all__ = ["Shapes", "infer", "skeleton"]
@@ -94,7 +94,7 @@ def infer(
     symbols = _name_open_sizes(bare)
     plain = _infer_plainly(bare)
     squeezes = [ref for ref in whole.refs if symbols and _takes_ones(ref)]
-    if squeezes or _declares_one_run(bare, plain):
+    if squeezes or _declares_one_run(whole, plain):
         _forget_sizes(bare.graph)
         whole.types = {value: kind for value, kind in whole.types.items() if value in whole.inputs}
     tensors = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
@@ -484,17 +484,34 @@ def _infer_plainly(bare: onnx.ModelProto) -> onnx.GraphProto:
         return free.graph
 
 
-def _declares_one_run(bare: onnx.ModelProto, plain: onnx.GraphProto) -> bool:
+def _declares_one_run(whole: FlatModel, plain: onnx.GraphProto) -> bool:
     """Whether the file declares a number for a size of an inner value that is one of an input's open sizes."""
     opened = {dim.dim_param for given in plain.input for dim in given.type.tensor_type.shape.dim} - {""}
-    said = {
-        info.name: info.type.tensor_type.shape.dim for info in (*bare.graph.value_info, *bare.graph.output)
-    }
+    follows = declared_types(onnx.ModelProto(graph=plain))
+    inner = [(whole.types[value], follows[value]) for value in whole.types.keys() & follows.keys()]
+    carried = [
+        (given.type, follows[value])
+        for ref in whole.refs
+        for given, value in _carried(ref)
+        if value in follows
+    ]
     return any(
         mine.dim_param in opened and declared.HasField("dim_value")
-        for info in (*plain.value_info, *plain.output)
-        for mine, declared in zip(info.type.tensor_type.shape.dim, said.get(info.name, ()), strict=False)
+        for said, kind in (*inner, *carried)
+        for mine, declared in zip(kind.tensor_type.shape.dim, said.tensor_type.shape.dim, strict=False)
     )
+
+
+def _carried(ref: NodeRef) -> Iterator[tuple[onnx.ValueInfoProto, str]]:
+    """What a Loop or Scan hands on from turn to turn: the input of its body, and the value with which it begins."""
+    for body in bodies(ref.node) if ref.op in ("Loop", "Scan") else ():
+        places = ref.inputs if ref.op == "Loop" else ref.inputs[: -_scanned(ref.node)]
+        first = 2 if ref.op == "Loop" else 0
+        yield from zip(body.input[first:], places[first:], strict=False)
+
+
+def _scanned(node: onnx.NodeProto) -> int:
+    return int(attribute(node, "num_scan_inputs", 1))
 
 
 def _has_long_vectors(plain: onnx.GraphProto) -> bool:
@@ -504,10 +521,15 @@ def _has_long_vectors(plain: onnx.GraphProto) -> bool:
 
 
 def _forget_sizes(graph: onnx.GraphProto) -> None:
-    """Drop what a graph says of the sizes of anything but its inputs."""
+    """Drop what a graph and its bodies say of the sizes of anything but its inputs; those of bodies keep their rank."""
     for info in (*graph.value_info, *graph.output):
         if info.type.HasField("tensor_type"):
             info.type.tensor_type.ClearField("shape")
+    for body in (body for node in graph.node for body in bodies(node)):
+        for given in body.input:
+            for dim in given.type.tensor_type.shape.dim:
+                dim.Clear()
+        _forget_sizes(body)
 
 
 def _infer_once(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 
 import bnfold.onnx
@@ -310,3 +311,33 @@ def test_a_slice_leaves_what_it_asks_for_where_a_reader_runs_with_no_other_size(
     )
     feeds = images([(2, 4, 2, 2), (1, 5, 2, 2)])
     assert_holds(with_numbers(squeezed(body, "N, C, 2, 2")), "folded", feeds)
+
+
+# ---------------------------------------------------------------- what bodies say of their own sizes
+
+SEEN = "sh = Shape({}) n = Gather<axis=0>(sh, two) f = Cast<to=1>(n)"
+BODIES = {
+    "a value of a branch": f"""y = If(q)<then_branch = t () => (float[N, 4, H, W] o) <float[1, 4, 8, 8] c>
+        {{ c = Conv(x, u) {SEEN.format("c")} a = Mul(c, f) o = BatchNormalization(a, s, b, m, v) }},
+        else_branch = e () => (float[N, 4, H, W] o2) {{ o2 = Conv(x, u) }}>""",
+    "what a loop carries": f"""c = Conv(x, u) y = Loop(turns, q, c)<body = o (int64 i, bool on, float[1, 4, 8, 8] l)
+        => (bool on2, float[1, 4, 8, 8] l2) {{ on2 = Identity(on) {SEEN.format("l")} h = Conv(l, u4) a = Mul(h, f)
+        l2 = BatchNormalization(a, s, b, m, v) }}>""",
+    "what a scan carries": f"""c = Conv(x, u) y, z = Scan<num_scan_inputs=1, body = o (float[1, 4, 8, 8] l, int64 i)
+        => (float[A, 4, C, D] l2, int64 i2) {{ i2 = Identity(i) {SEEN.format("l")} h = Conv(l, u4) a = Mul(h, f)
+        l2 = BatchNormalization(a, s, b, m, v) }}>(c, ax23)""",
+}
+
+
+@pytest.mark.parametrize("size", [(1, 3, 8, 8), (2, 3, 5, 4)])
+@pytest.mark.parametrize("body", BODIES)
+def test_sizes_that_an_exporter_left_behind_in_a_body_are_not_believed(body, size):
+    """The reference implementation runs all of them at other sizes, onnxruntime the loop."""
+    numbers = {"u": weights(4, 3, 1, 1), "u4": weights(4, 4, 1, 1), "turns": np.array(2), **norm(4)}
+    tensors = {**numbers, "two": NUMBERS["two"], "ax23": NUMBERS["ax23"]}
+    some = model(f"g (float[N, 3, H, W] x, bool q) => (float[A, B, C, D] y) {{ {BODIES[body]} }}", tensors)
+    folded, report = bnfold.onnx.fold(some, verify=False, runtime="any")
+    feed = {"x": random(3).standard_normal(size).astype(np.float32), "q": np.array(True)}
+    wanted, found = (onnx.reference.ReferenceEvaluator(each).run(["y"], feed)[0] for each in (some, folded))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert [verdict.outcome for verdict in report.verdicts] == ["scale folded"]
