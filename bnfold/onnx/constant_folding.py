@@ -65,7 +65,7 @@ class Constants:
     def __contains__(self, value: str) -> bool:
         return value in self._tensors or value in self._nodes or value in self._memory
 
-    def add_sizes(self, value: str, sizes: Sequence[int] | int) -> None:
+    def add_sizes(self, value: str, sizes: Tensor) -> None:
         """Note what shape inference found a value to be."""
         if value not in self:
             self._memory[value] = np.asarray(sizes, np.int64)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,49 +99,66 @@ def infer(
         whole.types = {value: kind for value, kind in whole.types.items() if value in whole.inputs}
     tensors = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
     found = _infer_once(bare, whole.types, tensors, not _has_long_vectors(plain))
-    sizes = constants(Sizes, Shapes(dict(found.shapes), found.types))
+    inferred = Shapes(dict(found.shapes), dict(found.types), found.complaint)
+    sizes = constants(Sizes, Shapes(inferred.shapes, found.types))
     refs = [ref for ref in whole.refs if ref.owner is model.graph]
-    start = _Start(bare, tensors, refs, constants, found)
+    start = _Start(bare, tensors, refs, constants, inferred)
     readings = _read(start, symbols) if _is_open(found, whole) else []
     _agree(found, readings, symbols)
-    shorter = list(_read_shorter(start, found, readings))
+    numbers = _work_out(whole.refs, start, found, readings)
+    shorter = list(_read_shorter(start, found, readings, numbers))
     _agree_with(found, shorter)
     unsure = _loosen(found, whole.refs) if squeezes else set()
-    known, told = constants(Constants, found), constants(Sizes, found)
-    bent = _Bent(known, told, readings)
-    taken = [reading for reading in (*readings, *shorter) if found.complaint or not reading.complaint]
-    vectors = _alike([reading.vectors for reading in taken])
+    numbers = _work_out(whole.refs, start, found, [*readings, *shorter], unsure)
     for ref in whole.refs:
         if not ref.results:
-            known.add_node(ref.node, ref.inputs, ref.outputs)
             sizes.add_node(ref.node, ref.inputs, ref.outputs)
-            told.add_node(ref.node, ref.inputs, ref.outputs)
-        bent.note(ref)
+    return found, numbers.known, sizes
+
+
+def _work_out(
+    refs: Sequence[NodeRef],
+    start: _Start,
+    found: Shapes,
+    readings: Sequence[_Reading],
+    unsure: Set[str] = frozenset(),
+) -> _Numbers:
+    """What is constant, by its makers or in all of the readings."""
+    numbers = _Numbers(start.constants(Constants, found), start.constants(Sizes, found), readings)
+    taken = [reading for reading in readings if found.complaint or not reading.complaint]
+    vectors = _alike([reading.vectors for reading in taken])
+    for ref in refs:
+        numbers.note(ref)
         for value in ref.outputs:
-            if value in vectors and value not in unsure | bent.values:
-                known.add_sizes(value, vectors[value])
-                told.add_sizes(value, vectors[value])
-    return found, known, sizes
+            if value in vectors and value not in unsure | numbers.bent:
+                numbers.known.add_sizes(value, vectors[value])
+                numbers.told.add_sizes(value, vectors[value])
+    return numbers
 
 
-class _Bent:
-    """Numbers that depend on an open size by another way than sums and products: alike at some sizes, not at all.
+class _Numbers:
+    """Numbers that do not depend on an open size, and those that do by another way than sums and products.
 
-    So do a minimum, a comparison, a division that leaves something over, and an element whose place depends on it.
+    The latter may be alike at some sizes and are not at all: a minimum, a comparison, a division that leaves something
+    over, an element whose place depends on the size.
 
     Attributes:
-        values: those found.
+        known, told: what is constant, whole and number by number.
+        bent: the others.
     """
 
     def __init__(self, known: Constants, told: Sizes, readings: Sequence[_Reading]) -> None:
-        self.known, self.told, self.readings, self.values = known, told, readings, set[str]()
+        self.known, self.told, self.readings, self.bent = known, told, readings, set[str]()
 
     def note(self, ref: NodeRef) -> None:
         """Note what a node computes, after those that it reads of."""
+        if not ref.results:
+            self.known.add_node(ref.node, ref.inputs, ref.outputs)
+            self.told.add_node(ref.node, ref.inputs, ref.outputs)
         if ref.op in ("Shape", "Size") or all(self._is_known(value) for value in ref.outputs if value):
             return
-        if not self.values.isdisjoint(ref.inputs) or self._bends(ref):
-            self.values.update(ref.outputs)
+        if not self.bent.isdisjoint(ref.inputs) or self._bends(ref):
+            self.bent.update(ref.outputs)
 
     def _is_known(self, value: str) -> bool:
         """Whether a value is the same at every size of the inputs, and known."""
@@ -268,21 +285,34 @@ def _read(start: _Start, symbols: Mapping[str, int]) -> list[_Reading]:
     return readings if len(readings) > 1 else refused
 
 
-def _read_shorter(start: _Start, found: Shapes, readings: Sequence[_Reading]) -> Iterator[_Reading]:
-    """Readings in which a piece of an open axis is one long, for each such piece; none that the model does not take."""
+def _read_shorter(
+    start: _Start, found: Shapes, readings: Sequence[_Reading], numbers: _Numbers
+) -> Iterator[_Reading]:
+    """Readings in which what may be shorter is one long, each value by itself; none that the model does not take."""
     for ref in start.refs if readings else ():
-        axes = _cut_axes(found, ref) if ref.op == "Slice" else ()
+        axes = _shorter_axes(found, numbers, ref)
         if axes:
             reading = _Reading(start, readings[0].sizes, {ref.outputs[0]: axes})
             if not reading.complaint:
                 yield reading
 
 
-def _cut_axes(found: Shapes, ref: NodeRef) -> tuple[int, ...]:
-    """The axes along which a node leaves a number of an open size, of which there can be fewer."""
-    before, after = found.shapes.get(ref.inputs[0], ()), found.shapes.get(ref.outputs[0], ())
-    pairs = enumerate(zip(before, after, strict=False))
-    return tuple(axis for axis, (a, b) in pairs if not isinstance(a, int) and isinstance(b, int) and b > 1)
+_SHAPE_INPUT = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Tile": 1}
+"""Which input says, number by number, how long the axes are."""
+
+
+def _shorter_axes(found: Shapes, numbers: _Numbers, ref: NodeRef) -> list[int]:
+    """The axes that are alike in all readings, and shorter where a Slice finds less, or a bent number is less."""
+    after = found.shapes.get(ref.outputs[0], ()) if ref.outputs else ()
+    long = [axis for axis, size in enumerate(after) if isinstance(size, int) and size > 1]
+    if ref.op in _SHAPE_INPUT:
+        value = ref.inputs[_SHAPE_INPUT[ref.op]]
+        said = (numbers.told.numbers(value) if value in numbers.bent else None) or ()
+        return [axis for axis in long if dict(enumerate(said, len(after) - len(said))).get(axis, 0) is None]
+    if ref.op == "Range":
+        return long if not numbers.bent.isdisjoint(ref.inputs) else []
+    before = found.shapes.get(ref.inputs[0], ()) if ref.op == "Slice" else ()
+    return [axis for axis in long if axis < len(before) and not isinstance(before[axis], int)]
 
 
 def _shortened(kind: onnx.TypeProto, axes: Sequence[int]) -> onnx.TypeProto:
@@ -330,7 +360,8 @@ class _Reading:
             self._walk(ref)
 
     def _walk(self, ref: NodeRef) -> None:
-        constant = not ref.results and self.known.add_node(ref.node, ref.inputs, ref.outputs)
+        whole = not ref.results and self.cuts.keys().isdisjoint(ref.outputs)
+        constant = whole and self.known.add_node(ref.node, ref.inputs, ref.outputs)
         schema = _schema(ref.node, self.opsets)
         sure = {value: self._as_inferred(value) for value in ref.outputs if value}
         made = self._infer(ref, schema) if ref.op != "Constant" and None in sure.values() else {}

@@ -272,6 +272,18 @@ def with_numbers(some):
     return some
 
 
+AT_MOST = "p = Min(h, eight)"
+BENT.update(
+    {
+        "the size of a constant": f"{AT_MOST} q = ConstantOfShape(p) i = Size(q)",
+        "the shape of what is made of one": f"{AT_MOST} q = ConstantOfShape(p) r = Neg(q) i = Shape(r)",
+        "the size of copies": f"{AT_MOST} q = Expand(one, p) r = Tile(q, p) i = Size(r)",
+        "the size of a reshaped constant": f"{AT_MOST} q = ConstantOfShape(p) r = Reshape(q, p) i = Size(r)",
+        "a range": f"{AT_MOST} k = Squeeze(zero) l = Squeeze(p) q = Squeeze(one) r = Range(k, l, q) i = Size(r)",
+    }
+)
+
+
 @pytest.mark.parametrize("use", ["Add", "Mul"])
 @pytest.mark.parametrize("number", BENT)
 def test_a_number_that_depends_on_a_size_by_a_comparison_is_no_constant(number, use):
