@@ -15,7 +15,8 @@ numbers that they all have in common.
 
 What is the same in every reading is no proof that it is so at all sizes (`max(16 - size, 0)`): where that matters,
 `Sizes` tells what does not depend on an open size, and numbers that do by a minimum or a comparison are no constants.
-So may a Slice leave fewer than it asks for; what is of another size where it leaves one alone is open.
+So may a Slice leave fewer than it asks for, and such a number make a size: what is of another size where that is one
+alone is open, and so are the axes that a Reshape gives such a number.
 Sizes that the file declares for inner values are those of one run
 where one of them is a number and the inputs leave it open; then none of them is believed. Nor are any, nor is what the
 readings say, behind a Squeeze that takes away all axes of one, where a size may be one: there may be an axis less.
@@ -106,6 +107,7 @@ def infer(
     readings = _read(start, symbols) if _is_open(found, whole) else []
     _agree(found, readings, symbols)
     numbers = _work_out(whole.refs, start, found, readings)
+    _doubt_reshapes(found, numbers, whole)
     shorter = list(_read_shorter(start, found, readings, numbers))
     _agree_with(found, shorter)
     unsure = _loosen(found, whole.refs) if squeezes else set()
@@ -295,6 +297,31 @@ def _read_shorter(
             reading = _Reading(start, readings[0].sizes, {ref.outputs[0]: axes})
             if not reading.complaint:
                 yield reading
+
+
+def _doubt_reshapes(found: Shapes, numbers: _Numbers, whole: FlatModel) -> None:
+    """Leave open what a Reshape gives a bent number: where that is another one, the axes around it are others."""
+    for ref in whole.refs:
+        if ref.op == "Reshape" and ref.inputs[1] in numbers.bent and ref.outputs[0] in found.shapes:
+            bent = _bent_places(found, numbers, whole, ref.inputs[1])
+            shape = found.shapes[ref.outputs[0]]
+            found.shapes[ref.outputs[0]] = tuple(
+                None if isinstance(size, str) and (bent is None or axis in bent) else size
+                for axis, size in enumerate(shape)
+            )
+
+
+def _bent_places(found: Shapes, numbers: _Numbers, whole: FlatModel, value: str) -> set[int] | None:
+    """Where a vector that is joined of others holds bent numbers, or a -1 that makes up for them; None for anywhere."""
+    maker, places, start = whole.makers.get(value), set[int](), 0
+    for part in maker.inputs if maker is not None and maker.op == "Concat" else ():
+        shape = found.shapes.get(part, ())
+        if len(shape) != 1 or not isinstance(shape[0], int):
+            return None
+        said = numbers.told.numbers(part) or ()
+        places.update(start + at for at in range(shape[0]) if part in numbers.bent or -1 in said[at : at + 1])
+        start += shape[0]
+    return places if start else None
 
 
 _SHAPE_INPUT = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Tile": 1}

@@ -262,6 +262,7 @@ def with_numbers(some):
         **NUMBERS,
         "three": np.array([3]),
         "four": np.array([4]),
+        "minus": np.array([-1]),
         "row": weights(8),
         "square": weights(8, 8),
     }
@@ -353,3 +354,24 @@ def test_sizes_that_an_exporter_left_behind_in_a_body_are_not_believed(body, siz
     wanted, found = (onnx.reference.ReferenceEvaluator(each).run(["y"], feed)[0] for each in (some, folded))
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     assert [verdict.outcome for verdict in report.verdicts] == ["scale folded"]
+
+
+RESHAPES = {
+    "two examples at least": ("q = Max(n, two) p = Concat<axis=0>(q, four, minus)", "kept"),
+    "as many rows as make up for eight columns": (
+        "q = Max(w, eight) p = Concat<axis=0>(minus, four, h, q)",
+        "kept",
+    ),
+    "rows and columns that make up for each other": (
+        "q = Max(h, two) p = Concat<axis=0>(n, four, q, minus)",
+        "folded",
+    ),
+}
+
+
+@pytest.mark.parametrize("sizes", RESHAPES)
+def test_a_reshape_by_a_bent_number_moves_the_channels_where_that_is_another(sizes):
+    vector, outcome = RESHAPES[sizes]
+    body = f"""{SIZE} w = Gather<axis=0>(sh, three) {vector} c = Conv(x, u) a = Reshape(c, p) {NORM}"""
+    some = with_numbers(squeezed(body.replace("(w,", "(wide,").replace(" w =", " wide =")))
+    assert_holds(some, outcome, images([(4, 3, 8, 8), (2, 3, 2, 8), (1, 3, 4, 8), (2, 3, 2, 4)]))
