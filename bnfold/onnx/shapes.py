@@ -16,10 +16,10 @@ numbers that they all have in common.
 What is the same in every reading is no proof that it is so at all sizes (`max(16 - size, 0)`): where that matters,
 `Sizes` tells what does not depend on an open size, and numbers that do by a minimum or a comparison are no constants.
 So may a Slice leave fewer than it asks for, and such a number make a size: what is of another size where that is one
-alone is open, and so are the axes that a Reshape gives such a number.
-Sizes that the file declares for inner values are those of one run
-where one of them is a number and the inputs leave it open; then none of them is believed. Nor are any, nor is what the
-readings say, behind a Squeeze that takes away all axes of one, where a size may be one: there may be an axis less.
+alone is open, and so are the axes that a Reshape gives such a number. Sizes that the file declares for inner values,
+those of bodies included, are those of one run where one of them is a number and the inputs leave it open; then none of
+them is believed. Nor are any, nor is what the readings say, behind a Squeeze that takes away all axes of one, where a
+size may be one: there may be an axis less.
 
 Not covered: a size that depends on the numbers in a tensor (NonZero); bodies, beyond what the inference says of them.
 """
