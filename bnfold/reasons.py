@@ -610,6 +610,10 @@ CONSTANT_BROKEN = Reason(
     "the constant `{value}` cannot be worked out: {error}",
     "The nodes that compute it do not run; store the result as an initializer.",
 )
+ROUNDING_DECIDES = Reason(
+    "the constant `{value}` cannot be worked out: rounding decides what `{op}` makes of its operands",
+    "Store the result as an initializer (constant folding of the exporter, or `onnxsim`).",
+)
 NOT_FLOAT = Reason(
     "its {role} is not a floating-point tensor",
     "Store it in float16, bfloat16, float32 or float64.",

@@ -8,6 +8,9 @@ Floating-point chains are evaluated in float64 and casts between floating-point 
 a chain stands for is rounded once, when the folded number is written. The storage type of a slot is the type of the
 value, not that of the array returned here.
 
+Where rounding decides (`Floor(10 * 0.7)`, a comparison, a cast to whole numbers), what the model computes in its own
+types counts, and a constant that is another one in float64 is not worked out.
+
 Not evaluated: random operators, control flow, calls of functions, and (De)QuantizeLinear, since a number written in
 the place of a quantised one would undo the quantisation.
 """
@@ -62,7 +65,7 @@ class Constants:
     def __contains__(self, value: str) -> bool:
         return value in self._tensors or value in self._nodes or value in self._memory
 
-    def add_sizes(self, value: str, sizes: Sequence[int] | int) -> None:
+    def add_sizes(self, value: str, sizes: Tensor) -> None:
         """Note what shape inference found a value to be."""
         if value not in self:
             self._memory[value] = np.asarray(sizes, np.int64)
@@ -195,15 +198,42 @@ class Constants:
     ) -> Tensor:
         if node.op_type in ("Shape", "Size"):
             return self._measure(node, inputs[0], known)
+        result = self._apply(node, inputs, place, known)
+        if self._jumps(node, inputs, known):
+            self._hold_to_rounded(node, inputs, place, result)
+        return result
+
+    def _jumps(self, node: onnx.NodeProto, inputs: Sequence[str], known: Mapping[str, Tensor]) -> bool:
+        """Whether a little more or less of a float that is computed can make a whole step of a result."""
+        if node.op_type not in _JUMPS and not _casts_to_whole(node, inputs, self.types):
+            return False
+        return any(is_float(known[name]) and name not in self._tensors for name in inputs if name)
+
+    def _hold_to_rounded(
+        self, node: onnx.NodeProto, inputs: Sequence[str], place: int, result: Tensor
+    ) -> None:
+        """Refuse what is another number where every step is rounded."""
+        rounded = _Rounded(self)
+        operands = {name: rounded.array(name) for name in inputs if name}
+        as_run = rounded._apply(node, inputs, place, operands)
+        same = as_run.shape == result.shape and (node.op_type == "Range" or np.array_equal(as_run, result))
+        if not same:
+            raise Unworkable(reasons.ROUNDING_DECIDES(value=node.output[place], op=node.op_type))
+
+    def _apply(
+        self, node: onnx.NodeProto, inputs: Sequence[str], place: int, known: Mapping[str, Tensor]
+    ) -> Tensor:
         if node.op_type == "CastLike":
-            return cast(known[inputs[0]], self.types[inputs[1]])
+            return self.cast(known[inputs[0]], self.types[inputs[1]])
         arrays = [known[name] if name else None for name in inputs]
         if elements(node, arrays) > self.limit:
             raise MemoryError("it is too large")
         if node.op_type in EVALUATE:
             result = EVALUATE[node.op_type](self, node, arrays)
         else:
-            result = _evaluate_by_reference(node, arrays, self.opset)
+            result = _evaluate_by_reference(
+                node, [a if a is None else self.widen(a) for a in arrays], self.opset
+            )
         return np.asarray(result[place] if isinstance(result, (list, tuple)) else result)
 
     def _measure(self, node: onnx.NodeProto, value: str, known: Mapping[str, Tensor]) -> Tensor:
@@ -212,6 +242,39 @@ class Constants:
             return np.asarray(math.prod(int(size or 0) for size in shape), np.int64)
         options = attributes(node)
         return np.asarray(shape[slice(options.get("start", 0), options.get("end"))], np.int64)
+
+    def widen(self, array: Tensor) -> Tensor:
+        """An operand as it is computed with."""
+        return np.asarray(array, np.float64) if is_float(array) else array
+
+    def cast(self, array: Tensor, data_type: int) -> Tensor:
+        """What a Cast makes of an array."""
+        return cast(array, data_type)
+
+
+class _Rounded(Constants):
+    """The same constants as the model computes them, each step rounded to its own type."""
+
+    def __init__(self, exact: Constants) -> None:
+        self.__dict__.update(exact.__dict__)
+        self._memory = {value: array for value, array in exact._memory.items() if not is_float(array)}
+
+    def _jumps(self, node: onnx.NodeProto, inputs: Sequence[str], known: Mapping[str, Tensor]) -> bool:
+        return False
+
+    def widen(self, array: Tensor) -> Tensor:
+        return array
+
+    def cast(self, array: Tensor, data_type: int) -> Tensor:
+        with np.errstate(all="ignore"):
+            return array.astype(onnx.helper.tensor_dtype_to_np_dtype(data_type))
+
+
+def _casts_to_whole(node: onnx.NodeProto, inputs: Sequence[str], types: Mapping[str, int]) -> bool:
+    """Whether a node casts to a type in which no affine can travel."""
+    if node.op_type == "CastLike":
+        return types[inputs[1]] not in FLOATS
+    return node.op_type == "Cast" and attribute(node, "to") not in FLOATS
 
 
 def cast(array: Tensor, data_type: int) -> Tensor:
@@ -267,14 +330,10 @@ _ELEMENTS: dict[str, Callable[..., int]] = {
 Operator = Callable[[Constants, onnx.NodeProto, list[Any]], Any]
 
 
-def _wide(array: Tensor) -> Tensor:
-    return np.asarray(array, np.float64) if is_float(array) else array
-
-
 def _arithmetic(compute: Callable[..., Any]) -> Operator:
     def operator(constants: Constants, node: onnx.NodeProto, arrays: list[Any]) -> Any:
         with np.errstate(all="ignore"):
-            return compute(*(_wide(array) for array in arrays))
+            return compute(*(constants.widen(array) for array in arrays))
 
     return operator
 
@@ -286,7 +345,7 @@ def _divide(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _power(base: Tensor, exponent: Tensor) -> Tensor:
-    return np.asarray(np.power(base.astype(np.float64), exponent)).astype(_wide(base).dtype)
+    return np.asarray(np.power(base.astype(np.float64), exponent)).astype(base.dtype)
 
 
 def _constant(constants: Constants, node: onnx.NodeProto, arrays: list[Any]) -> Any:
@@ -309,7 +368,7 @@ def _constant_of_shape(constants: Constants, node: onnx.NodeProto, arrays: list[
 
 
 def _cast(constants: Constants, node: onnx.NodeProto, arrays: list[Any]) -> Any:
-    return cast(arrays[0], attribute(node, "to"))
+    return constants.cast(arrays[0], attribute(node, "to"))
 
 
 def _transpose(constants: Constants, node: onnx.NodeProto, arrays: list[Any]) -> Any:
@@ -422,6 +481,13 @@ _REFERENCE = frozenset({
 """Other operators that are evaluated, by ONNX's reference implementation."""
 
 
+_JUMPS = frozenset({
+    "ArgMax", "ArgMin", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mod", "OneHot",
+    "Range", "Round", "Sign",
+})  # fmt: skip
+"""Operators whose result makes a step where an operand changes a little."""
+
+
 def _evaluate_by_reference(node: onnx.NodeProto, arrays: list[Any], opset: int) -> list[Any]:
     from onnx.reference import ReferenceEvaluator
 
@@ -439,6 +505,6 @@ def _evaluate_by_reference(node: onnx.NodeProto, arrays: list[Any], opset: int) 
         [onnx.helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in outputs if name],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    feeds = {name: _wide(array) for name, array in zip(names, arrays, strict=True) if name}
+    feeds = {name: array for name, array in zip(names, arrays, strict=True) if name}
     found = iter(ReferenceEvaluator(model).run(None, feeds))
     return [next(found) if name else None for name in outputs]

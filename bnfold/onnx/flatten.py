@@ -101,8 +101,14 @@ def flatten(model: onnx.ModelProto) -> FlatModel:
         InputError: a value is read that nothing computes, is computed twice, or depends on itself.
     """
     result = FlatModel()
-    _Walk(result).graph(model.graph, {}, "")
+    _Walk(result, _defined(model.graph)).graph(model.graph, {}, "")
     return result
+
+
+def _defined(graph: onnx.GraphProto) -> set[str]:
+    """The names that a graph itself gives to values."""
+    stored = (*(tensor.name for tensor in graph.initializer), *(given.name for given in graph.input))
+    return {*stored, *(name for node in graph.node for name in node.output)}
 
 
 def declared_types(model: onnx.ModelProto) -> Mapping[str, onnx.TypeProto]:
@@ -115,8 +121,8 @@ def declared_types(model: onnx.ModelProto) -> Mapping[str, onnx.TypeProto]:
 
 
 class _Walk:
-    def __init__(self, result: FlatModel) -> None:
-        self.result = result
+    def __init__(self, result: FlatModel, reserved: set[str]) -> None:
+        self.result, self.reserved = result, reserved
         self.taken: dict[str, int] = {}
 
     def graph(self, graph: onnx.GraphProto, around: Mapping[str, str], prefix: str) -> list[str]:
@@ -151,6 +157,8 @@ class _Walk:
         if not isinstance(name, str):
             raise InputError(f"the name {name!r} is not UTF-8")
         value = prefix + name
+        while prefix and (value in self.reserved or self.result.home.get(value, graph) is not graph):
+            value += "'"
         if self.result.home.get(value) is not None:
             raise InputError(f"the value `{name}` is computed twice")
         here[name] = value

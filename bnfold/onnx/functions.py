@@ -3,7 +3,8 @@
 A function's body is shared by all of its calls, so nothing can be folded into it as it stands. ONNX's inliner takes a
 function only if it imports the operator set that the model does; one that imports another version, in which all of its
 operators are the same, is taken to import the model's. Neither the inliner nor ONNX's reference implementation knows
-what a function takes for an attribute that a call leaves out: each call is made to say it.
+what a function takes for an attribute that a call leaves out: each call is made to say it. Nor does the inliner name an
+output of a function that is an input of it: it is made a copy.
 """
 
 from __future__ import annotations
@@ -47,11 +48,26 @@ def _inline(model: onnx.ModelProto, wanted: list[tuple[str, str]]) -> onnx.Model
     inlined = onnx.ModelProto()
     inlined.CopyFrom(model)
     _import_one_version(inlined)
+    _compute_outputs(inlined)
     defaults = any(function.attribute_proto for function in model.functions)
     for some in _callers_first(model, wanted) if defaults else [wanted]:
         write_out_defaults(inlined)
         inlined = inliner.inline_selected_functions(inlined, some)
     return inlined
+
+
+def _compute_outputs(model: onnx.ModelProto) -> None:
+    """Let functions compute what they hand through, in place: the inliner leaves an output that is an input unnamed."""
+    for function in model.functions:
+        taken = {*function.input, *(name for node in _nodes(function) for name in node.output)}
+        for place, name in enumerate(function.output):
+            if name in function.input:
+                copy = next(
+                    wish for count in range(len(taken) + 1) if (wish := f"{name}.{count}") not in taken
+                )
+                function.node.add(op_type="Identity", input=[name], output=[copy])
+                function.output[place] = copy
+                taken.add(copy)
 
 
 def _callers_first(model: onnx.ModelProto, wanted: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:

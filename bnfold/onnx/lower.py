@@ -608,8 +608,9 @@ def _reduce(ref: NodeRef, context: ImportContext) -> Node:
     if context.type(data) not in FLOATS:
         raise Unusual
     if not axes:
-        if options.get("noop_with_empty_axes", 0):
-            return Node(ref.name, "Identity", (data,), tuple(ref.outputs))
+        if options.get("noop_with_empty_axes", 0):  # each number by itself: a norm of one is its size
+            op = "Abs" if ref.op in ("ReduceL1", "ReduceL2") else "Identity"
+            return Node(ref.name, op, (data,), tuple(ref.outputs))
         axes = list(range(rank))
     axes = sorted({wrap(axis, rank) for axis in axes})
     return _node(ref, [data], axes=tuple(axes), keepdims=bool(options.get("keepdims", 1)))

@@ -14,9 +14,12 @@ that takes multiples only is read at multiples. One that takes none of the sizes
 numbers that they all have in common.
 
 What is the same in every reading is no proof that it is so at all sizes (`max(16 - size, 0)`): where that matters,
-`Sizes` tells what does not depend on an open size. Sizes that the file declares for inner values are those of one run
-where one of them is a number and the inputs leave it open; then none of them is believed. Nor are any, nor is what the
-readings say, behind a Squeeze that takes away all axes of one, where a size may be one: there may be an axis less.
+`Sizes` tells what does not depend on an open size, and numbers that do by a minimum or a comparison are no constants.
+So may a Slice leave fewer than it asks for, and such a number make a size: what is of another size where that is one
+alone is open, and so are the axes that a Reshape gives such a number. Sizes that the file declares for inner values,
+those of bodies included, are those of one run where one of them is a number and the inputs leave it open; then none of
+them is believed. Nor are any, nor is what the readings say, behind a Squeeze that takes away all axes of one, where a
+size may be one: there may be an axis less.
 
 Not covered: a size that depends on the numbers in a tensor (NonZero); bodies, beyond what the inference says of them.
 """
@@ -25,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +40,8 @@ from onnx import TensorProto
 from bnfold.ir import Dim, Shape
 from bnfold.onnx.constant_folding import Constants
 from bnfold.onnx.flatten import FlatModel, NodeRef, bodies, declared_types
-from bnfold.onnx.sizes import VECTOR, Sizes
+from bnfold.onnx.protos import FLOATS, attribute
+from bnfold.onnx.sizes import CARRY_NAN, VECTOR, Sizes, is_open
 
 __all__ = ["Shapes", "infer", "skeleton"]
 
@@ -70,6 +74,9 @@ class Shapes:
 
 Vector = npt.NDArray[Any]
 
+Cuts = Mapping[str, Sequence[int]]
+"""Values, and the axes along which they are one long."""
+
 
 def infer(
     model: onnx.ModelProto,
@@ -88,27 +95,95 @@ def infer(
     symbols = _name_open_sizes(bare)
     plain = _infer_plainly(bare)
     squeezes = [ref for ref in whole.refs if symbols and _takes_ones(ref)]
-    if squeezes or _declares_one_run(bare, plain):
+    if squeezes or _declares_one_run(whole, plain):
         _forget_sizes(bare.graph)
         whole.types = {value: kind for value, kind in whole.types.items() if value in whole.inputs}
     tensors = {value: tensor for value, tensor in whole.tensors.items() if value not in overridable}
     found = _infer_once(bare, whole.types, tensors, not _has_long_vectors(plain))
-    sizes = constants(Sizes, Shapes(dict(found.shapes), found.types))
+    inferred = Shapes(dict(found.shapes), dict(found.types), found.complaint)
+    sizes = constants(Sizes, Shapes(inferred.shapes, found.types))
     refs = [ref for ref in whole.refs if ref.owner is model.graph]
-    start = _Start(bare, tensors, refs, constants, found)
+    start = _Start(bare, tensors, refs, constants, inferred)
     readings = _read(start, symbols) if _is_open(found, whole) else []
     _agree(found, readings, symbols)
+    numbers = _work_out(whole.refs, start, found, readings)
+    _doubt_reshapes(found, numbers, whole)
+    shorter = list(_read_shorter(start, found, readings, numbers))
+    _agree_with(found, shorter)
     unsure = _loosen(found, whole.refs) if squeezes else set()
-    known = constants(Constants, found)
-    vectors = _alike([reading.vectors for reading in readings if found.complaint or not reading.complaint])
+    numbers = _work_out(whole.refs, start, found, [*readings, *shorter], unsure)
     for ref in whole.refs:
         if not ref.results:
-            known.add_node(ref.node, ref.inputs, ref.outputs)
             sizes.add_node(ref.node, ref.inputs, ref.outputs)
+    return found, numbers.known, sizes
+
+
+def _work_out(
+    refs: Sequence[NodeRef],
+    start: _Start,
+    found: Shapes,
+    readings: Sequence[_Reading],
+    unsure: Set[str] = frozenset(),
+) -> _Numbers:
+    """What is constant, by its makers or in all of the readings."""
+    numbers = _Numbers(start.constants(Constants, found), start.constants(Sizes, found), readings)
+    taken = [reading for reading in readings if found.complaint or not reading.complaint]
+    vectors = _alike([reading.vectors for reading in taken])
+    for ref in refs:
+        numbers.note(ref)
         for value in ref.outputs:
-            if value in vectors and value not in unsure:
-                known.add_sizes(value, vectors[value])
-    return found, known, sizes
+            if value in vectors and value not in unsure | numbers.bent:
+                numbers.known.add_sizes(value, vectors[value])
+                numbers.told.add_sizes(value, vectors[value])
+    return numbers
+
+
+class _Numbers:
+    """Numbers that do not depend on an open size, and those that do by another way than sums and products.
+
+    The latter may be alike at some sizes and are not at all: a minimum, a comparison, a division that leaves something
+    over, an element whose place depends on the size.
+
+    Attributes:
+        known, told: what is constant, whole and number by number.
+        bent: the others.
+    """
+
+    def __init__(self, known: Constants, told: Sizes, readings: Sequence[_Reading]) -> None:
+        self.known, self.told, self.readings, self.bent = known, told, readings, set[str]()
+
+    def note(self, ref: NodeRef) -> None:
+        """Note what a node computes, after those that it reads of."""
+        if not ref.results:
+            self.known.add_node(ref.node, ref.inputs, ref.outputs)
+            self.told.add_node(ref.node, ref.inputs, ref.outputs)
+        if ref.op in ("Shape", "Size") or all(self._is_known(value) for value in ref.outputs if value):
+            return
+        if not self.bent.isdisjoint(ref.inputs) or self._bends(ref):
+            self.bent.update(ref.outputs)
+
+    def _is_known(self, value: str) -> bool:
+        """Whether a value is the same at every size of the inputs, and known."""
+        if value in self.known or value not in self.told:
+            return value in self.known
+        array = self.told.get(value) if (self.told.size(value) or 0) <= VECTOR else None
+        return array is not None and not is_open(array)
+
+    def _bends(self, ref: NodeRef) -> bool:
+        if ref.op in ("Gather", "Slice"):
+            return not all(self._is_known(value) for value in ref.inputs[1:] if value)
+        if ref.op == "Cast":
+            return self.told.types.get(ref.inputs[0]) in FLOATS
+        if ref.op == "Div":
+            return not all(_divides(*map(reading.known.get, ref.inputs)) for reading in self.readings)
+        return ref.op not in CARRY_NAN
+
+
+def _divides(numbers: Vector | None, by: Vector | None) -> bool:
+    """Whether a division leaves nothing over."""
+    if numbers is None or by is None or "f" in (numbers.dtype.kind, by.dtype.kind):
+        return True
+    return bool(by.all() and not (numbers % by).any())
 
 
 def _takes_ones(ref: NodeRef) -> bool:
@@ -212,6 +287,79 @@ def _read(start: _Start, symbols: Mapping[str, int]) -> list[_Reading]:
     return readings if len(readings) > 1 else refused
 
 
+def _read_shorter(
+    start: _Start, found: Shapes, readings: Sequence[_Reading], numbers: _Numbers
+) -> Iterator[_Reading]:
+    """Readings in which what may be shorter is one long, each value by itself; none that the model does not take."""
+    for ref in start.refs if readings else ():
+        axes = _shorter_axes(found, numbers, ref)
+        if axes:
+            reading = _Reading(start, readings[0].sizes, {ref.outputs[0]: axes})
+            if not reading.complaint:
+                yield reading
+
+
+def _doubt_reshapes(found: Shapes, numbers: _Numbers, whole: FlatModel) -> None:
+    """Leave open what a Reshape gives a bent number: where that is another one, the axes around it are others."""
+    for ref in whole.refs:
+        if ref.op == "Reshape" and ref.inputs[1] in numbers.bent and ref.outputs[0] in found.shapes:
+            bent = _bent_places(found, numbers, whole, ref.inputs[1])
+            shape = found.shapes[ref.outputs[0]]
+            found.shapes[ref.outputs[0]] = tuple(
+                None if isinstance(size, str) and (bent is None or axis in bent) else size
+                for axis, size in enumerate(shape)
+            )
+
+
+def _bent_places(found: Shapes, numbers: _Numbers, whole: FlatModel, value: str) -> set[int] | None:
+    """Where a vector that is joined of others holds bent numbers, or a -1 that makes up for them; None for anywhere."""
+    maker, places, start = whole.makers.get(value), set[int](), 0
+    for part in maker.inputs if maker is not None and maker.op == "Concat" else ():
+        shape = found.shapes.get(part, ())
+        if len(shape) != 1 or not isinstance(shape[0], int):
+            return None
+        said = numbers.told.numbers(part) or ()
+        places.update(start + at for at in range(shape[0]) if part in numbers.bent or -1 in said[at : at + 1])
+        start += shape[0]
+    return places if start else None
+
+
+_SHAPE_INPUT = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Tile": 1}
+"""Which input says, number by number, how long the axes are."""
+
+
+def _shorter_axes(found: Shapes, numbers: _Numbers, ref: NodeRef) -> list[int]:
+    """The axes that are alike in all readings, and shorter where a Slice finds less, or a bent number is less."""
+    after = found.shapes.get(ref.outputs[0], ()) if ref.outputs else ()
+    long = [axis for axis, size in enumerate(after) if isinstance(size, int) and size > 1]
+    if ref.op in _SHAPE_INPUT:
+        value = ref.inputs[_SHAPE_INPUT[ref.op]]
+        said = (numbers.told.numbers(value) if value in numbers.bent else None) or ()
+        return [axis for axis in long if dict(enumerate(said, len(after) - len(said))).get(axis, 0) is None]
+    if ref.op == "Range":
+        return long if not numbers.bent.isdisjoint(ref.inputs) else []
+    before = found.shapes.get(ref.inputs[0], ()) if ref.op == "Slice" else ()
+    return [axis for axis in long if axis < len(before) and not isinstance(before[axis], int)]
+
+
+def _shortened(kind: onnx.TypeProto, axes: Sequence[int]) -> onnx.TypeProto:
+    """A type that is one long along some axes."""
+    for axis in axes:
+        kind.tensor_type.shape.dim[axis].dim_value = 1
+    return kind
+
+
+def _agree_with(found: Shapes, shorter: Sequence[_Reading]) -> None:
+    """Leave open what is of another size where a piece is shorter."""
+    for reading in shorter:
+        for value, shape in reading.found.shapes.items():
+            known = found.shapes.get(value, ())
+            if len(known) == len(shape):
+                found.shapes[value] = tuple(
+                    None if isinstance(a, int) and a != b else a for a, b in zip(known, shape, strict=True)
+                )
+
+
 class _Reading:
     """One walk over the main graph, with a number for every open size.
 
@@ -223,8 +371,9 @@ class _Reading:
         complaint: what the inference said of some node.
     """
 
-    def __init__(self, start: _Start, sizes: Mapping[str, int]) -> None:
+    def __init__(self, start: _Start, sizes: Mapping[str, int], cuts: Cuts | None = None) -> None:
         self.sizes, self.inferred, self.complaint = sizes, start.inferred, ""
+        self.cuts = cuts or {}
         self.opsets = list(start.bare.opset_import)
         self.found, self.guessed = Shapes({}, {}), set[str]()
         self.known: Constants = start.constants(Constants, self.found)
@@ -238,7 +387,8 @@ class _Reading:
             self._walk(ref)
 
     def _walk(self, ref: NodeRef) -> None:
-        constant = not ref.results and self.known.add_node(ref.node, ref.inputs, ref.outputs)
+        whole = not ref.results and self.cuts.keys().isdisjoint(ref.outputs)
+        constant = whole and self.known.add_node(ref.node, ref.inputs, ref.outputs)
         schema = _schema(ref.node, self.opsets)
         sure = {value: self._as_inferred(value) for value in ref.outputs if value}
         made = self._infer(ref, schema) if ref.op != "Constant" and None in sure.values() else {}
@@ -246,7 +396,8 @@ class _Reading:
             kind = kind or made.get(value) or self._as_constant(value)
             if kind is None or schema is None or not self.guessed.isdisjoint(ref.inputs):
                 self.guessed.add(value)
-            self._note(value, kind or onnx.helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+            kind = kind or onnx.helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+            self._note(value, _shortened(kind, self.cuts.get(value, ())))
         if constant and ref.op != "Constant":
             self._keep(ref.outputs[0])
 
@@ -391,17 +542,34 @@ def _infer_plainly(bare: onnx.ModelProto) -> onnx.GraphProto:
         return free.graph
 
 
-def _declares_one_run(bare: onnx.ModelProto, plain: onnx.GraphProto) -> bool:
+def _declares_one_run(whole: FlatModel, plain: onnx.GraphProto) -> bool:
     """Whether the file declares a number for a size of an inner value that is one of an input's open sizes."""
     opened = {dim.dim_param for given in plain.input for dim in given.type.tensor_type.shape.dim} - {""}
-    said = {
-        info.name: info.type.tensor_type.shape.dim for info in (*bare.graph.value_info, *bare.graph.output)
-    }
+    follows = declared_types(onnx.ModelProto(graph=plain))
+    inner = [(whole.types[value], follows[value]) for value in whole.types.keys() & follows.keys()]
+    carried = [
+        (given.type, follows[value])
+        for ref in whole.refs
+        for given, value in _carried(ref)
+        if value in follows
+    ]
     return any(
         mine.dim_param in opened and declared.HasField("dim_value")
-        for info in (*plain.value_info, *plain.output)
-        for mine, declared in zip(info.type.tensor_type.shape.dim, said.get(info.name, ()), strict=False)
+        for said, kind in (*inner, *carried)
+        for mine, declared in zip(kind.tensor_type.shape.dim, said.tensor_type.shape.dim, strict=False)
     )
+
+
+def _carried(ref: NodeRef) -> Iterator[tuple[onnx.ValueInfoProto, str]]:
+    """What a Loop or Scan hands on from turn to turn: the input of its body, and the value with which it begins."""
+    for body in bodies(ref.node) if ref.op in ("Loop", "Scan") else ():
+        places = ref.inputs if ref.op == "Loop" else ref.inputs[: -_scanned(ref.node)]
+        first = 2 if ref.op == "Loop" else 0
+        yield from zip(body.input[first:], places[first:], strict=False)
+
+
+def _scanned(node: onnx.NodeProto) -> int:
+    return int(attribute(node, "num_scan_inputs", 1))
 
 
 def _has_long_vectors(plain: onnx.GraphProto) -> bool:
@@ -411,10 +579,15 @@ def _has_long_vectors(plain: onnx.GraphProto) -> bool:
 
 
 def _forget_sizes(graph: onnx.GraphProto) -> None:
-    """Drop what a graph says of the sizes of anything but its inputs."""
+    """Drop what a graph and its bodies say of the sizes of anything but its inputs; those of bodies keep their rank."""
     for info in (*graph.value_info, *graph.output):
         if info.type.HasField("tensor_type"):
             info.type.tensor_type.ClearField("shape")
+    for body in (body for node in graph.node for body in bodies(node)):
+        for given in body.input:
+            for dim in given.type.tensor_type.shape.dim:
+                dim.Clear()
+        _forget_sizes(body)
 
 
 def _infer_once(

@@ -471,6 +471,57 @@ def test_an_einsum_that_takes_a_diagonal_stays():
     kept(model(text, {"w": weights(4, 4), **norm(4)}, opset=18), "is not followed, though it is linear")
 
 
+# ---------------------------------------------------------------- where rounding decides
+
+TENTHS = (random(1).integers(-20, 20, (4, 3, 1, 1)) * np.float32(0.05)).astype(np.float32)
+JUMPS = {
+    "a weight of steps": "d = Div(q, tenth) r = Round(d) k = Mul(r, tenth) h = Conv(x, k)",
+    "a weight of whole numbers": "d = Div(q, tenth) r = Cast<to=6>(d) k = Cast<to=1>(r) h = Conv(x, k)",
+    "a factor": "c = Conv(x, q) d = Mul(ten, most) r = Floor(d) h = Mul(c, r)",
+    "a size": """c = Conv(x, q) d = Mul(ten, most) r = Cast<to=7>(d) l = Expand(one, r) i = Size(l) f = Cast<to=1>(i)
+        h = Mul(c, f)""",
+    "a comparison": "d = Mul(ten, most) e = Less(d, seven) f = Cast<to=1>(e) p = Add(q, f) h = Conv(x, p)",
+}
+
+
+@pytest.mark.parametrize("number", JUMPS)
+def test_a_constant_that_rounding_decides_is_what_the_model_computes_or_none(number):
+    """In float32 `10 * 0.7` is 7, and in float64, of the same numbers, a little less."""
+    tensors = {
+        "q": TENTHS,
+        "tenth": np.float32(0.1),
+        "ten": np.float32([10]),
+        "most": np.float32([0.7]),
+        "seven": np.float32([7]),
+        "one": np.float32([1]),
+    }
+    text = f"g (float[N, 3, 5, 5] x) => (float[N, 4, 5, 5] y) {{ {JUMPS[number]} {BN} }}"
+    used = {name: array for name, array in tensors.items() if f"({name}," in text or f" {name})" in text}
+    some = model(text, {**used, **norm(4)})
+    folded, report = bnfold.onnx.fold(some, verify=False)
+    feed = {"x": random(2).standard_normal((2, 3, 5, 5)).astype(np.float32)}
+    np.testing.assert_allclose(run(folded, feed)["y"], run(some, feed)["y"], atol=1e-5)
+    assert [verdict.outcome for verdict in report.verdicts] == ["kept"]
+
+
+def test_a_constant_of_steps_that_no_rounding_moves_folds():
+    text = f"""g (float[N, 3, 5, 5] x) => (float[N, 4, 5, 5] y) {{
+        d = Div(q, half) r = Round(d) k = Mul(r, half) h = Conv(x, k) {BN} }}"""
+    fold(model(text, {"q": weights(4, 3, 1, 1), "half": np.float32(0.5), **norm(4)}), 1)
+
+
+@pytest.mark.parametrize("op", ["ReduceL1", "ReduceL2"])
+@pytest.mark.parametrize("axes", ["", ", none"])
+def test_a_norm_along_no_axis_is_the_size_of_each_number(op, axes):
+    text = f"""g (float[N, 3, 5, 5] x) => (float[N, 4, 5, 5] y) {{
+        c = Conv(x, w) h = {op}<noop_with_empty_axes=1>(c{axes}) {BN} }}"""
+    none = {"none": np.zeros(0, np.int64)} if axes else {}
+    some = model(text, {"w": weights(4, 3, 1, 1), **none, **norm(4)}, opset=18)
+    folded, _ = bnfold.onnx.fold(some, verify=False)
+    feed = {"x": random(2).standard_normal((2, 3, 5, 5)).astype(np.float32)}
+    np.testing.assert_allclose(run(folded, feed)["y"], run(some, feed)["y"], atol=1e-5)
+
+
 def block_in_a_function(own, of_model):
     """Conv and BatchNormalization in a function that imports one version, called by a model that imports another."""
     random = np.random.default_rng(0)

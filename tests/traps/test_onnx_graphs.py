@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 
 import bnfold.onnx
@@ -262,6 +263,34 @@ block (x, k, w, s, b, m, v) => (y) {
 }"""
     some = model(text, {"w": weights(5, 5), **norm(5)}, extra=', "local" : 1', rest=function)
     fold(some, 1, inputs={"x": weights(4, 5), "k": np.array(True)})
+
+
+@pytest.mark.parametrize("taken", ["", "x.0 = Relu(x)"])
+def test_a_function_may_hand_an_input_through(taken):
+    """The inliner leaves such an output without a name, and so does onnxruntime."""
+    text = """g (float[4, 3] x) => (float[4, 5] y) {
+        p, k = local.both(x, w) h = Gemm(p, w) y = BatchNormalization(h, s, b, m, v) }"""
+    function = f"""
+<domain: "local", opset_import: ["" : 17]>
+both (x, w) => (x, k) {{ {taken.replace("x.0", '"x.0"')} k = Gemm(x, w) }}"""
+    some = model(text, {"w": weights(3, 5), **norm(5)}, extra=', "local" : 1', rest=function)
+    folded, report = bnfold.onnx.fold(some, verify=False)
+    assert [verdict.outcome for verdict in report.verdicts] == ["folded"]
+    feed = {"x": weights(4, 3)}
+    wanted = onnx.reference.ReferenceEvaluator(some).run(None, feed)
+    found = onnx.reference.ReferenceEvaluator(folded).run(None, feed)
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
+
+
+def test_a_value_may_be_named_as_one_of_a_body_is_named_in_the_list_of_all():
+    text = """g (float[4, 3] x, bool k) => (float[4, 5] y) {
+        "y.0/p" = Gemm(x, w)
+        y = If (k) <
+            then_branch = t () => (float[4, 5] p) { p = BatchNormalization("y.0/p", s, b, m, v) },
+            else_branch = f () => (float[4, 5] q) { q = Gemm(x, w) }>
+    }"""
+    feed = {"x": weights(4, 3), "k": np.array(True)}
+    fold(model(text, {"w": weights(3, 5), **norm(5)}), 1, inputs=feed)
 
 
 def test_a_function_with_a_default_is_run_in_float64():
