@@ -458,7 +458,7 @@ def _take_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     axis, indices = node.attributes["axis"], np.asarray(node.attributes["indices"])
     known = _shape(node, around, node.inputs[0])[axis]
     end = axis + indices.ndim
-    if not isinstance(known, int) and indices.ndim and not {*range(axis, end)} & {*_only(wanted).axes}:
+    if not isinstance(known, int) and not {*range(axis, end)} & {*_only(wanted).axes}:
         return [_only(wanted).map(lambda array: array.reshape([*array.shape[:axis], 1, *array.shape[end:]]))]
     size = _size(node, known)
 

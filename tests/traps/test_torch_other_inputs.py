@@ -258,6 +258,30 @@ def test_a_squeeze_that_drops_a_batch_of_one_as_well():
     check(net(squeezed, last=nn.Linear(8, 3)), images(2), {"bn": "folded"}, BATCHES)
 
 
+# ---------------------------------------------------------------- one axis at a time, and axes of length 1
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("index", [0, -1, 2])
+def test_one_position_of_a_length_that_may_be_another_folds_above_it(index):
+    model = randomise(
+        Net(lambda net, x: net.bn(net.linear(x)[:, index]), linear=nn.Linear(5, 8), bn=nn.BatchNorm1d(8))
+    )
+    check(model, drawn(2, 6, 5), {"bn": "folded"}, [drawn(3, 6, 5), drawn(1, 8, 5), drawn(2, 3, 5)])
+
+
+def test_a_position_that_others_do_not_want_keeps_what_all_positions_are_computed_by():
+    def forward(net, x):
+        y = net.linear(x)
+        return net.bn(y[:, 0]), y[:, -1].relu()
+
+    model = randomise(Net(forward, linear=nn.Linear(5, 8), bn=nn.BatchNorm1d(8)))
+    check(model, drawn(2, 6, 5), {"bn": "kept"}, [drawn(3, 6, 5), drawn(1, 1, 5)])
+
+
 # ---------------------------------------------------------------- sizes that cost nothing
 
 
