@@ -121,8 +121,8 @@ def find(node: Node) -> Row:
 
 
 _UNFOLLOWED = frozenset(
-    """addbmm addmm baddbmm bmm complex cumsum CumSum index_add lerp OptionalGetElement rsub _sparse_addmm tensordot
-    trapezoid view_as_complex view_as_real""".split()  # noqa: SIM905
+    """addbmm addmm baddbmm bmm complex cumsum CumSum EmbeddingBag index_add lerp OptionalGetElement rsub _sparse_addmm
+    tensordot trapezoid view_as_complex view_as_real""".split()  # noqa: SIM905
 ) | {"unusual Einsum", "unusual SequenceAt"}
 """Operators without a row that are linear in each of their operands, so that "not linear" would be no reason."""
 
