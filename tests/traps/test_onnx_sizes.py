@@ -237,3 +237,30 @@ def test_what_is_behind_a_squeeze_of_open_sizes_has_no_axes_that_are_known():
 )
 def test_a_squeeze_behind_which_the_axes_are_known_is_passed(body, declared, size):
     assert_holds(squeezed(body, declared), "folded", images([size]))
+
+
+# ---------------------------------------------------------------- one position of an open length
+
+ONE_POSITION = {
+    "alone": ("y = BatchNormalization(one, s, b, m, v)", "folded"),
+    "beside another": (
+        "n = BatchNormalization(one, s, b, m, v) two = Gather<axis=1>(h, i) y = Sub(n, two)",
+        "kept",
+    ),
+    "beside all": (
+        "n = BatchNormalization(one, s, b, m, v) r = ReduceMax<keepdims=0>(h, i1) y = Sub(n, r)",
+        "kept",
+    ),
+}
+
+
+@pytest.mark.parametrize("beside", ONE_POSITION)
+@pytest.mark.parametrize("last", [0, -1])
+def test_one_position_of_an_open_length_folds_unless_others_are_wanted_as_they_are(beside, last):
+    body, outcome = ONE_POSITION[beside]
+    text = f"""g (float[N, T, 5] x) => (float[N, 4] y) {{ h = MatMul(x, w) one = Gather<axis=1>(h, at) {body} }}"""
+    numbers = {"w": weights(5, 4), "at": np.array(last), "i": np.array(0), "i1": np.array([1])}
+    used = {name: array for name, array in numbers.items() if f"{name})" in text or f"{name}," in text}
+    some = model(text, {**used, **norm(4)}, opset=18)
+    feeds = [random(3).standard_normal(size).astype(np.float32) for size in [(2, 6, 5), (1, 1, 5), (3, 4, 5)]]
+    assert_holds(some, outcome, [{"x": feed} for feed in feeds])
