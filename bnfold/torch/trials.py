@@ -15,8 +15,8 @@ A trial that the module does not take ends where it raises. What could not be ru
 
 Not covered: code that does something else at a size which no trial meets (`if width == 56`, `if length > 4096`, `if
 batch > 64`, or a `squeeze` where the length is that of the channels): sizes are tried, not proved. Nor inputs of
-another rank for which modules of torch do something else, as BatchNorm1d behind a Linear does, nor code that asks whether
-gradients are wanted (`torch.is_grad_enabled()`, `x.requires_grad`) or how memory lies (`x.is_contiguous()`).
+another rank for which modules of torch do something else, as BatchNorm1d behind a Linear does; nor code that asks
+whether gradients are wanted (`torch.is_grad_enabled()`, `x.requires_grad`) or how memory lies (`x.is_contiguous()`).
 """
 
 from __future__ import annotations
