@@ -301,6 +301,11 @@ DOES_MORE = Reason(
     "its own code does more than normalise and activate: {what}",
     "Let the module normalise (and activate), and do the rest outside of it.",
 )
+ANOTHER_TENSOR = Reason(
+    "its code runs on other tensors than those that it is given and returns, which stand for them",
+    "A subclass of Tensor, or a transformation (`jvp`, `jacrev`) comes between: fold the model with plain tensors, or "
+    "what is transformed by itself.",
+)
 OWN_CALL = Reason(
     "its class has a `__call__` of its own",
     "Put what `__call__` does into `forward`, or around the module.",

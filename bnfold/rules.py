@@ -121,8 +121,8 @@ def find(node: Node) -> Row:
 
 
 _UNFOLLOWED = frozenset(
-    """addbmm addmm baddbmm bmm complex cumsum CumSum index_add lerp OptionalGetElement rsub _sparse_addmm tensordot
-    trapezoid view_as_complex view_as_real""".split()  # noqa: SIM905
+    """addbmm addmm baddbmm bmm complex cumsum CumSum EmbeddingBag index_add lerp OptionalGetElement rsub _sparse_addmm
+    tensordot trapezoid view_as_complex view_as_real""".split()  # noqa: SIM905
 ) | {"unusual Einsum", "unusual SequenceAt"}
 """Operators without a row that are linear in each of their operands, so that "not linear" would be no reason."""
 
@@ -458,7 +458,7 @@ def _take_up(node: Node, around: Surroundings, wanted: Flow) -> Answer:
     axis, indices = node.attributes["axis"], np.asarray(node.attributes["indices"])
     known = _shape(node, around, node.inputs[0])[axis]
     end = axis + indices.ndim
-    if not isinstance(known, int) and indices.ndim and not {*range(axis, end)} & {*_only(wanted).axes}:
+    if not isinstance(known, int) and not {*range(axis, end)} & {*_only(wanted).axes}:
         return [_only(wanted).map(lambda array: array.reshape([*array.shape[:axis], 1, *array.shape[end:]]))]
     size = _size(node, known)
 

@@ -286,6 +286,7 @@ def _einsum(ref: NodeRef, context: ImportContext) -> Node:
 
 
 def _gather(ref: NodeRef, context: ImportContext) -> Node:
+    """Along an axis of open size, where places count from its end, no affine varies."""
     table, indices = ref.inputs
     axis = attributes(ref.node).get("axis", 0)
     if table in context.constants:
@@ -296,9 +297,7 @@ def _gather(ref: NodeRef, context: ImportContext) -> Node:
     axis = wrap(axis, rank)
     size = (context.shape(table) or ())[axis]
     chosen = np.asarray(numbers, np.int64)
-    if (chosen < 0).any():
-        if not isinstance(size, int):
-            raise Unusual
+    if isinstance(size, int):
         chosen = np.where(chosen < 0, chosen + size, chosen)
     return _node(ref, [table], axis=axis, indices=chosen)
 

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -49,6 +50,7 @@ __all__ = [
     "has_composite_kernel",
     "is_fake",
     "make_fake_mode",
+    "passed_on",
     "with_autocast",
     "without_dispatch",
     "without_functions",
@@ -105,6 +107,7 @@ def autocast_devices() -> tuple[str, ...]:
 def with_autocast(devices: tuple[str, ...], name: str) -> Iterator[None]:
     """Run an operator inside a dispatch mode as outside of it: with autocast on, unless autocast wraps it already."""
     devices = tuple(device for device in devices if not _is_wrapped(name, device))
+    before = _around.set(devices)
     for device in devices:
         torch.set_autocast_enabled(device, True)
     try:
@@ -112,6 +115,19 @@ def with_autocast(devices: tuple[str, ...], name: str) -> Iterator[None]:
     finally:
         for device in devices:
             torch.set_autocast_enabled(device, False)
+        _around.reset(before)
+
+
+def passed_on(operator: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator that another dispatch mode has passed on, with the autocast that was meant for it."""
+    if not (devices := _around.get()):
+        return operator(*args, **kwargs)
+    with with_autocast(devices, operator.name()):
+        return operator(*args, **kwargs)
+
+
+_around: ContextVar[tuple[str, ...]] = ContextVar("autocast", default=())
+"""Where autocast is on around the operator under way: a dispatch mode is told that it is off."""
 
 
 @cache

@@ -283,6 +283,13 @@ def _embedding(draft: Draft, call: Call, weight: Value, indices: Value, **rest: 
     draft.linear("Embedding", indices, call.made[0], weight, None, linear)
 
 
+@lowering("_embedding_bag _embedding_bag_forward_only")
+def _embedding_bag(draft: Draft, call: Call, mode: int, **rest: Any) -> None:
+    """Sums and means of rows have no row of the table either, but are linear."""
+    _need(mode in (0, 1))
+    draft.node("EmbeddingBag", [v for v in call.reads.values() if not v.constant and not v.slots], call.made)
+
+
 @lowering("lstm gru rnn_tanh rnn_relu")
 def _recurrent(draft: Draft, call: Call, x: Value, hx: Any, params: Any, **settings: Any) -> None:
     """A product of the input for each direction of the first layer, and what the layers go on to do with those."""

@@ -125,11 +125,11 @@ class _Finder:
         while head and value != frame.made[0].name and head[-1].op not in ("BatchNormalization", "Affine"):
             value = head.pop().inputs[0]
         if not any(item.op in ("BatchNormalization", "Affine") for item in head) or not _is_norm(frame, head):
-            return _more(within)
+            return _more(within, frame)
         children = self.children.get(id(frame), [])
         tail = find_tail(frame, within[len(head) :], value, children, self._within)
         if tail is None or not self._is_private(head) or not _is_straight(head):
-            return _more(within)
+            return _more(within, frame)
         self._merge(frame, head, tail)
         return ""
 
@@ -212,11 +212,20 @@ def _foreign_reads(model: nn.Module, trace: Trace) -> dict[str, str]:
     return foreign
 
 
-def _more(within: Sequence[DraftNode]) -> str:
+def _more(within: Sequence[DraftNode], frame: Frame) -> str:
     """What the code of a module does besides normalising."""
+    if any(item.is_batchnorm for item in within) and not _is_met(within, frame):
+        return reasons.ANOTHER_TENSOR()
     labels = dict.fromkeys(item.call.label for item in within if not item.is_batchnorm)
     names = ", ".join(f"`{label}`" for label in list(labels)[:3])
     return reasons.DOES_MORE(what=names or "it keeps what it computes")
+
+
+def _is_met(within: Sequence[DraftNode], frame: Frame) -> bool:
+    """Whether operators read the tensor that a module is given, and make the one that it returns."""
+    read = {name for item in within for name in item.inputs}
+    made = {name for item in within for name in item.outputs}
+    return frame.given[0].name in read and frame.made[0].name in made | read
 
 
 def _turns(head: Sequence[DraftNode]) -> Iterator[tuple[DraftNode, list[int]]]:

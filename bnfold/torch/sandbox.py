@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfold.errors import UnreadableModel
 from bnfold.exclusive import exclusive
+from bnfold.torch.internals import passed_on
 from bnfold.torch.tensors import Slot, leaves, put_back, walk
 from bnfold.torch.tensors import held as held_tensors
 
@@ -200,7 +201,7 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 torch.manual_seed(self.seed)
                 self.before = torch.initial_seed()
             self.first = torch.get_rng_state()
-        return function(*args, **(kwargs or {}))
+        return passed_on(function, args, kwargs or {})
 
 
 def _own_states() -> tuple[Any, ...]:

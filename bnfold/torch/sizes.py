@@ -232,7 +232,7 @@ def _settle_setting(mine: DraftNode, theirs: DraftNode, key: str, moved: set[int
     elif key == "crop":
         mine.attributes[key] = one if one is not None and other is not None and one[0] == other[0] else None
     elif mine.attributes.get("axis") in moved and key in ("indices", "sizes"):
-        return np.ndim(one) > 0
+        return np.ndim(one) == np.ndim(other)
     else:
         return bool(np.array_equal(one, other))
     return True

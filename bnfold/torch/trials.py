@@ -5,7 +5,8 @@ thing: the batch of all inputs, the height and width of images, the length of a 
 inputs are cut from the example, larger ones repeat it.
 
     batch     1, and 4 or 5, whichever is odd where the example is even; a third where those two part or are not taken
-    size      half, and one that is odd where the example is even, larger, and not square
+    size      half, and one that is odd where the example is even, larger, and not square; where that is not taken, one
+              axis at a time, and so those of length 1
     rank      without the batch axis, or with one more
     flag      bools among the arguments, and those that `forward` has a default for
     chance    another random state, where the pass drew from one
@@ -13,7 +14,9 @@ inputs are cut from the example, larger ones repeat it.
 A trial that the module does not take ends where it raises. What could not be run is said in `Trials.notes`.
 
 Not covered: code that does something else at a size which no trial meets (`if width == 56`, `if length > 4096`, `if
-batch > 64`): sizes are tried, not proved.
+batch > 64`, or a `squeeze` where the length is that of the channels): sizes are tried, not proved. Nor inputs of
+another rank for which modules of torch do something else, as BatchNorm1d behind a Linear does; nor code that asks
+whether gradients are wanted (`torch.is_grad_enabled()`, `x.requires_grad`) or how memory lies (`x.is_contiguous()`).
 """
 
 from __future__ import annotations
@@ -102,7 +105,8 @@ class _Desk:
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self.trials = Trials()
         self.batch: Sizes = {}
-        self.sized, self.untaken = False, ""
+        self.sized = False
+        self.untaken: Sizes = {}
 
     # -- sizes
 
@@ -110,7 +114,7 @@ class _Desk:
         """Another batch and other sizes at once where that works; else one after the other."""
         batches, spaces = list(_batch_axes(self.tensors)), list(_space_axes(self.tensors))
         batch, space = next(iter(batches), {}), next(iter(spaces), {})
-        both = self._resize({**_several(batch), **_half(space)}) if batch and space else None
+        both = self._resize({**_several(batch), **_half(space)}) if batch and _half(space) else None
         halved = both is not None
         if both:
             single = _single(batch)
@@ -126,7 +130,7 @@ class _Desk:
         for other in spaces[1:]:
             self._try_odd(other, self._try_half(other) is not None)
         if self.untaken and not self.sized:
-            self.trials.notes.append(f"not read at another size: the model does not take {self.untaken}")
+            self._note_untaken(self.untaken)
 
     def _try_batch(self, axes: Sizes) -> bool:
         """One, and several, which it returns whether the model takes; where neither does as the example, two or three.
@@ -163,14 +167,29 @@ class _Desk:
         if not axes:
             return
         odd = {place: size + 1 + 2 * (place[1] % 2) for place, size in axes.items()}
-        fewer = {p: size for p, size in self.batch.items() if size <= self.tensors[p[0]].shape[p[1]]}
-        taken = self._resize({**fewer, **odd}) is not None
-        if not taken and halved:
-            taken = self._resize({**fewer, **{p: n + n // 2 for p, n in axes.items()}}) is not None
-        if taken or halved:
+        if taken := self._try_larger(odd):
             self.sized = True
-        elif not self.untaken:
-            self.untaken = _words(self._resized(odd))
+            return
+        if halved:
+            taken = self._try_larger({place: size + size // 2 for place, size in axes.items()})
+        left = {place: odd[place] for place, size in axes.items() if size == 1 or not (taken or halved)}
+        alone = {axis: {p: size for p, size in left.items() if p[1] == axis} for _, axis in left}
+        missed = [sizes for sizes in alone.values() if sizes == odd or not self._try_larger(sizes)]
+        if taken or halved or len(missed) < len(alone):
+            self.sized = True
+            self._note_untaken(*(sizes for sizes in missed if all(axes[place] == 1 for place in sizes)))
+        else:
+            self.untaken = self.untaken or odd
+
+    def _note_untaken(self, *missed: Sizes) -> None:
+        for sizes in missed:
+            words = _words(self._resized(sizes))
+            self.trials.notes.append(f"not read at another size: the model does not take {words}")
+
+    def _try_larger(self, sizes: Sizes) -> bool:
+        """Whether the model takes other sizes, in the smallest batch that it takes."""
+        fewer = {p: size for p, size in self.batch.items() if size <= self.tensors[p[0]].shape[p[1]]}
+        return self._resize({**fewer, **sizes}) is not None
 
     def _resize(self, sizes: Sizes, words: str = "") -> bool | None:
         """Whether a pass with other sizes does the same; None where it cannot be made."""
@@ -248,7 +267,7 @@ def _space_axes(tensors: list[Tensor]) -> Iterator[Sizes]:
         for axis in range(t.dim() - 1, 0, -1)
         if t.dim() == 3 or (t.dim() == 2 and whole[at])
     )
-    for size in [each for each in sizes if each > 1][:3]:
+    for size in [each for each in sizes if each > 1][:3] + [1] * (1 in sizes):
         yield {(at, a): size for at, t in enumerate(tensors) for a in range(1, t.dim()) if t.shape[a] == size}
 
 
@@ -267,7 +286,12 @@ def _third(axes: Sizes) -> Sizes:
 
 
 def _half(axes: Sizes) -> Sizes:
-    return {place: max(1, size // 2) for place, size in axes.items()}
+    """Half of the sizes; nothing where none can be halved."""
+    return (
+        {place: max(1, size // 2) for place, size in axes.items()}
+        if max(axes.values(), default=1) > 1
+        else {}
+    )
 
 
 def _resized(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:

@@ -365,6 +365,19 @@ RESHAPES = {
     "rows and columns that make up for each other": (
         "q = Max(h, two) p = Concat<axis=0>(n, four, q, minus)",
         "folded",
+
+
+# ---------------------------------------------------------------- one position of an open length
+
+ONE_POSITION = {
+    "alone": ("y = BatchNormalization(one, s, b, m, v)", "folded"),
+    "beside another": (
+        "n = BatchNormalization(one, s, b, m, v) two = Gather<axis=1>(h, i) y = Sub(n, two)",
+        "kept",
+    ),
+    "beside all": (
+        "n = BatchNormalization(one, s, b, m, v) r = ReduceMax<keepdims=0>(h, i1) y = Sub(n, r)",
+        "kept",
     ),
 }
 
@@ -375,3 +388,15 @@ def test_a_reshape_by_a_bent_number_moves_the_channels_where_that_is_another(siz
     body = f"""{SIZE} w = Gather<axis=0>(sh, three) {vector} c = Conv(x, u) a = Reshape(c, p) {NORM}"""
     some = with_numbers(squeezed(body.replace("(w,", "(wide,").replace(" w =", " wide =")))
     assert_holds(some, outcome, images([(4, 3, 8, 8), (2, 3, 2, 8), (1, 3, 4, 8), (2, 3, 2, 4)]))
+
+
+@pytest.mark.parametrize("beside", ONE_POSITION)
+@pytest.mark.parametrize("last", [0, -1])
+def test_one_position_of_an_open_length_folds_unless_others_are_wanted_as_they_are(beside, last):
+    body, outcome = ONE_POSITION[beside]
+    text = f"""g (float[N, T, 5] x) => (float[N, 4] y) {{ h = MatMul(x, w) one = Gather<axis=1>(h, at) {body} }}"""
+    numbers = {"w": weights(5, 4), "at": np.array(last), "i": np.array(0), "i1": np.array([1])}
+    used = {name: array for name, array in numbers.items() if f"{name})" in text or f"{name}," in text}
+    some = model(text, {**used, **norm(4)}, opset=18)
+    feeds = [random(3).standard_normal(size).astype(np.float32) for size in [(2, 6, 5), (1, 1, 5), (3, 4, 5)]]
+    assert_holds(some, outcome, [{"x": feed} for feed in feeds])

@@ -218,10 +218,12 @@ def test_two_linears_one_after_another_beside_a_third():
     check(Net(forward, linear=nn.Linear(4, 6), bn=nn.BatchNorm1d(6), **layers), ROWS, ["bn"])
 
 
-@pytest.mark.parametrize("bag", ["sum", "mean", "max"])
-def test_a_bag_of_embeddings_is_no_embedding(bag):
+@pytest.mark.parametrize(
+    ("bag", "because"), [("sum", "though it is"), ("mean", "though it is"), ("max", "not")]
+)
+def test_a_bag_of_embeddings_is_no_embedding_but_linear_unless_it_takes_the_largest(bag, because):
     some = Net(lambda s, i: s.bn(s.table(i)), table=nn.EmbeddingBag(9, 4, mode=bag), bn=nn.BatchNorm1d(4))
-    check(some, torch.randint(0, 9, (3, 5)), kept=["bn"])
+    check(some, torch.randint(0, 9, (3, 5)), kept=["bn"], because=f"{because} linear")
 
 
 # ---------------------------------------------------------------- code
@@ -292,6 +294,23 @@ CODE = {
 @pytest.mark.parametrize("way", CODE)
 def test_other_ways_to_call_the_two(way):
     check(net(CODE[way]), IMAGES, ["bn"])
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+STANDING_FOR = {
+    "jvp": lambda s, x: torch.func.jvp(lambda y: s.bn(s.conv(y)), (x,), (x,)),
+    "jacrev": lambda s, x: torch.func.jacrev(lambda y: s.bn(s.conv(y)).sum((0, 2, 3)))(x),
+    "a subclass": lambda s, x: s.bn(s.conv(x).as_subclass(OwnTensor)).as_subclass(torch.Tensor),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("way", STANDING_FOR)
+def test_a_plain_batchnorm_whose_tensors_are_stood_for_is_not_said_to_do_more_than_normalise(way):
+    check(net(STANDING_FOR[way]), IMAGES, kept=["bn"], because="which stand for them")
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.fx.symbolic_trace])

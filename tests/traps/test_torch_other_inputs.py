@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
+from math import prod
 
 import pytest
 import torch
@@ -256,6 +257,98 @@ def squeezed(net, x):
 
 def test_a_squeeze_that_drops_a_batch_of_one_as_well():
     check(net(squeezed, last=nn.Linear(8, 3)), images(2), {"bn": "folded"}, BATCHES)
+
+
+# ---------------------------------------------------------------- one axis at a time, and axes of length 1
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+ONE_FREE = {
+    "length": (nn.Conv1d(6, 8, 3), nn.BatchNorm1d(8), (6, 1), (6, 6), (6, 16)),
+    "height": (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), (6,), (3, 6, 6), (3, 16, 6)),
+    "width": (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), (6, 1), (3, 6, 6), (3, 6, 16)),
+    "height of one": (nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), (6,), (3, 1, 6), (3, 16, 6)),
+    "length of one": (nn.Conv1d(6, 8, 1), nn.BatchNorm1d(8), (6, 1), (6, 1), (6, 16)),
+}
+"""Layers, the shape of a table that keeps an axis as it is, an example, and what else the layers take."""
+
+
+@pytest.mark.parametrize("free", ONE_FREE)
+def test_code_that_looks_at_the_one_axis_that_may_be_another_keeps_its_batchnorm(free):
+    conv, bn, table, example, other = ONE_FREE[free]
+
+    def forward(net, x):
+        y = net.conv(x + net.table)
+        return net.bn(y) if x[0].numel() <= prod(example) else y
+
+    model = randomise(Net(forward, conv=conv, bn=bn, table=nn.Parameter(drawn(*table))))
+    others = [drawn(2, *example), drawn(1, *other), drawn(2, *other)]
+    check(model, drawn(2, *example), {"bn": "kept"}, others, "is also read by `Net, given")
+
+
+def test_a_squeeze_that_leaves_a_length_which_batchnorm_takes_for_channels():
+    """Another length than one, or than the channels, is an error."""
+    model = randomise(
+        Net(lambda net, x: net.bn(net.linear(x.squeeze(1))), linear=nn.Linear(5, 4), bn=nn.BatchNorm1d(4))
+    )
+    check(model, drawn(2, 1, 5), {"bn": "kept"}, [drawn(3, 1, 5), drawn(2, 4, 5)])
+
+
+SHORT = {
+    "squeezed": (lambda net, x: net.bn(net.linear(x.squeeze(1))), nn.BatchNorm1d(8), (1, 5)),
+    "turned": (lambda net, x: net.bn(net.linear(x).transpose(1, 2)), nn.BatchNorm1d(8), (1, 5)),
+    "in one row": (lambda net, x: net.bn(net.linear(x).reshape(-1, 8)), nn.BatchNorm1d(8), (1, 5)),
+    "flat": (lambda net, x: net.bn(net.linear(x.flatten(1))), nn.BatchNorm1d(8), (1, 5)),
+    "its last": (lambda net, x: net.bn(net.linear(x)[:, -1]), nn.BatchNorm1d(8), (1, 5)),
+    "its mean": (lambda net, x: net.bn(net.linear(x.mean(1))), nn.BatchNorm1d(8), (1, 5)),
+    "pooled": (lambda net, x: net.bn(net.linear(x.mean((2, 3)).squeeze())), nn.BatchNorm1d(8), (5, 1, 6)),
+    "an image": (
+        lambda net, x: net.bn(net.linear(x.movedim(1, -1)).movedim(-1, 1)),
+        nn.BatchNorm2d(8),
+        (5, 1, 6),
+    ),
+    "a row": (lambda net, x: net.bn(net.linear(x.squeeze(2).mT).mT), nn.BatchNorm1d(8), (5, 1, 6)),
+}
+"""What nets do with an axis of length 1."""
+
+
+@pytest.mark.parametrize("index", [0, -1, 2])
+def test_one_position_of_a_length_that_may_be_another_folds_above_it(index):
+    model = randomise(
+        Net(lambda net, x: net.bn(net.linear(x)[:, index]), linear=nn.Linear(5, 8), bn=nn.BatchNorm1d(8))
+    )
+    check(model, drawn(2, 6, 5), {"bn": "folded"}, [drawn(3, 6, 5), drawn(1, 8, 5), drawn(2, 3, 5)])
+
+
+def test_a_position_that_others_do_not_want_keeps_what_all_positions_are_computed_by():
+    def forward(net, x):
+        y = net.linear(x)
+        return net.bn(y[:, 0]), y[:, -1].relu()
+
+    model = randomise(Net(forward, linear=nn.Linear(5, 8), bn=nn.BatchNorm1d(8)))
+    check(model, drawn(2, 6, 5), {"bn": "kept"}, [drawn(3, 6, 5), drawn(1, 1, 5)])
+
+
+@pytest.mark.parametrize("way", SHORT)
+def test_a_length_of_one_costs_no_fold(way):
+    forward, bn, shape = SHORT[way]
+    model = randomise(Net(forward, linear=nn.Linear(5, 8), bn=bn))
+    others = [drawn(batch, *shape) for batch in (2, 3, 7)]
+    check(model, drawn(2, *shape), {"bn": "folded"}, others)
+
+
+def test_a_height_of_one_that_the_model_does_not_take_otherwise_is_said():
+    def forward(net, x):
+        return net.bn(net.conv(x.squeeze(2)))
+
+    model = randomise(Net(forward, conv=nn.Conv1d(3, 8, 3), bn=nn.BatchNorm1d(8)))
+    report = check(model, drawn(2, 3, 1, 16), {"bn": "folded"}, [drawn(1, 3, 1, 9)])
+    assert [note for note in report.notes if "size" in note] == [
+        "not read at another size: the model does not take 2x3x2x16"
+    ]
 
 
 # ---------------------------------------------------------------- sizes that cost nothing

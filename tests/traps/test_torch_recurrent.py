@@ -263,3 +263,25 @@ def test_the_folded_module_is_scripted_and_copied_with_its_new_weights(inplace: 
         for module in (torch.jit.script(after), copy.deepcopy(after), after):
             torch.testing.assert_close(module(rows)[0], wanted)
     assert inplace or all(a is b for a, b in zip(before, net[1]._flat_weights, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("around", [False, True], ids=["in the model", "around the fold"])
+def test_a_recurrent_layer_under_autocast_is_read_with_what_autocast_narrows(kind, around):
+    class Narrowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.speech = nn.Linear(CHANNELS, CHANNELS), Speech(KINDS[kind](CHANNELS, HIDDEN))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast(
+                "cpu", torch.bfloat16, enabled=not around or torch.is_autocast_enabled("cpu")
+            ):
+                return self.speech(self.linear(x).relu())[0]
+
+    model = randomise(Narrowed())
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        folded, report = bnfold.fold(model, STEPS)
+        assert [verdict.into for verdict in report.verdicts] == [("speech.rnn.weight_ih_l0",)], str(report)
+        assert folded(STEPS).dtype == model(STEPS).dtype == torch.bfloat16
+        assert torch.allclose(folded(STEPS), model(STEPS), atol=0.05)
