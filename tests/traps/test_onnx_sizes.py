@@ -365,6 +365,16 @@ RESHAPES = {
     "rows and columns that make up for each other": (
         "q = Max(h, two) p = Concat<axis=0>(n, four, q, minus)",
         "folded",
+    ),
+}
+
+
+@pytest.mark.parametrize("sizes", RESHAPES)
+def test_a_reshape_by_a_bent_number_moves_the_channels_where_that_is_another(sizes):
+    vector, outcome = RESHAPES[sizes]
+    body = f"""{SIZE} w = Gather<axis=0>(sh, three) {vector} c = Conv(x, u) a = Reshape(c, p) {NORM}"""
+    some = with_numbers(squeezed(body.replace("(w,", "(wide,").replace(" w =", " wide =")))
+    assert_holds(some, outcome, images([(4, 3, 8, 8), (2, 3, 2, 8), (1, 3, 4, 8), (2, 3, 2, 4)]))
 
 
 # ---------------------------------------------------------------- one position of an open length
@@ -380,14 +390,6 @@ ONE_POSITION = {
         "kept",
     ),
 }
-
-
-@pytest.mark.parametrize("sizes", RESHAPES)
-def test_a_reshape_by_a_bent_number_moves_the_channels_where_that_is_another(sizes):
-    vector, outcome = RESHAPES[sizes]
-    body = f"""{SIZE} w = Gather<axis=0>(sh, three) {vector} c = Conv(x, u) a = Reshape(c, p) {NORM}"""
-    some = with_numbers(squeezed(body.replace("(w,", "(wide,").replace(" w =", " wide =")))
-    assert_holds(some, outcome, images([(4, 3, 8, 8), (2, 3, 2, 8), (1, 3, 4, 8), (2, 3, 2, 4)]))
 
 
 @pytest.mark.parametrize("beside", ONE_POSITION)
