@@ -58,7 +58,7 @@ class _Functions(TorchFunctionMode):
             and any(isinstance(one, float) for one in given)
             and not any(map(_is_narrow, given))
         ):
-            args, kwargs = tree_map_only(Tensor, _number, (args, kwargs))
+            args, kwargs = tree_map_only((Tensor, float), _number, (args, kwargs))
         result = function(*args, **kwargs)
         if function in _FROM_DATA and _is_narrow(result) and kwargs.get("dtype") is None:
             data = args[0] if args else next(iter(kwargs.values()))
@@ -114,9 +114,11 @@ def _defaults() -> tuple[torch.dtype, ...]:
     return torch.get_default_dtype(), torch.complex64
 
 
-def _number(tensor: Tensor) -> Tensor:
-    """A tensor of integers as floats; a mask is no number."""
-    return tensor.double() if _is_whole(tensor) and tensor.dtype is not torch.bool else tensor
+def _number(thing: Tensor | float) -> Tensor:
+    """A number, or a tensor of integers, as floats; a mask is no number."""
+    if not isinstance(thing, Tensor):
+        return torch.tensor(thing, dtype=torch.float64)
+    return thing.double() if _is_whole(thing) and thing.dtype is not torch.bool else thing
 
 
 def _is_whole(tensor: Tensor) -> bool:

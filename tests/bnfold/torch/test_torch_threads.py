@@ -437,3 +437,12 @@ def test_what_is_made_in_double_is_what_a_default_of_float64_would_make(name, ow
         made = MADE[name](i)
     assert made.dtype == wanted.dtype
     assert torch.equal(made, wanted)
+
+
+@pytest.mark.parametrize("name", ["where of two numbers", "where of integers"])
+def test_a_choice_of_numbers_is_made_in_double_where_the_dispatcher_takes_nothing_apart(name):
+    i = torch.arange(3)
+    with torch._C._AutoDispatchBelowAutograd(), double():
+        made = MADE[name](i)
+    assert made.dtype is torch.float64
+    assert made[-1] == 0.1  # of float64, and not of what float32 makes of it
