@@ -107,11 +107,12 @@ def infer(
     readings = _read(start, symbols) if _is_open(found, whole) else []
     _agree(found, readings, symbols)
     numbers = _work_out(whole.refs, start, found, readings)
-    _doubt_reshapes(found, numbers, whole)
+    doubted = _doubt_reshapes(found, numbers, whole)
     shorter = list(_read_shorter(start, found, readings, numbers))
     _agree_with(found, shorter)
     unsure = _loosen(found, whole.refs) if squeezes else set()
-    numbers = _work_out(whole.refs, start, found, [*readings, *shorter], unsure)
+    if doubted or shorter or unsure:
+        numbers = _work_out(whole.refs, start, found, [*readings, *shorter], unsure)
     for ref in whole.refs:
         if not ref.results:
             sizes.add_node(ref.node, ref.inputs, ref.outputs)
@@ -299,8 +300,12 @@ def _read_shorter(
                 yield reading
 
 
-def _doubt_reshapes(found: Shapes, numbers: _Numbers, whole: FlatModel) -> None:
-    """Leave open what a Reshape gives a bent number: where that is another one, the axes around it are others."""
+def _doubt_reshapes(found: Shapes, numbers: _Numbers, whole: FlatModel) -> bool:
+    """Leave open what a Reshape gives a bent number: where that is another one, the axes around it are others.
+
+    Returns whether there was any.
+    """
+    before = dict(found.shapes)
     for ref in whole.refs:
         if ref.op == "Reshape" and ref.inputs[1] in numbers.bent and ref.outputs[0] in found.shapes:
             bent = _bent_places(found, numbers, whole, ref.inputs[1])
@@ -309,6 +314,7 @@ def _doubt_reshapes(found: Shapes, numbers: _Numbers, whole: FlatModel) -> None:
                 None if isinstance(size, str) and (bent is None or axis in bent) else size
                 for axis, size in enumerate(shape)
             )
+    return found.shapes != before
 
 
 def _bent_places(found: Shapes, numbers: _Numbers, whole: FlatModel, value: str) -> set[int] | None:
