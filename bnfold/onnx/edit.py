@@ -20,7 +20,7 @@ from onnx import TensorProto
 
 from bnfold.algebra import Array
 from bnfold.errors import BnfoldError, InputError
-from bnfold.onnx.flatten import FlatModel, NodeRef, Use, bodies
+from bnfold.onnx.flatten import FlatModel, NodeRef, Use, bodies, fresh
 from bnfold.onnx.protos import FLOATS
 from bnfold.onnx.read import ImportedModel
 
@@ -342,7 +342,7 @@ class Editor:
 
     def new_value(self, wish: str, owner: onnx.GraphProto) -> str:
         """A new value, to be computed by a node that is inserted, of a name that no value has in any graph."""
-        return self.view.define(_fresh(wish, self._names), owner)
+        return self.view.define(fresh(wish, self._names), owner)
 
     def add_tensor(
         self, wish: str, numbers: Numbers, dims: Sequence[int], data_type: int, replaces: str = ""
@@ -389,7 +389,7 @@ class Editor:
 
     def fresh_node(self, wish: str) -> str:
         """A name for a node that no node has; none where the wish is empty."""
-        return _fresh(wish, self._node_names) if wish else ""
+        return fresh(wish, self._node_names) if wish else ""
 
     def set_attribute(self, ref: NodeRef, name: str, value: float) -> None:
         """Give an attribute of a node of the file another value."""
@@ -492,12 +492,3 @@ def _addresses(model: onnx.ModelProto) -> tuple[dict[int, Path], dict[int, int]]
             places[id(node)] = place
             waiting += [((*path, (place, number)), body) for number, body in enumerate(bodies(node))]
     return paths, places
-
-
-def _fresh(wish: str, taken: set[str]) -> str:
-    name, count = wish, 1
-    while name in taken:
-        count += 1
-        name = f"{wish}_{count}"
-    taken.add(name)
-    return name

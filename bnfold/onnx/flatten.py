@@ -18,7 +18,7 @@ import onnx
 from bnfold.errors import InputError
 from bnfold.onnx.protos import densify
 
-__all__ = ["FlatModel", "NodeRef", "Use", "bodies", "declared_types", "flatten"]
+__all__ = ["FlatModel", "NodeRef", "Use", "bodies", "declared_types", "flatten", "fresh"]
 
 
 @dataclass(eq=False)
@@ -198,6 +198,16 @@ class _Walk:
         for info in (*graph.value_info, *graph.input, *graph.output):
             if info.name in here and info.HasField("type"):
                 self.result.types.setdefault(here[info.name], info.type)
+
+
+def fresh(wish: str, taken: set[str]) -> str:
+    """A name that is not taken, which it is from now on."""
+    name, count = wish, 1
+    while name in taken:
+        count += 1
+        name = f"{wish}_{count}"
+    taken.add(name)
+    return name
 
 
 # ---------------------------------------------------------------- order

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 
 from bnfold import reasons
-from bnfold.onnx.flatten import bodies
+from bnfold.onnx.flatten import bodies, fresh
 from bnfold.report import Verdict
 
 __all__ = ["inline", "left_in_functions", "write_out_defaults"]
@@ -62,12 +62,9 @@ def _compute_outputs(model: onnx.ModelProto) -> None:
         taken = {*function.input, *(name for node in _nodes(function) for name in node.output)}
         for place, name in enumerate(function.output):
             if name in function.input:
-                copy = next(
-                    wish for count in range(len(taken) + 1) if (wish := f"{name}.{count}") not in taken
-                )
+                copy = fresh(name, taken)
                 function.node.add(op_type="Identity", input=[name], output=[copy])
                 function.output[place] = copy
-                taken.add(copy)
 
 
 def _callers_first(model: onnx.ModelProto, wanted: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
